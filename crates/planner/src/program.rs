@@ -1,0 +1,179 @@
+//! What a target does in one refit: reads, then landing copies, then fills.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use crate::{Dims, Fill, Hash, SourceParam, TargetParam, Transform};
+
+/// Where the bytes of a read arrive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Destination {
+    /// In a live parameter, at their final place.
+    Live {
+        /// Index into [`Program::targets`].
+        target: u32,
+        /// Byte offset in the parameter.
+        offset: u64,
+    },
+    /// In the staging area.
+    Staging {
+        /// Byte offset in the staging area.
+        offset: u64,
+    },
+}
+
+/// One one-sided read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Read {
+    /// Index into [`Program::sources`].
+    pub source: u32,
+    /// Byte offset in the source parameter.
+    pub offset: u64,
+    /// Where the bytes go.
+    pub destination: Destination,
+    /// Bytes of one contiguous run.
+    pub run: u64,
+    /// How the run repeats: never, unless the transport declared `strided_reads`.
+    pub dims: Dims,
+}
+
+impl Read {
+    /// Bytes that cross the wire.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.run.saturating_mul(self.dims.runs())
+    }
+}
+
+/// A strided copy from staging to a live parameter, converting elements on the way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Landing {
+    /// Byte offset of the first run in staging.
+    pub staging_offset: u64,
+    /// Index into [`Program::targets`].
+    pub target: u32,
+    /// Byte offset of the first run in the parameter.
+    pub offset: u64,
+    /// Bytes of one run in staging.
+    pub run: u64,
+    /// How the run repeats; source strides count in staging.
+    pub dims: Dims,
+    /// What happens to the elements.
+    pub transform: Transform,
+}
+
+/// The form in which one target parameter gets its bytes from one source parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Method {
+    /// Every run is read to its final place.
+    Direct,
+    /// The spanned source range is read whole into staging, then copied to its place locally.
+    Span,
+    /// Exactly the needed runs are read into staging, densely, then copied to their place locally.
+    Packed,
+}
+
+/// A choice the lowering made, with what it expects it to cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// Index into [`Program::sources`].
+    pub source: u32,
+    /// Index into [`Program::targets`].
+    pub target: u32,
+    /// The form chosen.
+    pub method: Method,
+    /// Reads it takes.
+    pub reads: u64,
+    /// Bytes it moves over the wire.
+    pub wire_bytes: u64,
+    /// Bytes of them that are needed.
+    pub needed_bytes: u64,
+    /// Expected cost in nanoseconds, landing included.
+    pub cost_ns: u64,
+}
+
+/// A plan in the form a transport executes. Offsets only: addresses enter when it is bound to registered regions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Program {
+    pub(crate) hash: Hash,
+    pub(crate) plan_hash: Hash,
+    pub(crate) sources: Arc<[SourceParam]>,
+    pub(crate) targets: Arc<[TargetParam]>,
+    pub(crate) reads: Vec<Read>,
+    pub(crate) landings: Vec<Landing>,
+    pub(crate) fills: Vec<Fill>,
+    pub(crate) choices: Vec<Choice>,
+    pub(crate) staging_bytes: u64,
+    pub(crate) wire_bytes: u64,
+    pub(crate) needed_bytes: u64,
+}
+
+impl Program {
+    /// Digest of the plan together with the choices made: the key for memory and prepared reads.
+    #[must_use]
+    pub fn hash(&self) -> Hash {
+        self.hash
+    }
+
+    /// Digest of the plan this came from.
+    #[must_use]
+    pub fn plan_hash(&self) -> Hash {
+        self.plan_hash
+    }
+
+    /// The source parameters read.
+    #[must_use]
+    pub fn sources(&self) -> &Arc<[SourceParam]> {
+        &self.sources
+    }
+
+    /// The target parameters written.
+    #[must_use]
+    pub fn targets(&self) -> &Arc<[TargetParam]> {
+        &self.targets
+    }
+
+    /// The reads, grouped by source rank. No two of them write the same byte.
+    #[must_use]
+    pub fn reads(&self) -> &[Read] {
+        &self.reads
+    }
+
+    /// The landing copies, to run after every read has settled.
+    #[must_use]
+    pub fn landings(&self) -> &[Landing] {
+        &self.landings
+    }
+
+    /// The fills; they depend on nothing.
+    #[must_use]
+    pub fn fills(&self) -> &[Fill] {
+        &self.fills
+    }
+
+    /// The choices made, by target and source parameter.
+    #[must_use]
+    pub fn choices(&self) -> &[Choice] {
+        &self.choices
+    }
+
+    /// Bytes of staging memory.
+    #[must_use]
+    pub fn staging_bytes(&self) -> u64 {
+        self.staging_bytes
+    }
+
+    /// Bytes that cross the wire.
+    #[must_use]
+    pub fn wire_bytes(&self) -> u64 {
+        self.wire_bytes
+    }
+
+    /// Bytes of them that the target needs: `wire_bytes / needed_bytes` is the amplification.
+    #[must_use]
+    pub fn needed_bytes(&self) -> u64 {
+        self.needed_bytes
+    }
+}

@@ -1,0 +1,108 @@
+//! A contiguous piece of memory that transfers may write, whoever allocated it.
+
+use std::any::Any;
+use std::fmt;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+/// Where memory lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum MemoryKind {
+    /// Ordinary host memory.
+    Host,
+    /// Memory of a CUDA device, by the ordinal it has in this process.
+    Cuda(u32),
+}
+
+/// Exclusive access to a contiguous piece of memory. Not `Clone`: whoever holds it may read and write it.
+///
+/// The memory lives as long as its owner, an opaque reference-counted object: our own mapping, or whatever an engine
+/// holds its parameters by. [`Memory::keep_alive`] shares that lifetime without sharing access.
+pub struct Memory {
+    start: NonNull<u8>,
+    len: usize,
+    kind: MemoryKind,
+    owner: KeepAlive,
+}
+
+/// Keeps memory allocated without giving access to it: what a registration holds.
+#[derive(Clone)]
+pub struct KeepAlive(#[allow(dead_code)] Arc<dyn Any + Send + Sync>);
+
+// SAFETY: `Memory` is a unique handle to plain bytes; the owner that frees them is itself `Send + Sync`.
+unsafe impl Send for Memory {}
+// SAFETY: `&Memory` gives shared reads only.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    /// Adopts memory that someone else allocated.
+    ///
+    /// # Safety
+    /// - `start..start + len` is valid for reads and writes of `kind` for as long as `owner` lives.
+    /// - While the returned value exists, nobody reads or writes those bytes except through it, through a transfer
+    ///   that it was lent to, or at times when its holder is known not to use it (an engine that is running).
+    /// - No other `Memory` covers any of those bytes.
+    #[must_use]
+    pub unsafe fn adopt(start: NonNull<u8>, len: usize, kind: MemoryKind, owner: Arc<dyn Any + Send + Sync>) -> Self {
+        Self { start, len, kind, owner: KeepAlive(owner) }
+    }
+
+    /// First address, as transports name it.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        self.start.as_ptr().addr() as u64
+    }
+
+    /// Size in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Where it lives.
+    #[must_use]
+    pub fn kind(&self) -> MemoryKind {
+        self.kind
+    }
+
+    /// A share in the memory's lifetime.
+    #[must_use]
+    pub fn keep_alive(&self) -> KeepAlive {
+        self.owner.clone()
+    }
+
+    /// The bytes, if the processor can read them.
+    #[must_use]
+    pub fn host_bytes(&self) -> Option<&[u8]> {
+        // SAFETY: by the contract of `adopt` the range is valid, and `&self` excludes writers.
+        (self.kind == MemoryKind::Host).then(|| unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) })
+    }
+
+    /// The bytes, if the processor can write them.
+    #[must_use]
+    pub fn host_bytes_mut(&mut self) -> Option<&mut [u8]> {
+        // SAFETY: by the contract of `adopt` the range is valid, and `&mut self` is the only access to it.
+        (self.kind == MemoryKind::Host)
+            .then(|| unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) })
+    }
+}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Addresses stay out of logs.
+        f.debug_struct("Memory").field("len", &self.len).field("kind", &self.kind).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for KeepAlive {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("KeepAlive")
+    }
+}

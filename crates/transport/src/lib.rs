@@ -1,0 +1,18 @@
+//! One-sided reads between agents: a trait, the in-process default, NIXL behind a feature, one conformance suite.
+//!
+//! # Architecture invariants
+//!
+//! - Nothing here runs by itself: no runtime, no thread. Whoever holds a [`Pull`] drives it.
+//! - Memory that a posted read may still write is never freed, reused or handed back: a [`Pull`] owns it until
+//!   every read has settled.
+//! - A transport refuses what a NIC would refuse: unregistered memory, ranges that leave a registration.
+
+mod error;
+mod pull;
+mod transport;
+
+pub mod local;
+
+pub use error::TransportError;
+pub use pull::{Progress, Pull, PullError};
+pub use transport::{LocalRange, Peer, ReadOp, RemoteRange, Status, Transport};

@@ -1,0 +1,129 @@
+//! The contract between whoever plans reads and whoever moves bytes.
+
+use std::fmt::Debug;
+
+use refit_planner::{Capabilities, Dims};
+use refit_pool::{Memory, MemoryKind};
+
+use crate::TransportError;
+
+/// A range of this process's registered memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LocalRange {
+    /// First address.
+    pub address: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Where it lives, as this process names it.
+    pub kind: MemoryKind,
+}
+
+/// A range of a peer's registered memory, as the peer names it. Not interchangeable with a [`LocalRange`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RemoteRange {
+    /// First address, in the peer's address space.
+    pub address: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Where it lives, by the ordinal it has in the *peer's* process.
+    pub kind: MemoryKind,
+}
+
+/// One read: `run` bytes, repeated as `dims` say, from a peer into local memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReadOp {
+    /// What is read: the whole extent of the pattern.
+    pub from: RemoteRange,
+    /// What is written: the whole extent of the pattern.
+    pub into: LocalRange,
+    /// Bytes of one contiguous run.
+    pub run: u64,
+    /// How the run repeats; only for transports that declare `strided_reads`.
+    pub dims: Dims,
+}
+
+/// A peer this transport can read from.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Peer {
+    /// The peer's agent name.
+    pub name: String,
+}
+
+/// Where a posted batch of reads stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// Some reads may still write local memory.
+    Pending,
+    /// Every read has arrived; nothing writes local memory any more.
+    Done,
+}
+
+/// One-sided reads from registered memory of peers into registered memory of ours.
+///
+/// Everything is polled. No method waits for a peer.
+pub trait Transport: Debug + Send + Sync + 'static {
+    /// Keeps memory registered; deregisters on drop. Must not outlive the memory: pair it with a
+    /// [`KeepAlive`](refit_pool::KeepAlive).
+    type Registration: Send + Sync + Debug;
+    /// A batch of reads from one peer, validated and built once, posted every cycle.
+    type Prepared: Send + Debug;
+
+    /// The backend's name, for logs and errors.
+    fn backend(&self) -> &'static str;
+
+    /// This agent's name, unique among its peers.
+    fn agent(&self) -> &str;
+
+    /// What this transport can do; the lowering decides by it.
+    fn capabilities(&self) -> Capabilities;
+
+    /// What a peer needs to know to read from this agent. Changes with every registration.
+    ///
+    /// # Errors
+    /// [`TransportError`] when the backend cannot describe itself.
+    fn metadata(&self) -> Result<Vec<u8>, TransportError>;
+
+    /// Makes memory readable by peers and writable by reads.
+    ///
+    /// # Errors
+    /// [`TransportError::Register`] when the backend refuses.
+    fn register(&self, memory: &Memory) -> Result<Self::Registration, TransportError>;
+
+    /// Makes the peer that published `metadata` under `name` known, and pays what the first transfer would pay.
+    ///
+    /// # Errors
+    /// [`TransportError::Connect`] when the metadata is not that peer's or the peer cannot be reached.
+    fn connect(&self, name: &str, metadata: &[u8]) -> Result<Peer, TransportError>;
+
+    /// Forgets a peer. Prepared reads from it become errors.
+    ///
+    /// # Errors
+    /// [`TransportError::Connect`] when the peer is not known.
+    fn disconnect(&self, peer: &Peer) -> Result<(), TransportError>;
+
+    /// Validates and builds reads from one peer.
+    ///
+    /// # Errors
+    /// [`TransportError::NotRegistered`] for ranges outside registrations on either side, as far as this side can
+    /// tell, [`TransportError::Overlap`] when two reads write the same byte, [`TransportError::Prepare`] otherwise.
+    fn prepare(&self, peer: &Peer, reads: &[ReadOp]) -> Result<Self::Prepared, TransportError>;
+
+    /// Starts every read of the batch. Called by [`Pull`](crate::Pull) only.
+    ///
+    /// # Errors
+    /// [`TransportError::Failed`] when nothing was started or everything started has settled.
+    ///
+    /// # Safety
+    /// Until [`poll`](Self::poll) has returned something other than [`Status::Pending`], the memory that the reads
+    /// write must stay allocated and registered, and nobody may access it; `prepared` must not be dropped.
+    unsafe fn post(&self, prepared: &mut Self::Prepared) -> Result<Status, TransportError>;
+
+    /// Asks where a posted batch stands, and moves it on.
+    ///
+    /// # Errors
+    /// [`TransportError::Failed`]: the batch failed *and has settled*, nothing writes local memory any more.
+    fn poll(&self, prepared: &mut Self::Prepared) -> Result<Status, TransportError>;
+
+    /// Told when a batch was abandoned before it settled: this agent can no longer be trusted to be quiet.
+    fn suspect(&self, prepared: &Self::Prepared);
+}
