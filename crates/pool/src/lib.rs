@@ -11,4 +11,4 @@
 
 mod memory;
 
-pub use memory::{KeepAlive, Memory, MemoryKind};
+pub use memory::{KeepAlive, Memory, MemoryKind, Region};

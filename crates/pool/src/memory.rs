@@ -22,13 +22,55 @@ pub enum MemoryKind {
 pub struct Memory {
     start: NonNull<u8>,
     len: usize,
+    /// The whole allocation this is a part of: what gets registered.
+    allocation: Region,
+}
+
+/// A range of memory and a share in its lifetime, without access to its bytes: what a registration is made of.
+#[derive(Clone, Debug)]
+pub struct Region {
+    address: u64,
+    len: u64,
     kind: MemoryKind,
-    owner: KeepAlive,
+    /// Held, never read: dropping the last share frees the memory.
+    keep_alive: KeepAlive,
+}
+
+impl Region {
+    /// First address, as transports name it.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Bytes.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether there are no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Where it lives.
+    #[must_use]
+    pub fn kind(&self) -> MemoryKind {
+        self.kind
+    }
+
+    /// The share in the memory's lifetime.
+    #[must_use]
+    pub fn keep_alive(&self) -> &KeepAlive {
+        &self.keep_alive
+    }
 }
 
 /// Keeps memory allocated without giving access to it: what a registration holds.
 #[derive(Clone)]
-pub struct KeepAlive(#[allow(dead_code)] Arc<dyn Any + Send + Sync>);
+pub struct KeepAlive(Arc<dyn Any + Send + Sync>);
 
 // SAFETY: `Memory` is a unique handle to plain bytes; the owner that frees them is itself `Send + Sync`.
 unsafe impl Send for Memory {}
@@ -45,7 +87,9 @@ impl Memory {
     /// - No other `Memory` covers any of those bytes.
     #[must_use]
     pub unsafe fn adopt(start: NonNull<u8>, len: usize, kind: MemoryKind, owner: Arc<dyn Any + Send + Sync>) -> Self {
-        Self { start, len, kind, owner: KeepAlive(owner) }
+        let address = start.as_ptr().addr() as u64;
+        let allocation = Region { address, len: len as u64, kind, keep_alive: KeepAlive(owner) };
+        Self { start, len, allocation }
     }
 
     /// First address, as transports name it.
@@ -69,27 +113,40 @@ impl Memory {
     /// Where it lives.
     #[must_use]
     pub fn kind(&self) -> MemoryKind {
-        self.kind
+        self.allocation.kind
     }
 
-    /// A share in the memory's lifetime.
+    /// The whole allocation that this memory is a part of. Registering it once serves all its parts.
     #[must_use]
-    pub fn keep_alive(&self) -> KeepAlive {
-        self.owner.clone()
+    pub fn allocation(&self) -> &Region {
+        &self.allocation
+    }
+
+    /// Cuts the memory in two; both parts keep the allocation.
+    ///
+    /// # Panics
+    /// If `at` lies behind the end, as slices do.
+    #[must_use]
+    pub fn split_at(self, at: usize) -> (Self, Self) {
+        assert!(at <= self.len, "split at {at} of {} bytes", self.len);
+        // SAFETY: `at <= len`, so the result stays inside, or one past the end of, the adopted range.
+        let rest = unsafe { self.start.add(at) };
+        let tail = Self { start: rest, len: self.len - at, allocation: self.allocation.clone() };
+        (Self { start: self.start, len: at, allocation: self.allocation }, tail)
     }
 
     /// The bytes, if the processor can read them.
     #[must_use]
     pub fn host_bytes(&self) -> Option<&[u8]> {
         // SAFETY: by the contract of `adopt` the range is valid, and `&self` excludes writers.
-        (self.kind == MemoryKind::Host).then(|| unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) })
+        (self.kind() == MemoryKind::Host).then(|| unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) })
     }
 
     /// The bytes, if the processor can write them.
     #[must_use]
     pub fn host_bytes_mut(&mut self) -> Option<&mut [u8]> {
         // SAFETY: by the contract of `adopt` the range is valid, and `&mut self` is the only access to it.
-        (self.kind == MemoryKind::Host)
+        (self.kind() == MemoryKind::Host)
             .then(|| unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) })
     }
 }
@@ -97,7 +154,7 @@ impl Memory {
 impl fmt::Debug for Memory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Addresses stay out of logs.
-        f.debug_struct("Memory").field("len", &self.len).field("kind", &self.kind).finish_non_exhaustive()
+        f.debug_struct("Memory").field("len", &self.len).field("kind", &self.kind()).finish_non_exhaustive()
     }
 }
 

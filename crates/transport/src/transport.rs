@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 
 use refit_planner::{Capabilities, Dims};
-use refit_pool::{Memory, MemoryKind};
+use refit_pool::{MemoryKind, Region};
 
 use crate::TransportError;
 
@@ -62,8 +62,7 @@ pub enum Status {
 ///
 /// Everything is polled. No method waits for a peer.
 pub trait Transport: Debug + Send + Sync + 'static {
-    /// Keeps memory registered; deregisters on drop. Must not outlive the memory: pair it with a
-    /// [`KeepAlive`](refit_pool::KeepAlive).
+    /// Keeps memory registered until it is given to [`deregister`](Self::deregister) or dropped.
     type Registration: Send + Sync + Debug;
     /// A batch of reads from one peer, validated and built once, posted every cycle.
     type Prepared: Send + Debug;
@@ -87,7 +86,13 @@ pub trait Transport: Debug + Send + Sync + 'static {
     ///
     /// # Errors
     /// [`TransportError::Register`] when the backend refuses.
-    fn register(&self, memory: &Memory) -> Result<Self::Registration, TransportError>;
+    fn register(&self, region: &Region) -> Result<Self::Registration, TransportError>;
+
+    /// Undoes a registration and says whether that worked, which a drop cannot.
+    ///
+    /// # Errors
+    /// [`TransportError::Register`] when the backend refuses; the registration is gone all the same.
+    fn deregister(&self, registration: Self::Registration) -> Result<(), TransportError>;
 
     /// Makes the peer that published `metadata` under `name` known, and pays what the first transfer would pay.
     ///
@@ -107,6 +112,9 @@ pub trait Transport: Debug + Send + Sync + 'static {
     /// [`TransportError::NotRegistered`] for ranges outside registrations on either side, as far as this side can
     /// tell, [`TransportError::Overlap`] when two reads write the same byte, [`TransportError::Prepare`] otherwise.
     fn prepare(&self, peer: &Peer, reads: &[ReadOp]) -> Result<Self::Prepared, TransportError>;
+
+    /// The local ranges that a batch writes, joined where they touch, sorted by address.
+    fn written<'a>(&self, prepared: &'a Self::Prepared) -> &'a [LocalRange];
 
     /// Starts every read of the batch. Called by [`Pull`](crate::Pull) only.
     ///
