@@ -132,3 +132,47 @@ impl Drop for Mapping {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_mappings_are_trimmed_to_whole_pages_at_a_huge_boundary() {
+        let page = rustix::param::page_size();
+        for bytes in [HUGE - page + 1, HUGE, HUGE + 1, 3 * HUGE - 1] {
+            let mapping = Mapping::new(bytes).unwrap();
+            assert_eq!(mapping.start.as_ptr().addr() % HUGE, 0);
+            assert_eq!(mapping.len, bytes.next_multiple_of(page));
+        }
+    }
+
+    #[test]
+    fn sizes_that_no_memory_has_are_refused() {
+        for bytes in [
+            usize::MAX,
+            usize::MAX - 4096,
+            isize::MAX.unsigned_abs(),
+            isize::MAX.unsigned_abs() - HUGE,
+        ] {
+            let error = HostAllocator.allocate(bytes).unwrap_err();
+            assert_eq!((error.bytes(), error.kind()), (bytes as u64, MemoryKind::Host));
+        }
+    }
+
+    /// A leak of the mappings would show as 1 TiB here, one of what is trimmed as 2 GiB.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn what_is_dropped_and_what_is_trimmed_goes_back() {
+        let mapped_pages = || {
+            let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+            statm.split(' ').next().unwrap().parse::<usize>().unwrap()
+        };
+        let before = mapped_pages();
+        for _ in 0..1000 {
+            drop(HostAllocator.allocate(1 << 30).unwrap());
+        }
+        let grown = mapped_pages().saturating_sub(before) * rustix::param::page_size();
+        assert!(grown < 1 << 30, "{grown} bytes more are mapped");
+    }
+}

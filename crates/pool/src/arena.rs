@@ -74,3 +74,54 @@ impl Memory {
         Ok(carved.into_iter().map(|(_, memory)| memory).collect())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Allocator, HostAllocator};
+
+    #[test]
+    fn parts_are_aligned_and_sizes_never_wrap() {
+        let mut arena = ArenaPlan::new();
+        assert_eq!(
+            [arena.push(3, 0), arena.push(5, 4), arena.push(0, 7), arena.push(1, 1)],
+            [0, 4, 14, 14]
+        );
+        assert_eq!(arena.bytes(), 15);
+        arena.push(u64::MAX - 20, 1);
+        assert_eq!((arena.push(1, 256), arena.bytes()), (u64::MAX, u64::MAX));
+    }
+
+    #[test]
+    fn parts_come_back_in_the_order_asked_for() {
+        let memory = HostAllocator.allocate(100).unwrap();
+        let base = memory.address();
+        let parts = memory.carve(&[(60, 40), (0, 10), (10, 0), (20, 5)]).unwrap();
+        let got = parts.iter().map(|part| (part.address() - base, part.len())).collect::<Vec<_>>();
+        assert_eq!(got, [(60, 40), (0, 10), (10, 0), (20, 5)]);
+        assert!(
+            parts
+                .iter()
+                .all(|part| part.allocation().address() == base && part.allocation().len() == 100)
+        );
+    }
+
+    #[test]
+    fn parts_have_one_holder_and_stay_inside() {
+        let carve = |parts: &[(u64, u64)]| {
+            HostAllocator.allocate(100).unwrap().carve(parts).map(|_| ()).unwrap_err()
+        };
+        assert_eq!(
+            carve(&[(50, 10), (0, 51)]),
+            CarveError::Overlap { part: 1, other: 0, offset: 50 }
+        );
+        for (offset, len) in
+            [(0, 101), (100, 1), (101, 0), (u64::MAX, 1), (1, u64::MAX), (u64::MAX, u64::MAX)]
+        {
+            assert_eq!(
+                carve(&[(offset, len)]),
+                CarveError::Outside { part: 0, offset, len, available: 100 }
+            );
+        }
+    }
+}

@@ -165,3 +165,6 @@ fn pieces(region: &Region, max: Option<u64>) -> impl Iterator<Item = Region> {
         (start < at).then(|| region.part(start, at))
     })
 }
+
+#[cfg(test)]
+mod tests;
