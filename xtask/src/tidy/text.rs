@@ -6,10 +6,14 @@ use crate::help;
 /// Folders that exist on one machine only. Joined here, so that this file passes its own check.
 const PRIVATE: [&str; 3] = [concat!("/ho", "me/"), concat!("/ro", "ot/"), concat!("/wo", "rk/")];
 
+/// Written by other programs and compared byte by byte: how its lines end is not ours to choose.
+const GOLDEN: &str = "tests/golden/";
+
 pub(super) fn check(file: &str, content: &str) -> Vec<Finding> {
     let mut findings = Vec::new();
+    let ours = !file.starts_with(GOLDEN);
     for (number, line) in numbered(content) {
-        if line.ends_with([' ', '\t', '\r']) {
+        if ours && line.ends_with([' ', '\t', '\r']) {
             findings.push(Finding::at(
                 file,
                 number,
@@ -24,7 +28,7 @@ pub(super) fn check(file: &str, content: &str) -> Vec<Finding> {
             ));
         }
     }
-    if !content.is_empty() && !content.ends_with('\n') {
+    if ours && !content.is_empty() && !content.ends_with('\n') {
         findings.push(Finding::whole(file, "no newline at the end of the file; add it"));
     }
     findings
@@ -75,6 +79,7 @@ mod tests {
         assert_eq!(lines, [Some(2), Some(3), Some(4), None]);
         assert_eq!(check("a.md", "ok\n"), []);
         assert_eq!(check("empty", ""), []);
+        assert_eq!(check("tests/golden/a.json", "{ \n}"), []);
     }
 
     #[test]
