@@ -7,7 +7,9 @@ use crate::Dtype;
 #[non_exhaustive]
 pub enum LayoutError {
     /// Two parameters of one rank have the same name.
-    #[error("rank {rank} lists parameter `{param}` twice; every parameter has one entry, tied ones included")]
+    #[error(
+        "rank {rank} lists parameter `{param}` twice; every parameter has one entry, tied ones included"
+    )]
     DuplicateParam {
         /// The rank.
         rank: u32,
@@ -40,7 +42,9 @@ pub enum LayoutError {
         other_cols: u64,
     },
     /// A band or fill has no elements.
-    #[error("rank {rank}: a band or fill of `{param}` is empty or has a row step of 0; leave empty bands out")]
+    #[error(
+        "rank {rank}: a band or fill of `{param}` is empty or has a row step of 0; leave empty bands out"
+    )]
     Empty {
         /// The rank.
         rank: u32,
@@ -48,7 +52,9 @@ pub enum LayoutError {
         param: Arc<str>,
     },
     /// A band reaches outside its logical tensor.
-    #[error("rank {rank}: a band of `{param}` reaches outside tensor `{tensor}`, which is {rows} x {cols}")]
+    #[error(
+        "rank {rank}: a band of `{param}` reaches outside tensor `{tensor}`, which is {rows} x {cols}"
+    )]
     OutsideTensor {
         /// The rank.
         rank: u32,
@@ -62,7 +68,9 @@ pub enum LayoutError {
         cols: u64,
     },
     /// A band or fill reaches outside its parameter.
-    #[error("rank {rank}: a band or fill reaches outside parameter `{param}`, which is {rows} x {cols}")]
+    #[error(
+        "rank {rank}: a band or fill reaches outside parameter `{param}`, which is {rows} x {cols}"
+    )]
     OutsideParam {
         /// The rank.
         rank: u32,
@@ -74,7 +82,9 @@ pub enum LayoutError {
         cols: u64,
     },
     /// A band names a tensor that this layout has not declared.
-    #[error("rank {rank}: a band of `{param}` names tensor number {tensor}, which was never declared")]
+    #[error(
+        "rank {rank}: a band of `{param}` names tensor number {tensor}, which was never declared"
+    )]
     UnknownTensor {
         /// The rank.
         rank: u32,
@@ -152,7 +162,9 @@ pub enum PlanError {
         col: u64,
     },
     /// Bands and fills of a target parameter leave bytes unclaimed.
-    #[error("bands and fills of target parameter `{param}` claim {claimed} of its {elements} elements")]
+    #[error(
+        "bands and fills of target parameter `{param}` claim {claimed} of its {elements} elements"
+    )]
     Gap {
         /// The target parameter.
         param: Arc<str>,
@@ -162,7 +174,9 @@ pub enum PlanError {
         elements: u64,
     },
     /// The element types differ and no transform joins them.
-    #[error("`{param}` is {to} but its source `{source_param}` on rank {rank} is {from}: no cast joins these types")]
+    #[error(
+        "`{param}` is {to} but its source `{source_param}` on rank {rank} is {from}: no cast joins these types"
+    )]
     Dtype {
         /// The target parameter.
         param: Arc<str>,
@@ -185,7 +199,9 @@ pub enum PlanError {
 #[non_exhaustive]
 pub enum LowerError {
     /// The transport takes fewer reads than the plan needs in any form the options allow.
-    #[error("the plan needs {reads} reads, the transport takes at most {max}; allow staging or amplification")]
+    #[error(
+        "the plan needs {reads} reads, the transport takes at most {max}; allow staging or amplification"
+    )]
     TooManyReads {
         /// Reads needed in the smallest allowed form.
         reads: u64,

@@ -136,6 +136,11 @@ impl Param {
         self.cols
     }
 
+    /// The boxes of zeros, as local rows and columns.
+    pub fn fill_boxes(&self) -> impl Iterator<Item = (Range<u64>, Range<u64>)> {
+        self.fills.iter().map(|fill| (fill.rows.clone(), fill.cols.clone()))
+    }
+
     /// Size in bytes. Cannot overflow once the parameter is part of a [`RankLayout`].
     #[must_use]
     pub fn bytes(&self) -> u64 {
@@ -148,7 +153,10 @@ impl Param {
 /// Two layouts built from the same parameters in any order are equal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(into = "crate::raw::RawLayout", try_from = "crate::raw::RawLayout"))]
+#[cfg_attr(
+    feature = "serde",
+    serde(into = "crate::raw::RawLayout", try_from = "crate::raw::RawLayout")
+)]
 pub struct RankLayout {
     pub(crate) rank: u32,
     pub(crate) tensors: Vec<Tensor>,
@@ -262,7 +270,8 @@ impl LayoutBuilder {
         if rows.checked_mul(cols).is_none_or(|elements| elements > MAX_BYTES) {
             return Err(LayoutError::TooLarge { rank, name });
         }
-        let id = TensorId(u32::try_from(self.tensors.len()).map_err(|_| LayoutError::TooMany { rank })?);
+        let id =
+            TensorId(u32::try_from(self.tensors.len()).map_err(|_| LayoutError::TooMany { rank })?);
         self.tensors.push(Tensor { name: name.clone(), rows, cols });
         self.ids.insert(name, id);
         Ok(id)
@@ -316,15 +325,26 @@ impl LayoutBuilder {
     fn check(&self, param: &Param) -> Result<(), LayoutError> {
         let rank = self.rank;
         let name = || param.name.clone();
-        let bytes =
-            param.rows.checked_mul(param.cols).and_then(|elements| elements.checked_mul(param.dtype.size()));
+        let bytes = param
+            .rows
+            .checked_mul(param.cols)
+            .and_then(|elements| elements.checked_mul(param.dtype.size()));
         if bytes.is_none_or(|bytes| bytes > MAX_BYTES) {
             return Err(LayoutError::TooLarge { rank, name: name() });
         }
-        let outside = || LayoutError::OutsideParam { rank, param: name(), rows: param.rows, cols: param.cols };
+        let outside = || LayoutError::OutsideParam {
+            rank,
+            param: name(),
+            rows: param.rows,
+            cols: param.cols,
+        };
         for band in &param.bands {
             let Some(tensor) = self.tensors.get(band.tensor.0 as usize) else {
-                return Err(LayoutError::UnknownTensor { rank, param: name(), tensor: band.tensor.0 });
+                return Err(LayoutError::UnknownTensor {
+                    rank,
+                    param: name(),
+                    tensor: band.tensor.0,
+                });
             };
             if band.rows.is_empty() || band.cols.is_empty() || band.row_step == 0 {
                 return Err(LayoutError::Empty { rank, param: name() });
@@ -342,7 +362,9 @@ impl LayoutBuilder {
                 .checked_mul(band.row_step)
                 .and_then(|span| span.checked_add(band.at_row));
             let end_col = band.at_col.checked_add(band.cols.end - band.cols.start);
-            if last_row.is_none_or(|row| row >= param.rows) || end_col.is_none_or(|col| col > param.cols) {
+            if last_row.is_none_or(|row| row >= param.rows)
+                || end_col.is_none_or(|col| col > param.cols)
+            {
                 return Err(outside());
             }
         }

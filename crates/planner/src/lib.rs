@@ -60,6 +60,8 @@ pub use error::{LayoutError, LowerError, PlanError};
 pub use hash::Hash;
 pub use layout::{Band, FillBox, LayoutBuilder, Param, RankLayout, Tensor, TensorId};
 pub use lower::{Capabilities, LowerOptions, Mode, Policy, lower};
-pub use plan::{Coverage, Fill, Plan, PlanOptions, Replicas, Segment, SourceParam, TargetParam, Transform, plan};
+pub use plan::{
+    Coverage, Fill, Plan, PlanOptions, Replicas, Segment, SourceParam, TargetParam, Transform, plan,
+};
 pub use program::{Choice, Destination, Landing, Method, Program, Read};
 pub use source::SourceLayout;

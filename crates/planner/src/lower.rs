@@ -99,11 +99,20 @@ impl LowerOptions {
 /// # Errors
 /// [`LowerError::TooManyReads`] when no allowed form keeps to `max_reads`, [`LowerError::StagingForbidden`] when a
 /// cast meets [`Policy::ReadPerRun`], [`LowerError::StagingTooLarge`].
-pub fn lower(plan: &Plan, capabilities: &Capabilities, options: &LowerOptions) -> Result<Program, LowerError> {
+pub fn lower(
+    plan: &Plan,
+    capabilities: &Capabilities,
+    options: &LowerOptions,
+) -> Result<Program, LowerError> {
     let mut groups = group(plan, capabilities, options)?;
     limit_reads(&mut groups, capabilities.max_reads)?;
 
-    let mut out = Emitter { strided: capabilities.strided_reads, reads: Vec::new(), landings: Vec::new(), staged: 0 };
+    let mut out = Emitter {
+        strided: capabilities.strided_reads,
+        reads: Vec::new(),
+        landings: Vec::new(),
+        staged: 0,
+    };
     for group in &groups {
         out.emit(group)?;
     }
@@ -228,7 +237,9 @@ fn forms<'a>(
     }
     forms.sort_by_key(|form| form.cost_ns);
     if forms.is_empty() {
-        return Err(LowerError::StagingForbidden { param: plan.targets()[target as usize].name.clone() });
+        return Err(LowerError::StagingForbidden {
+            param: plan.targets()[target as usize].name.clone(),
+        });
     }
     Ok(Group { segments, spans, forms })
 }
@@ -265,13 +276,16 @@ fn nanoseconds(bytes: u64, bytes_per_us: u64) -> u64 {
 
 /// Moves groups to forms with fewer reads, the largest saving first, until the program fits.
 fn limit_reads(groups: &mut [Group<'_>], max: u64) -> Result<(), LowerError> {
-    let mut reads = groups.iter().fold(0, |sum: u64, group| sum.saturating_add(group.chosen().reads));
+    let mut reads =
+        groups.iter().fold(0, |sum: u64, group| sum.saturating_add(group.chosen().reads));
     if reads <= max {
         return Ok(());
     }
     let fewest = |group: &Group<'_>| group.forms.iter().map(|form| form.reads).min().unwrap_or(0);
     let mut order: Vec<usize> = (0..groups.len()).collect();
-    order.sort_by_key(|&index| core::cmp::Reverse(groups[index].chosen().reads - fewest(&groups[index])));
+    order.sort_by_key(|&index| {
+        core::cmp::Reverse(groups[index].chosen().reads - fewest(&groups[index]))
+    });
     for index in order {
         if reads <= max {
             return Ok(());
@@ -296,7 +310,9 @@ impl Emitter {
         match group.chosen().method {
             Method::Direct => {
                 for segment in &group.segments {
-                    let Segment { source, target, source_offset, target_offset, run, ref dims, .. } = **segment;
+                    let Segment {
+                        source, target, source_offset, target_offset, run, ref dims, ..
+                    } = **segment;
                     let to = |offset| Destination::Live { target, offset: target_offset + offset };
                     self.read(source, source_offset, run, dims, to);
                 }
@@ -311,7 +327,10 @@ impl Emitter {
                         .as_slice()
                         .iter()
                         .zip(packed.as_slice())
-                        .map(|(dim, dense)| crate::Dim { target_stride: dense.source_stride, ..*dim })
+                        .map(|(dim, dense)| crate::Dim {
+                            target_stride: dense.source_stride,
+                            ..*dim
+                        })
                         .collect();
                     self.read(source, source_offset, run, &into, |offset| Destination::Staging {
                         offset: base + offset,
@@ -330,9 +349,15 @@ impl Emitter {
                         run: span.bytes(),
                         dims: Dims::none(),
                     });
-                    let inside = |segment: &&&Segment| (span.start..span.end).contains(&segment.source_offset);
+                    let inside = |segment: &&&Segment| {
+                        (span.start..span.end).contains(&segment.source_offset)
+                    };
                     for segment in group.segments.iter().filter(inside) {
-                        self.land(segment, base + (segment.source_offset - span.start), segment.dims.clone());
+                        self.land(
+                            segment,
+                            base + (segment.source_offset - span.start),
+                            segment.dims.clone(),
+                        );
                     }
                 }
             }
@@ -341,7 +366,14 @@ impl Emitter {
     }
 
     /// One strided read where the transport takes it, else one per run.
-    fn read(&mut self, source: u32, offset: u64, run: u64, dims: &Dims, to: impl Fn(u64) -> Destination) {
+    fn read(
+        &mut self,
+        source: u32,
+        offset: u64,
+        run: u64,
+        dims: &Dims,
+        to: impl Fn(u64) -> Destination,
+    ) {
         if self.strided {
             self.reads.push(Read { source, offset, destination: to(0), run, dims: dims.clone() });
             return;
@@ -367,7 +399,10 @@ impl Emitter {
     }
 
     fn reserve(&mut self, bytes: u64) -> Result<u64, LowerError> {
-        let base = self.staged.checked_next_multiple_of(STAGING_ALIGN).ok_or(LowerError::StagingTooLarge)?;
+        let base = self
+            .staged
+            .checked_next_multiple_of(STAGING_ALIGN)
+            .ok_or(LowerError::StagingTooLarge)?;
         let end = base.checked_add(bytes).filter(|end| i64::try_from(*end).is_ok());
         self.staged = end.ok_or(LowerError::StagingTooLarge)?;
         Ok(base)

@@ -254,7 +254,8 @@ impl Plan {
     pub fn bytes_by_source(&self) -> BTreeMap<u32, u64> {
         let mut bytes = BTreeMap::new();
         for segment in &self.segments {
-            *bytes.entry(self.sources[segment.source as usize].rank).or_default() += segment.source_bytes();
+            *bytes.entry(self.sources[segment.source as usize].rank).or_default() +=
+                segment.source_bytes();
         }
         bytes
     }
@@ -269,7 +270,11 @@ impl Plan {
 /// [`PlanError::Uncovered`] when some target bytes have no source, [`PlanError::Overlap`] and [`PlanError::Gap`] when
 /// the target's own bands do not tile it, [`PlanError::TensorShape`] and [`PlanError::Dtype`] when the sides hold
 /// different models, [`PlanError::TooMany`] beyond 2^32 entries.
-pub fn plan(source: &SourceLayout, target: &RankLayout, options: &PlanOptions) -> Result<Plan, PlanError> {
+pub fn plan(
+    source: &SourceLayout,
+    target: &RankLayout,
+    options: &PlanOptions,
+) -> Result<Plan, PlanError> {
     let mut pieces = pieces::Cutter::new(source, target, options.replicas);
     let mut used = UsedSources::default();
     let mut segments = Vec::new();
@@ -294,7 +299,8 @@ pub fn plan(source: &SourceLayout, target: &RankLayout, options: &PlanOptions) -
         coverage.copied_bytes += copied;
         coverage.target_bytes += param.bytes();
         coverage.filled_bytes += param.bytes() - copied;
-        coverage.needed_bytes += segments[first_segment..].iter().map(Segment::source_bytes).sum::<u64>();
+        coverage.needed_bytes +=
+            segments[first_segment..].iter().map(Segment::source_bytes).sum::<u64>();
     }
     u32::try_from(segments.len()).map_err(|_| PlanError::TooMany)?;
 
@@ -333,13 +339,23 @@ impl UsedSources {
         let params = self.numbers.keys().map(|&(rank, param)| {
             let layout = &source.ranks()[rank as usize];
             let param = &layout.params()[param as usize];
-            SourceParam { rank: layout.rank(), name: param.name.clone(), dtype: param.dtype, bytes: param.bytes() }
+            SourceParam {
+                rank: layout.rank(),
+                name: param.name.clone(),
+                dtype: param.dtype,
+                bytes: param.bytes(),
+            }
         });
         params.collect()
     }
 }
 
-fn hash(sources: &[SourceParam], targets: &[TargetParam], segments: &[Segment], fills: &[Fill]) -> Hash {
+fn hash(
+    sources: &[SourceParam],
+    targets: &[TargetParam],
+    segments: &[Segment],
+    fills: &[Fill],
+) -> Hash {
     let mut encoder = Encoder::new(HASH_CONTEXT);
     encoder.len(sources.len());
     for source in sources {

@@ -36,7 +36,11 @@ impl From<RankLayout> for RawLayout {
         Self {
             rank: layout.rank,
             tensors: tensors
-                .map(|tensor| RawTensor { name: tensor.name.as_ref().into(), rows: tensor.rows, cols: tensor.cols })
+                .map(|tensor| RawTensor {
+                    name: tensor.name.as_ref().into(),
+                    rows: tensor.rows,
+                    cols: tensor.cols,
+                })
                 .collect(),
             params: params
                 .map(|param| RawParam {
@@ -67,11 +71,16 @@ impl TryFrom<RawLayout> for RankLayout {
             for band in &mut param.bands {
                 let Some(&id) = ids.get(band.tensor.0 as usize) else {
                     let tensor = band.tensor.0;
-                    return Err(LayoutError::UnknownTensor { rank, param: param.name.into(), tensor });
+                    return Err(LayoutError::UnknownTensor {
+                        rank,
+                        param: param.name.into(),
+                        tensor,
+                    });
                 };
                 band.tensor = id;
             }
-            let mut decoded = Param::new(param.name, param.dtype, param.rows, param.cols).bands(param.bands);
+            let mut decoded =
+                Param::new(param.name, param.dtype, param.rows, param.cols).bands(param.bands);
             decoded.fills = param.fills;
             builder.param(decoded)?;
         }

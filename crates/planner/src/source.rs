@@ -69,7 +69,8 @@ impl SourceLayout {
         for (rank, layout) in ranks.iter().enumerate() {
             let too_many = || LayoutError::TooMany { rank: layout.rank };
             let rank = u32::try_from(rank).map_err(|_| too_many())?;
-            let local: Vec<usize> = layout.tensors.iter().map(|tensor| numbers[tensor.name.as_ref()]).collect();
+            let local: Vec<usize> =
+                layout.tensors.iter().map(|tensor| numbers[tensor.name.as_ref()]).collect();
             for (index, param) in layout.params.iter().enumerate() {
                 let index = u32::try_from(index).map_err(|_| too_many())?;
                 for (number, band) in param.bands.iter().enumerate() {
@@ -81,7 +82,16 @@ impl SourceLayout {
         }
         owned.sort_unstable_by_key(|(tensor, band, replica)| {
             let Band { rows, cols, .. } = band;
-            (*tensor, rows.start, cols.start, rows.end, cols.end, replica.rank, replica.param, replica.band)
+            (
+                *tensor,
+                rows.start,
+                cols.start,
+                rows.end,
+                cols.end,
+                replica.rank,
+                replica.param,
+                replica.band,
+            )
         });
 
         let mut shards = Vec::<Shard>::new();
@@ -93,7 +103,9 @@ impl SourceLayout {
                 starts.push(shards.len());
             }
             match shards.last_mut() {
-                Some(last) if !first_of_tensor && last.rows == band.rows && last.cols == band.cols => {
+                Some(last)
+                    if !first_of_tensor && last.rows == band.rows && last.cols == band.cols =>
+                {
                     last.replicas.end += 1;
                 }
                 _ => shards.push(Shard {
@@ -137,7 +149,11 @@ impl SourceLayout {
     }
 }
 
-fn declare(tensors: &mut BTreeMap<Arc<str>, Held>, tensor: &Tensor, rank: u32) -> Result<(), LayoutError> {
+fn declare(
+    tensors: &mut BTreeMap<Arc<str>, Held>,
+    tensor: &Tensor,
+    rank: u32,
+) -> Result<(), LayoutError> {
     match tensors.get(&tensor.name) {
         None => {
             let held = Held { rows: tensor.rows, cols: tensor.cols, rank, shards: 0..0 };

@@ -8,7 +8,27 @@
 //! - This crate does not know what a plan is: keys are opaque bytes.
 //! - Registrations are dropped before the memory they cover, always.
 //! - A leased entry is never evicted, and memory that a transfer may still write is never freed: it is quarantined.
+//! - No lock is held across a call of the allocator, the registrar, or the caller's code.
 
+mod allocator;
+mod arena;
+mod budget;
+mod build;
+mod error;
+mod key;
+mod lease;
 mod memory;
+mod pool;
+mod registrar;
+mod stats;
 
+pub use allocator::{Allocator, HostAllocator};
+pub use arena::ArenaPlan;
+pub use build::Build;
+pub use error::{AllocateError, CarveError, LeaseError, PoolError};
+pub use key::Key;
+pub use lease::Lease;
 pub use memory::{KeepAlive, Memory, MemoryKind, Region};
+pub use pool::{Pool, PoolOptions};
+pub use registrar::Registrar;
+pub use stats::PoolStats;

@@ -15,10 +15,19 @@ pub enum MemoryKind {
     Cuda(u32),
 }
 
+impl fmt::Display for MemoryKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host => f.write_str("host memory"),
+            Self::Cuda(ordinal) => write!(f, "memory of CUDA device {ordinal}"),
+        }
+    }
+}
+
 /// Exclusive access to a contiguous piece of memory. Not `Clone`: whoever holds it may read and write it.
 ///
 /// The memory lives as long as its owner, an opaque reference-counted object: our own mapping, or whatever an engine
-/// holds its parameters by. [`Memory::keep_alive`] shares that lifetime without sharing access.
+/// holds its parameters by. [`Region::keep_alive`] shares that lifetime without sharing access.
 pub struct Memory {
     start: NonNull<u8>,
     len: usize,
@@ -66,11 +75,45 @@ impl Region {
     pub fn keep_alive(&self) -> &KeepAlive {
         &self.keep_alive
     }
+
+    /// One past the last address.
+    pub(crate) fn end(&self) -> u64 {
+        self.address.saturating_add(self.len)
+    }
+
+    /// The addresses from `start` to `end` of this region, with a share in its lifetime.
+    pub(crate) fn part(&self, start: u64, end: u64) -> Self {
+        debug_assert!(self.address <= start && start <= end && end <= self.end());
+        Self {
+            address: start,
+            len: end - start,
+            kind: self.kind,
+            keep_alive: self.keep_alive.clone(),
+        }
+    }
+
+    /// The smallest region that covers both, which must share bytes, and shares both lifetimes.
+    pub(crate) fn join(&self, other: &Self) -> Self {
+        let address = self.address.min(other.address);
+        let len = self.end().max(other.end()) - address;
+        Self { address, len, kind: self.kind, keep_alive: self.keep_alive.join(&other.keep_alive) }
+    }
 }
 
 /// Keeps memory allocated without giving access to it: what a registration holds.
 #[derive(Clone)]
 pub struct KeepAlive(Arc<dyn Any + Send + Sync>);
+
+impl KeepAlive {
+    /// Keeps alive what both keep alive.
+    fn join(&self, other: &Self) -> Self {
+        if Arc::ptr_eq(&self.0, &other.0) {
+            self.clone()
+        } else {
+            Self(Arc::new((self.clone(), other.clone())))
+        }
+    }
+}
 
 // SAFETY: `Memory` is a unique handle to plain bytes; the owner that frees them is itself `Send + Sync`.
 unsafe impl Send for Memory {}
@@ -86,10 +129,22 @@ impl Memory {
     ///   that it was lent to, or at times when its holder is known not to use it (an engine that is running).
     /// - No other `Memory` covers any of those bytes.
     #[must_use]
-    pub unsafe fn adopt(start: NonNull<u8>, len: usize, kind: MemoryKind, owner: Arc<dyn Any + Send + Sync>) -> Self {
+    pub unsafe fn adopt(
+        start: NonNull<u8>,
+        len: usize,
+        kind: MemoryKind,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> Self {
         let address = start.as_ptr().addr() as u64;
         let allocation = Region { address, len: len as u64, kind, keep_alive: KeepAlive(owner) };
         Self { start, len, allocation }
+    }
+
+    /// Memory without bytes.
+    #[must_use]
+    pub fn empty(kind: MemoryKind) -> Self {
+        // SAFETY: a range of no bytes is valid everywhere and overlaps nothing.
+        unsafe { Self::adopt(NonNull::dangling(), 0, kind, Arc::new(())) }
     }
 
     /// First address, as transports name it.
@@ -139,7 +194,8 @@ impl Memory {
     #[must_use]
     pub fn host_bytes(&self) -> Option<&[u8]> {
         // SAFETY: by the contract of `adopt` the range is valid, and `&self` excludes writers.
-        (self.kind() == MemoryKind::Host).then(|| unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) })
+        (self.kind() == MemoryKind::Host)
+            .then(|| unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) })
     }
 
     /// The bytes, if the processor can write them.
@@ -154,7 +210,10 @@ impl Memory {
 impl fmt::Debug for Memory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Addresses stay out of logs.
-        f.debug_struct("Memory").field("len", &self.len).field("kind", &self.kind()).finish_non_exhaustive()
+        f.debug_struct("Memory")
+            .field("len", &self.len)
+            .field("kind", &self.kind())
+            .finish_non_exhaustive()
     }
 }
 

@@ -40,15 +40,18 @@ fn join_contiguous(a: &mut Segment, b: &Segment) -> bool {
     if a.source != b.source || a.transform != b.transform {
         return false;
     }
-    let distance = (b.source_offset.wrapping_sub(a.source_offset), b.target_offset - a.target_offset);
+    let distance =
+        (b.source_offset.wrapping_sub(a.source_offset), b.target_offset - a.target_offset);
     if a.dims.is_none() && b.dims.is_none() && distance == (a.run, a.target_run()) {
         a.run += b.run;
         return true;
     }
     let same_run = a.run == b.run;
     if let ([da], [db]) = (a.dims.as_slice(), b.dims.as_slice()) {
-        let continues = distance == (da.count.wrapping_mul(da.source_stride), da.count.wrapping_mul(da.target_stride));
-        let same_strides = (da.source_stride, da.target_stride) == (db.source_stride, db.target_stride);
+        let continues = distance
+            == (da.count.wrapping_mul(da.source_stride), da.count.wrapping_mul(da.target_stride));
+        let same_strides =
+            (da.source_stride, da.target_stride) == (db.source_stride, db.target_stride);
         if same_run && same_strides && continues {
             let count = db.count;
             if let Some(dim) = a.dims.first_mut() {
@@ -87,9 +90,13 @@ fn fold(segments: &mut Vec<Segment>, first: usize) {
 fn series_length(segments: &[Segment]) -> usize {
     let [head, next, rest @ ..] = segments else { return segments.len() };
     let step = |a: &Segment, b: &Segment| {
-        let same = a.source == b.source && a.transform == b.transform && a.run == b.run && a.dims == b.dims;
+        let same = a.source == b.source
+            && a.transform == b.transform
+            && a.run == b.run
+            && a.dims == b.dims;
         let forward = b.source_offset > a.source_offset;
-        let distance = (b.source_offset.wrapping_sub(a.source_offset), b.target_offset - a.target_offset);
+        let distance =
+            (b.source_offset.wrapping_sub(a.source_offset), b.target_offset - a.target_offset);
         (same && forward && head.dims.as_slice().len() < MAX_DIMS).then_some(distance)
     };
     let Some(distance) = step(head, next) else { return 1 };

@@ -19,7 +19,8 @@ struct Area {
 
 impl Area {
     fn elements(&self) -> u64 {
-        self.rows.end.saturating_sub(self.rows.start) * self.cols.end.saturating_sub(self.cols.start)
+        self.rows.end.saturating_sub(self.rows.start)
+            * self.cols.end.saturating_sub(self.cols.start)
     }
 
     fn intersect(&self, shard: &Shard) -> Self {
@@ -66,7 +67,15 @@ impl Piece<'_> {
             _ if contiguous => (run * count, Dims::none()),
             _ => (run, Dims::one(Dim { count, source_stride, target_stride })),
         };
-        Segment { source, target, source_offset, target_offset, run, dims, transform: self.transform }
+        Segment {
+            source,
+            target,
+            source_offset,
+            target_offset,
+            run,
+            dims,
+            transform: self.transform,
+        }
     }
 
     /// Byte offset of the area's first element in a parameter, and bytes from one of its rows to the next.
@@ -114,7 +123,8 @@ impl<'a> Cutter<'a> {
         mut emit: impl FnMut(Piece<'a>) -> Result<(), PlanError>,
     ) -> Result<(), PlanError> {
         let tensor = &self.target.tensors()[band.tensor.0 as usize];
-        let (shape, shards) = self.source.shards_of(&tensor.name).unwrap_or(((tensor.rows, tensor.cols), &[]));
+        let (shape, shards) =
+            self.source.shards_of(&tensor.name).unwrap_or(((tensor.rows, tensor.cols), &[]));
         if shape != (tensor.rows, tensor.cols) {
             return Err(PlanError::TensorShape {
                 tensor: tensor.name.clone(),
@@ -148,7 +158,12 @@ impl<'a> Cutter<'a> {
     }
 
     /// Picks the copy to read: same element type first, then by the rule.
-    fn choose(&mut self, shard: &Shard, param: &Param, elements: u64) -> Result<Replica, PlanError> {
+    fn choose(
+        &mut self,
+        shard: &Shard,
+        param: &Param,
+        elements: u64,
+    ) -> Result<Replica, PlanError> {
         let replicas = self.source.replicas_of(shard);
         let turn = self.target.rank() as usize;
         let best = replicas.iter().enumerate().min_by_key(|(place, replica)| {
@@ -156,7 +171,8 @@ impl<'a> Cutter<'a> {
             let (load, place) = match self.rule {
                 Replicas::Lowest => (0, *place),
                 Replicas::Spread => {
-                    let rotated = (*place + replicas.len() - turn % replicas.len()) % replicas.len();
+                    let rotated =
+                        (*place + replicas.len() - turn % replicas.len()) % replicas.len();
                     (self.load.get(&replica.rank).copied().unwrap_or(0), rotated)
                 }
             };

@@ -34,7 +34,8 @@ impl Claim {
 /// The smallest `x >= from` with `x = a (mod p)` and `x = b (mod q)`: the Chinese remainder theorem for moduli that
 /// may share factors. Products of two `u64` are taken in `i128`, which holds them.
 fn common_term((a, p): (u64, u64), (b, q): (u64, u64), from: u64) -> Option<u64> {
-    let (a, p, b, q, from) = (i128::from(a), i128::from(p), i128::from(b), i128::from(q), i128::from(from));
+    let (a, p, b, q, from) =
+        (i128::from(a), i128::from(p), i128::from(b), i128::from(q), i128::from(from));
     let (gcd, inverse) = extended_gcd(p, q);
     if (b - a) % gcd != 0 {
         return None;

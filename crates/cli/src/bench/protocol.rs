@@ -1,0 +1,111 @@
+//! What the bench and its ranks say to each other, one JSON value a line.
+
+use refit::Report;
+use serde::{Deserialize, Serialize};
+
+/// How a cycle finds its buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Mode {
+    /// Nothing kept: planned, allocated, registered and prepared in this cycle.
+    Uncached,
+    /// Everything kept from the cycle before.
+    Cached,
+    /// Everything kept, but the program has one read for every contiguous run.
+    ReadPerRun,
+}
+
+impl Mode {
+    pub(crate) const fn label(self) -> &'static str {
+        match self {
+            Self::Uncached => "uncached",
+            Self::Cached => "cached",
+            Self::ReadPerRun => "read per row",
+        }
+    }
+}
+
+/// What a rank is told to do.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Command {
+    /// A source: write the values of this cycle.
+    Fill { cycle: u64 },
+    /// A target: refit.
+    Refit { mode: Mode },
+    /// A target: compare every byte with the values of this cycle.
+    Verify { cycle: u64 },
+    /// A target: read as many bytes as a refit does, one read a source.
+    BigRead,
+    /// A target: copy memory.
+    Memcpy,
+    /// Leave.
+    Stop,
+}
+
+/// What a rank answers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Reply {
+    /// Set up.
+    Ready,
+    /// Done as told.
+    Done,
+    /// A refit is done.
+    Refit(Box<RankReport>),
+    /// A ceiling was measured.
+    Rate { bytes: u64, seconds: f64 },
+    /// The rank cannot go on.
+    Failed { reason: String },
+}
+
+/// A target's report in seconds, as it travels and as `--json` has it.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct RankReport {
+    pub(crate) rank: u32,
+    pub(crate) plan_s: f64,
+    pub(crate) alloc_s: f64,
+    pub(crate) register_s: f64,
+    pub(crate) connect_s: f64,
+    pub(crate) prepare_s: f64,
+    pub(crate) pull_s: f64,
+    pub(crate) land_s: f64,
+    pub(crate) total_s: f64,
+    pub(crate) wire_bytes: u64,
+    pub(crate) needed_bytes: u64,
+    pub(crate) staging_bytes: u64,
+    pub(crate) param_bytes: u64,
+    pub(crate) reads: u64,
+    pub(crate) plans: u64,
+    pub(crate) prepared_reads: u64,
+    pub(crate) allocations: u64,
+    pub(crate) registrations: u64,
+    /// Most memory the process ever had resident so far, 0 where ranks share a process.
+    pub(crate) peak_rss_bytes: u64,
+}
+
+impl RankReport {
+    pub(crate) fn new(rank: u32, report: &Report, param_bytes: u64, peak_rss_bytes: u64) -> Self {
+        Self {
+            rank,
+            plan_s: report.plan.as_secs_f64(),
+            alloc_s: report.allocate.as_secs_f64(),
+            register_s: report.register.as_secs_f64(),
+            connect_s: report.connect.as_secs_f64(),
+            prepare_s: report.prepare.as_secs_f64(),
+            pull_s: report.pull.as_secs_f64(),
+            land_s: report.land.as_secs_f64(),
+            total_s: report.total.as_secs_f64(),
+            wire_bytes: report.wire_bytes,
+            needed_bytes: report.needed_bytes,
+            staging_bytes: report.staging_bytes,
+            param_bytes,
+            reads: report.reads,
+            plans: report.plans,
+            prepared_reads: report.prepared_reads,
+            allocations: report.allocations,
+            registrations: report.registrations,
+            peak_rss_bytes,
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! Everything that ends a command with exit status 2 and one line.
+
+use std::io;
+use std::path::PathBuf;
+
+use refit::RefitError;
+use refit::translate::TranslateError;
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CliError {
+    #[error("cannot read {path}: {source}")]
+    Read { path: PathBuf, source: io::Error },
+    #[error("cannot write {path}: {source}")]
+    Write { path: PathBuf, source: io::Error },
+    #[error("{path}: {source}")]
+    Config { path: PathBuf, source: TranslateError },
+    #[error(transparent)]
+    Translate(#[from] TranslateError),
+    #[error(transparent)]
+    Refit(#[from] RefitError),
+    #[error("{side} sizes: {reason}")]
+    Sizes { side: &'static str, reason: String },
+    #[error("{0}")]
+    Usage(String),
+    #[error("NIXL cannot be used: {0}")]
+    #[cfg_attr(not(feature = "nixl"), allow(dead_code, reason = "only a build with NIXL can fail to load it"))]
+    Nixl(String),
+    #[error("{role} rank {rank}: {reason}")]
+    Rank { role: &'static str, rank: u32, reason: String },
+    #[error("{0}")]
+    Mismatch(String),
+    #[error("cannot {action}: {source}")]
+    System { action: &'static str, source: io::Error },
+}
+
+impl CliError {
+    pub(crate) fn system(action: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::System { action, source }
+    }
+}
+
+/// Any step of a refit that failed, without the state it left.
+impl<S: std::fmt::Debug> From<refit::Failed<S>> for CliError {
+    fn from(failed: refit::Failed<S>) -> Self {
+        Self::Refit(failed.error)
+    }
+}

@@ -1,0 +1,64 @@
+//! A model and its two sides, from a config and sizes: what `plan` and `bench` work on.
+
+use std::fs;
+use std::path::Path;
+
+use refit::planner::{RankLayout, SourceLayout};
+use refit::translate::megatron::{self, SourceRank, TrainerOptions};
+use refit::translate::vllm::{self, TargetRank};
+use refit::translate::{ModelConfig, TranslateError};
+
+use crate::error::CliError;
+use crate::sizes::Sizes;
+
+/// Configs that come with the command, by the name a person gives.
+pub(crate) const PRESETS: &[(&str, &str)] = &[
+    ("qwen3-4b", include_str!("../presets/qwen3-4b.json")),
+    ("llama-3.1-8b", include_str!("../presets/llama-3.1-8b.json")),
+    ("qwen2.5-7b", include_str!("../presets/qwen2.5-7b.json")),
+];
+
+/// Reads a model by preset name or by the path of its `config.json`.
+pub(crate) fn config(name_or_path: &str) -> Result<ModelConfig, CliError> {
+    if let Some((_, text)) = PRESETS.iter().find(|(name, _)| *name == name_or_path) {
+        return Ok(ModelConfig::from_json(text)?);
+    }
+    let path = Path::new(name_or_path);
+    let text = fs::read_to_string(path).map_err(|source| {
+        if source.kind() == std::io::ErrorKind::NotFound {
+            let names: Vec<&str> = PRESETS.iter().map(|(name, _)| *name).collect();
+            return CliError::Usage(format!(
+                "`{name_or_path}` is neither a file nor a bundled model; bundled are: {}",
+                names.join(", ")
+            ));
+        }
+        CliError::Read { path: path.to_path_buf(), source }
+    })?;
+    ModelConfig::from_json(&text).map_err(|source| CliError::Config { path: path.to_path_buf(), source })
+}
+
+/// The layout of every trainer rank of these sizes.
+pub(crate) fn source(config: &ModelConfig, sizes: Sizes) -> Result<Vec<RankLayout>, CliError> {
+    let ranks = SourceRank::grid(config.num_layers, sizes.tp, sizes.pp, 1)?;
+    let layout = |rank: &SourceRank| {
+        let held = megatron::expected(config, rank, &TrainerOptions::default())?;
+        megatron::layout(config, rank, &held)
+    };
+    Ok(ranks.iter().map(layout).collect::<Result<_, TranslateError>>()?)
+}
+
+/// The layout of every engine rank of these sizes.
+pub(crate) fn target(config: &ModelConfig, sizes: Sizes) -> Result<Vec<RankLayout>, CliError> {
+    if sizes.pp != 1 {
+        let reason = "an engine with pipeline stages is not supported; give tp only".to_owned();
+        return Err(CliError::Sizes { side: "target", reason });
+    }
+    let ranks = TargetRank::grid(sizes.tp)?;
+    let layout = |rank: &TargetRank| vllm::layout(config, rank, &vllm::expected(config, rank)?);
+    Ok(ranks.iter().map(layout).collect::<Result<_, TranslateError>>()?)
+}
+
+/// The source side joined, for planning.
+pub(crate) fn joined(source: Vec<RankLayout>) -> Result<SourceLayout, CliError> {
+    SourceLayout::new(source).map_err(|error| CliError::Refit(error.into()))
+}

@@ -1,0 +1,201 @@
+//! `refit plan`: what a refit would read, without moving anything.
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::ValueEnum;
+use refit::RefitError;
+use refit::planner::{
+    Capabilities, LowerOptions, Method, Mode, Plan, PlanOptions, Policy, Program, lower, plan,
+};
+use serde::Serialize;
+
+use crate::error::CliError;
+use crate::model;
+use crate::sizes::Sizes;
+
+/// Plan a model's refit and print reads, bytes, amplification and hashes for every target rank.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// A Hugging Face config.json, or a bundled model: qwen3-4b, llama-3.1-8b, qwen2.5-7b
+    #[arg(long, default_value = "qwen3-4b")]
+    config: String,
+    /// Trainer sizes
+    #[arg(long, default_value = "tp=4,pp=1", value_name = "tp=N,pp=N")]
+    source: Sizes,
+    /// Engine sizes
+    #[arg(long, default_value = "tp=2", value_name = "tp=N")]
+    target: Sizes,
+    /// Only move bytes that are needed, even where reading more would be faster
+    #[arg(long)]
+    exact_wire: bool,
+    /// When live parameters may be written
+    #[arg(long, value_enum, default_value_t = ModeName::Direct)]
+    mode: ModeName,
+    /// What the transport moves, in bytes per microsecond (2000 is 2 GB/s)
+    #[arg(long, default_value_t = 2_000, value_name = "BYTES_PER_US")]
+    rate: u64,
+    /// What one more read costs, in nanoseconds
+    #[arg(long, default_value_t = 5_000, value_name = "NS")]
+    read_cost: u64,
+    /// The transport executes strided reads (a gather kernel, say)
+    #[arg(long)]
+    strided_reads: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// When live parameters may be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum ModeName {
+    /// The engine is paused
+    Direct,
+    /// The engine serves on until everything has arrived
+    Staged,
+}
+
+#[derive(Serialize)]
+struct Output {
+    source: String,
+    target: String,
+    ranks: Vec<Rank>,
+}
+
+#[derive(Serialize)]
+struct Rank {
+    rank: u32,
+    params: usize,
+    target_bytes: u64,
+    segments: usize,
+    reads: usize,
+    direct_reads: u64,
+    staged_reads: u64,
+    wire_bytes: u64,
+    needed_bytes: u64,
+    amplification: f64,
+    staging_bytes: u64,
+    filled_bytes: u64,
+    bytes_by_source: Vec<FromSource>,
+    plan_s: f64,
+    lower_s: f64,
+    plan_hash: String,
+    program_hash: String,
+}
+
+#[derive(Serialize)]
+struct FromSource {
+    source: u32,
+    needed_bytes: u64,
+    wire_bytes: u64,
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
+    let config = model::config(&args.config)?;
+    let source = model::joined(model::source(&config, args.source)?)?;
+    let capabilities = Capabilities {
+        strided_reads: args.strided_reads,
+        bytes_per_us: args.rate,
+        ns_per_read: args.read_cost,
+        max_reads: u64::MAX,
+    };
+    let policy = if args.exact_wire { Policy::ExactWire } else { Policy::Cheapest };
+    let mode = match args.mode {
+        ModeName::Direct => Mode::Direct,
+        ModeName::Staged => Mode::Staged,
+    };
+    let options = LowerOptions::default().with_policy(policy).with_mode(mode);
+
+    let mut ranks = Vec::new();
+    for target in model::target(&config, args.target)? {
+        let started = Instant::now();
+        let plan = plan(&source, &target, &PlanOptions::default()).map_err(RefitError::from)?;
+        let plan_s = started.elapsed().as_secs_f64();
+        let started = Instant::now();
+        let program = lower(&plan, &capabilities, &options).map_err(RefitError::from)?;
+        let lower_s = started.elapsed().as_secs_f64();
+        ranks.push(describe(&plan, &program, plan_s, lower_s));
+    }
+    let output = Output { source: args.source.to_string(), target: args.target.to_string(), ranks };
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&output).unwrap_or_default());
+    } else {
+        print(&output);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn describe(plan: &Plan, program: &Program, plan_s: f64, lower_s: f64) -> Rank {
+    let reads = |direct: bool| {
+        let choices = program.choices().iter().filter(|choice| (choice.method == Method::Direct) == direct);
+        choices.map(|choice| choice.reads).sum()
+    };
+    let mut wire = std::collections::BTreeMap::<u32, u64>::new();
+    for read in program.reads() {
+        *wire.entry(program.sources()[read.source as usize].rank).or_default() += read.bytes();
+    }
+    let bytes_by_source = plan.bytes_by_source().into_iter().map(|(source, needed_bytes)| FromSource {
+        source,
+        needed_bytes,
+        wire_bytes: wire.get(&source).copied().unwrap_or_default(),
+    });
+    Rank {
+        rank: plan.target_rank(),
+        params: plan.targets().len(),
+        target_bytes: plan.coverage().target_bytes,
+        segments: plan.segments().len(),
+        reads: program.reads().len(),
+        direct_reads: reads(true),
+        staged_reads: reads(false),
+        wire_bytes: program.wire_bytes(),
+        needed_bytes: program.needed_bytes(),
+        amplification: amplification(program.wire_bytes(), program.needed_bytes()),
+        staging_bytes: program.staging_bytes(),
+        filled_bytes: plan.coverage().filled_bytes,
+        bytes_by_source: bytes_by_source.collect(),
+        plan_s,
+        lower_s,
+        plan_hash: plan.hash().to_string(),
+        program_hash: program.hash().to_string(),
+    }
+}
+
+/// Bytes on the wire for every byte needed.
+#[allow(clippy::cast_precision_loss, reason = "a ratio for people")]
+pub(crate) fn amplification(wire: u64, needed: u64) -> f64 {
+    if needed == 0 { 1.0 } else { wire as f64 / needed as f64 }
+}
+
+#[allow(clippy::cast_precision_loss, reason = "sizes for people")]
+fn print(output: &Output) {
+    println!("{} -> {}", output.source, output.target);
+    println!(
+        "{:>6} {:>7} {:>9} {:>9} {:>8} {:>8} {:>6} {:>10} {:>8}  {:<8}",
+        "target", "params", "needed MB", "wire MB", "ampl", "reads", "staged", "staging MB", "plan ms", "plan"
+    );
+    let megabytes = |bytes: u64| bytes as f64 / 1e6;
+    for rank in &output.ranks {
+        println!(
+            "{:>6} {:>7} {:>9.1} {:>9.1} {:>7.2}x {:>8} {:>6} {:>10.1} {:>8.2}  {}",
+            rank.rank,
+            rank.params,
+            megabytes(rank.needed_bytes),
+            megabytes(rank.wire_bytes),
+            rank.amplification,
+            rank.reads,
+            rank.staged_reads,
+            megabytes(rank.staging_bytes),
+            (rank.plan_s + rank.lower_s) * 1e3,
+            &rank.plan_hash[..8],
+        );
+        for from in &rank.bytes_by_source {
+            println!(
+                "{:>14} source {:>3} {:>9.1} MB needed {:>9.1} MB on the wire",
+                "from",
+                from.source,
+                megabytes(from.needed_bytes),
+                megabytes(from.wire_bytes)
+            );
+        }
+    }
+}

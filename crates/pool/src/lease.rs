@@ -1,0 +1,110 @@
+use std::fmt;
+use std::mem::{self, ManuallyDrop};
+use std::sync::Arc;
+
+use crate::pool::{Entry, Shared};
+use crate::{Key, Memory, Region, Registrar};
+
+/// Exclusive use of a pool entry. Dropping it returns the entry, as it is, for the next refit.
+///
+/// Not to be dropped while a transfer may still write the memory: whoever posted one keeps the lease until every
+/// read has settled, or gives it to [`quarantine`](Self::quarantine).
+#[must_use = "dropping a lease returns it"]
+pub struct Lease<R: Registrar, P> {
+    /// Taken by `drop`, and by nothing else.
+    entry: ManuallyDrop<Box<Entry<R, P>>>,
+    shared: Arc<Shared<R, P>>,
+    key: Key,
+    hit: bool,
+}
+
+impl<R: Registrar, P> Lease<R, P> {
+    pub(crate) fn new(
+        shared: Arc<Shared<R, P>>,
+        key: Key,
+        entry: Box<Entry<R, P>>,
+        hit: bool,
+    ) -> Self {
+        Self { entry: ManuallyDrop::new(entry), shared, key, hit }
+    }
+
+    /// Whether the entry was there already. If so, arenas hold what the lease before left in them.
+    #[must_use]
+    pub fn is_hit(&self) -> bool {
+        self.hit
+    }
+
+    /// The entry's key.
+    #[must_use]
+    pub fn key(&self) -> Key {
+        self.key
+    }
+
+    /// What `build` prepared.
+    #[must_use]
+    pub fn prepared(&self) -> &P {
+        &self.entry.prepared
+    }
+
+    /// What `build` prepared.
+    #[must_use]
+    pub fn prepared_mut(&mut self) -> &mut P {
+        &mut self.entry.prepared
+    }
+
+    /// The arenas, one for each call of [`Build::arena`](crate::Build::arena), in that order.
+    #[must_use]
+    pub fn arenas(&self) -> &[Memory] {
+        &self.entry.holdings.arenas
+    }
+
+    /// The arenas, to be written.
+    #[must_use]
+    pub fn arenas_mut(&mut self) -> &mut [Memory] {
+        self.parts_mut().1
+    }
+
+    /// The prepared work and the arenas at once.
+    #[must_use]
+    pub fn parts_mut(&mut self) -> (&mut P, &mut [Memory]) {
+        let Entry { prepared, holdings } = &mut **self.entry;
+        (prepared, &mut holdings.arenas)
+    }
+
+    /// What is registered, piece by piece, disjoint and sorted by kind and address. A read must not cross from one
+    /// piece to the next.
+    #[must_use]
+    pub fn registered(&self) -> &[Region] {
+        self.entry.holdings.registrations.regions()
+    }
+
+    /// Gives the entry up without freeing anything, ever: for memory that a transfer may still write when nobody can
+    /// wait for it any longer.
+    ///
+    /// The bytes stay in the budget and are counted in [`quarantined_bytes`](crate::PoolStats::quarantined_bytes).
+    /// The registrar stays too, because dropping it might undo registrations. The key is free again: its next lease
+    /// builds a new entry.
+    pub fn quarantine(self) {
+        self.shared.quarantine(self.key, self.entry.bytes());
+        mem::forget(self);
+    }
+}
+
+impl<R: Registrar, P> Drop for Lease<R, P> {
+    fn drop(&mut self) {
+        // SAFETY: `entry` is taken here only, `drop` runs once, and nothing uses `entry` after it.
+        let entry = unsafe { ManuallyDrop::take(&mut self.entry) };
+        self.shared.give_back(self.key, entry);
+    }
+}
+
+impl<R: Registrar, P: fmt::Debug> fmt::Debug for Lease<R, P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lease")
+            .field("key", &self.key)
+            .field("hit", &self.hit)
+            .field("prepared", self.prepared())
+            .field("arenas", &self.arenas())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,127 @@
+use std::time::Duration;
+
+use refit_planner::{LayoutError, LowerError, PlanError};
+use refit_pool::{CarveError, LeaseError, PoolError};
+use refit_translate::host::LandError;
+use refit_transport::TransportError;
+
+use crate::directory::DirectoryError;
+use crate::publication::PublicationError;
+
+/// What can go wrong in a refit.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RefitError {
+    /// The layouts of the source ranks contradict each other.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The sides cannot be joined.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The plan cannot be executed by this transport under these options.
+    #[error(transparent)]
+    Lower(#[from] LowerError),
+    /// Memory could not be had.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// An arena could not be cut into parameters.
+    #[error(transparent)]
+    Carve(#[from] CarveError),
+    /// The transport refused or failed.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// Landing copies do not fit the memory.
+    #[error(transparent)]
+    Land(#[from] LandError),
+    /// A publication is not one.
+    #[error(transparent)]
+    Publication(#[from] PublicationError),
+    /// Meeting in a directory failed.
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
+    /// Memory and layout disagree.
+    #[error(
+        "rank {rank}: parameter `{param}` has {memory} bytes of memory but its layout says {layout}; \
+         is it the tensor the layout was made from?"
+    )]
+    Size {
+        /// The rank.
+        rank: u32,
+        /// The parameter.
+        param: String,
+        /// Bytes of memory given.
+        memory: u64,
+        /// Bytes the layout says.
+        layout: u64,
+    },
+    /// A parameter of the layout has no memory.
+    #[error("rank {rank}: no memory was given for parameter `{param}`")]
+    NoMemory {
+        /// The rank.
+        rank: u32,
+        /// The parameter.
+        param: String,
+    },
+    /// Memory was given for a name the layout does not have, or twice.
+    #[error("rank {rank}: memory was given for `{param}`, which the layout does not have or which was given already")]
+    StrayMemory {
+        /// The rank.
+        rank: u32,
+        /// The name.
+        param: String,
+    },
+    /// A plan reads from a rank whose publication is not there.
+    #[error("source rank {rank} has not published; wait for every rank before preparing")]
+    MissingPublication {
+        /// The rank.
+        rank: u32,
+    },
+    /// A plan reads a parameter that the publication does not have.
+    #[error("source rank {rank} does not publish `{param}`, which the plan reads")]
+    UnknownSourceParam {
+        /// The rank.
+        rank: u32,
+        /// The parameter.
+        param: String,
+    },
+    /// A read would leave registered memory.
+    #[error("a read would leave the registered memory of the {side}; register whole allocations before publishing")]
+    NotRegistered {
+        /// `source` or `target`.
+        side: &'static str,
+    },
+    /// The program stages bytes but no staging memory was leased.
+    #[error("the program stages bytes but its lease has no staging memory")]
+    NoStaging,
+    /// Landing needs memory that the processor can write.
+    #[error("`{param}` is not in host memory; landing it needs a device, which this build does not have")]
+    NotHost {
+        /// The parameter.
+        param: String,
+    },
+    /// Reads did not settle in time. Nothing was freed; the pull can be waited on again.
+    #[error("reads from {peers:?} have not settled after {waited:?}; their memory stays reserved until they do")]
+    Deadline {
+        /// The agents whose reads are still out.
+        peers: Vec<String>,
+        /// How long the pull has been waited on.
+        waited: Duration,
+    },
+    /// Something newer than this release.
+    #[error("{what}; both sides must run the same release")]
+    Unsupported {
+        /// What it is.
+        what: &'static str,
+    },
+}
+
+impl RefitError {
+    /// A failed lease is either the pool's error or the one its build ran into.
+    pub(crate) fn from_lease(error: LeaseError<Self>) -> Self {
+        match error {
+            LeaseError::Pool(error) => Self::Pool(error),
+            LeaseError::Build(error) => error,
+            _ => Self::Unsupported { what: "a pool error that this release does not know" },
+        }
+    }
+}

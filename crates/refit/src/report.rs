@@ -1,0 +1,43 @@
+//! What one refit did and how long each stage took, as plain data.
+
+use std::time::Duration;
+
+/// Durations and counts of one refit of one target rank.
+///
+/// Counts are of this refit alone: a warm one has no plans, no allocations, no registrations, no prepared reads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Report {
+    /// Planning and lowering.
+    pub plan: Duration,
+    /// Allocating staging memory.
+    pub allocate: Duration,
+    /// Registering memory with the transport.
+    pub register: Duration,
+    /// Connecting to peers not met before.
+    pub connect: Duration,
+    /// Binding offsets to addresses and building the reads.
+    pub prepare: Duration,
+    /// From the first post until the last read settled.
+    pub pull: Duration,
+    /// Landing copies and fills.
+    pub land: Duration,
+    /// From the start of `prepare` to the end of `install`.
+    pub total: Duration,
+    /// Plans made.
+    pub plans: u64,
+    /// Allocations made.
+    pub allocations: u64,
+    /// Registrations made.
+    pub registrations: u64,
+    /// Reads built.
+    pub prepared_reads: u64,
+    /// Reads posted.
+    pub reads: u64,
+    /// Bytes that crossed the wire.
+    pub wire_bytes: u64,
+    /// Bytes of them that were needed.
+    pub needed_bytes: u64,
+    /// Bytes of staging memory.
+    pub staging_bytes: u64,
+}

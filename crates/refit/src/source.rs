@@ -1,0 +1,88 @@
+//! The side that holds the weights: registered once, read by others, never asked.
+
+use std::sync::Arc;
+
+use refit_planner::RankLayout;
+use refit_pool::{Memory, MemoryKind};
+use refit_transport::{Transport, TransportLease, TransportPool};
+
+use crate::error::RefitError;
+use crate::memory::in_layout_order;
+use crate::publication::{Place, Publication, PublishedRegion};
+
+/// One source rank: its parameters, registered for peers to read.
+///
+/// Peers read whenever they like. Whoever changes the parameters must see to it that no peer reads meanwhile.
+#[derive(Debug)]
+pub struct Source<T: Transport> {
+    // Dropped before the memory: its registrations cover it.
+    lease: TransportLease<T>,
+    transport: Arc<T>,
+    layout: RankLayout,
+    params: Vec<Memory>,
+}
+
+impl<T: Transport> Source<T> {
+    /// Registers the parameters of a rank. Each allocation is registered once, however many parameters it holds.
+    ///
+    /// # Errors
+    /// [`RefitError::NoMemory`], [`RefitError::StrayMemory`], [`RefitError::Size`] when memory and layout disagree;
+    /// [`RefitError::Pool`] when the transport refuses to register.
+    pub fn new(
+        transport: Arc<T>,
+        pool: &TransportPool<T>,
+        layout: RankLayout,
+        params: impl IntoIterator<Item = (String, Memory)>,
+    ) -> Result<Self, RefitError> {
+        let params = in_layout_order(&layout, params)?;
+        let key = source_key(transport.agent(), layout.rank());
+        let lease = pool
+            .lease(key.into(), |build| {
+                build.register(params.iter().map(Memory::allocation))?;
+                Ok::<_, RefitError>(Vec::new())
+            })
+            .map_err(RefitError::from_lease)?;
+        Ok(Self { lease, transport, layout, params })
+    }
+
+    /// The rank's layout.
+    #[must_use]
+    pub fn layout(&self) -> &RankLayout {
+        &self.layout
+    }
+
+    /// What targets need to read from this rank. Take it after everything on this agent is registered.
+    ///
+    /// # Errors
+    /// [`RefitError::Transport`] when the agent cannot describe itself.
+    pub fn publication(&self) -> Result<Publication, RefitError> {
+        let places = self.params.iter().map(|memory| Place { address: memory.address(), cuda: cuda(memory.kind()) });
+        let regions = self.lease.registered().iter().map(|region| PublishedRegion {
+            address: region.address(),
+            len: region.len(),
+            cuda: cuda(region.kind()),
+        });
+        let agent = self.transport.agent().to_owned();
+        let metadata = self.transport.metadata()?;
+        Ok(Publication::new(agent, metadata, self.layout.clone(), places.collect(), regions.collect())?)
+    }
+
+    /// Every parameter's memory, for the trainer to change between refits.
+    pub fn params_mut(&mut self) -> impl Iterator<Item = (&str, &mut Memory)> {
+        self.layout.params().iter().map(|param| param.name().as_ref()).zip(&mut self.params)
+    }
+}
+
+fn cuda(kind: MemoryKind) -> Option<u32> {
+    match kind {
+        MemoryKind::Cuda(ordinal) => Some(ordinal),
+        _ => None,
+    }
+}
+
+fn source_key(agent: &str, rank: u32) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("refit source v1");
+    hasher.update(&rank.to_le_bytes());
+    hasher.update(agent.as_bytes());
+    *hasher.finalize().as_bytes()
+}

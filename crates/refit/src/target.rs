@@ -1,0 +1,483 @@
+//! The side that wants the weights, as typestates: prepare → pull → land → install. The wrong order does not compile.
+//!
+//! ```text
+//! Target ──prepare──▶ Prepared ──pull──▶ Pulling ──wait──▶ Pulled ──land──▶ Landed ──install──▶ Target
+//!                        │                  │                │
+//!                        └── cancel         └────── a failure in direct mode ──▶ InvalidTarget ──prepare──▶ …
+//! ```
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use refit_planner::{LowerOptions, Mode, PlanOptions, Program, RankLayout, SourceLayout, lower, plan};
+use refit_pool::Memory;
+use refit_translate::host;
+use refit_transport::{Peer, Pull, PullError, Transport, TransportLease, TransportPool};
+
+use crate::bind;
+use crate::error::RefitError;
+use crate::memory::in_layout_order;
+use crate::publication::Publication;
+use crate::report::Report;
+
+/// How a target plans and lowers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TargetOptions {
+    /// Choices in planning.
+    pub plan: PlanOptions,
+    /// Choices in lowering.
+    pub lower: LowerOptions,
+}
+
+impl TargetOptions {
+    /// These options with other choices in lowering.
+    #[must_use]
+    pub fn with_lower(mut self, lower: LowerOptions) -> Self {
+        self.lower = lower;
+        self
+    }
+}
+
+/// One target rank whose parameters are whole: all of one refit, or as the engine loaded them.
+#[derive(Debug)]
+pub struct Target<T: Transport>(Box<Inner<T>>);
+
+/// One target rank whose parameters are a mix of versions. It must not serve; only a complete refit makes it a
+/// [`Target`] again, so that is all it offers.
+#[derive(Debug)]
+pub struct InvalidTarget<T: Transport>(Box<Inner<T>>);
+
+/// A refit with its reads built and its staging memory leased. Nothing has moved yet.
+#[derive(Debug)]
+pub struct Prepared<T: Transport> {
+    refit: Refit<T>,
+    lease: TransportLease<T>,
+    invalid: bool,
+}
+
+/// A refit whose reads are under way. Its memory cannot be reached until they have settled.
+///
+/// Dropping it leaks that memory, loudly: a NIC may still write it.
+#[derive(Debug)]
+pub struct Pulling<T: Transport> {
+    pull: Pull<T>,
+    refit: Refit<T>,
+    started: Instant,
+}
+
+/// A refit whose bytes have all arrived.
+#[derive(Debug)]
+pub struct Pulled<T: Transport> {
+    refit: Refit<T>,
+    lease: TransportLease<T>,
+}
+
+/// A refit whose bytes are all in place.
+#[derive(Debug)]
+pub struct Landed<T: Transport> {
+    refit: Refit<T>,
+    lease: TransportLease<T>,
+}
+
+/// A step failed; the state it leaves behind comes with the reason.
+#[derive(Debug)]
+pub struct Failed<S> {
+    /// Why.
+    pub error: RefitError,
+    /// What can be gone on with.
+    pub state: S,
+}
+
+impl<S> std::fmt::Display for Failed<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl<S: std::fmt::Debug> std::error::Error for Failed<S> {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.error.source()
+    }
+}
+
+/// What a failed wait leaves behind.
+#[derive(Debug)]
+pub enum Unfinished<T: Transport> {
+    /// The deadline passed; the reads are still out and can be waited on again.
+    Pulling(Pulling<T>),
+    /// The reads settled, some with errors, and had written live parameters.
+    Invalid(InvalidTarget<T>),
+    /// The reads settled, some with errors, but only staging memory was written.
+    Whole(Target<T>),
+}
+
+#[derive(Debug)]
+struct Inner<T: Transport> {
+    transport: Arc<T>,
+    pool: TransportPool<T>,
+    layout: RankLayout,
+    options: TargetOptions,
+    /// In the order of the layout's parameters. Empty only while a [`Pull`] owns them.
+    live: Vec<Memory>,
+    /// By source rank: the publication a peer was met under, and the peer.
+    peers: BTreeMap<u32, ([u8; 32], Peer)>,
+    planned: Option<Planned>,
+}
+
+/// The last plan, and what it was made from.
+#[derive(Debug)]
+struct Planned {
+    layouts: [u8; 32],
+    program: Arc<Program>,
+    /// The last binding of it: digest of the publications, and the pool's key.
+    bound: Option<([u8; 32], [u8; 32])>,
+}
+
+/// What travels through the states of one refit.
+#[derive(Debug)]
+struct Refit<T: Transport> {
+    inner: Box<Inner<T>>,
+    program: Arc<Program>,
+    report: Report,
+    began: Instant,
+}
+
+impl<T: Transport> Target<T> {
+    /// A target rank with these live parameters, which are adopted, not copied.
+    ///
+    /// # Errors
+    /// [`RefitError::NoMemory`], [`RefitError::StrayMemory`], [`RefitError::Size`] when memory and layout disagree.
+    pub fn new(
+        transport: Arc<T>,
+        pool: TransportPool<T>,
+        layout: RankLayout,
+        params: impl IntoIterator<Item = (String, Memory)>,
+        options: TargetOptions,
+    ) -> Result<Self, RefitError> {
+        let live = in_layout_order(&layout, params)?;
+        Ok(Self(Box::new(Inner { transport, pool, layout, options, live, peers: BTreeMap::new(), planned: None })))
+    }
+
+    /// The rank's layout.
+    #[must_use]
+    pub fn layout(&self) -> &RankLayout {
+        &self.0.layout
+    }
+
+    /// Every live parameter, by name.
+    pub fn params(&self) -> impl Iterator<Item = (&str, &Memory)> {
+        self.0.layout.params().iter().map(|param| param.name().as_ref()).zip(&self.0.live)
+    }
+
+    /// Every live parameter, for the engine to load its own values between refits.
+    pub fn params_mut(&mut self) -> impl Iterator<Item = (&str, &mut Memory)> {
+        self.0.layout.params().iter().map(|param| param.name().as_ref()).zip(&mut self.0.live)
+    }
+
+    /// Forgets the plan, so that the next refit makes it anew. Leased memory is the pool's to keep or clear.
+    pub fn forget_plan(&mut self) {
+        self.0.planned = None;
+    }
+
+    /// Makes ready to pull from the ranks that published. Warm, when nothing changed since the last time: then this
+    /// is a comparison of digests and one look-up.
+    ///
+    /// # Errors
+    /// [`RefitError`] for layouts that cannot be joined, peers that cannot be reached and memory that cannot be had;
+    /// the target comes back as it was.
+    pub fn prepare(self, publications: &[Publication]) -> Result<Prepared<T>, Failed<Self>> {
+        prepare(self.0, publications, false).map_err(|(error, inner)| Failed { error, state: Self(inner) })
+    }
+}
+
+impl<T: Transport> InvalidTarget<T> {
+    /// Makes ready to pull again, as [`Target::prepare`] does.
+    ///
+    /// # Errors
+    /// As [`Target::prepare`]; the target stays invalid.
+    pub fn prepare(self, publications: &[Publication]) -> Result<Prepared<T>, Failed<Self>> {
+        prepare(self.0, publications, true).map_err(|(error, inner)| Failed { error, state: Self(inner) })
+    }
+
+    /// Declares the parameters whole after the engine has loaded every one of them by other means.
+    #[must_use]
+    pub fn reloaded(self) -> Target<T> {
+        Target(self.0)
+    }
+
+    /// Every live parameter, for the engine to load its own values into.
+    pub fn params_mut(&mut self) -> impl Iterator<Item = (&str, &mut Memory)> {
+        self.0.layout.params().iter().map(|param| param.name().as_ref()).zip(&mut self.0.live)
+    }
+}
+
+/// What [`Prepared::cancel`] gives back.
+#[derive(Debug)]
+pub enum Cancelled<T: Transport> {
+    /// The target was whole before and still is.
+    Whole(Target<T>),
+    /// The target was a mix before and still is.
+    Invalid(InvalidTarget<T>),
+}
+
+impl<T: Transport> Prepared<T> {
+    /// The program that will run.
+    #[must_use]
+    pub fn program(&self) -> &Program {
+        &self.refit.program
+    }
+
+    /// Goes back without moving a byte.
+    #[must_use]
+    pub fn cancel(self) -> Cancelled<T> {
+        let inner = self.refit.inner;
+        if self.invalid { Cancelled::Invalid(InvalidTarget(inner)) } else { Cancelled::Whole(Target(inner)) }
+    }
+
+    /// Posts every read. In [`Mode::Direct`] live parameters change from here on.
+    ///
+    /// # Errors
+    /// [`RefitError::Transport`] when a peer's reads could not be posted; those that were have settled.
+    pub fn pull(self) -> Result<Pulling<T>, Failed<Unfinished<T>>> {
+        let Self { mut refit, lease, invalid } = self;
+        let started = Instant::now();
+        let live = std::mem::take(&mut refit.inner.live);
+        match Pull::start(refit.inner.transport.clone(), lease, live) {
+            Ok(pull) => Ok(Pulling { pull, refit, started }),
+            Err(error) => Err(settle_failure(refit, error, started, invalid)),
+        }
+    }
+}
+
+impl<T: Transport> Pulling<T> {
+    /// Whether every read has settled. Never waits.
+    pub fn poll(&mut self) -> refit_transport::Progress {
+        self.pull.poll()
+    }
+
+    /// Waits until every read has settled, at most until `deadline`.
+    ///
+    /// # Errors
+    /// [`RefitError::Deadline`] gives the pull back, still owning its memory; [`RefitError::Transport`] means that
+    /// every read has settled and at least one failed.
+    pub fn wait(self, deadline: Instant) -> Result<Pulled<T>, Failed<Unfinished<T>>> {
+        let Self { pull, mut refit, started } = self;
+        match pull.wait(deadline) {
+            Ok(settled) => {
+                refit.report.pull = started.elapsed();
+                refit.inner.live = settled.live;
+                Ok(Pulled { refit, lease: settled.lease })
+            }
+            Err(error) => Err(settle_failure(refit, error, started, false)),
+        }
+    }
+}
+
+impl<T: Transport> Pulled<T> {
+    /// Copies staged bytes to their places, converting elements on the way, and writes the fills.
+    ///
+    /// # Errors
+    /// [`RefitError::NotHost`] for parameters the processor cannot write.
+    pub fn land(self) -> Result<Landed<T>, Failed<InvalidTarget<T>>> {
+        let Self { mut refit, lease } = self;
+        let started = Instant::now();
+        match land(&refit.program, &lease, &mut refit.inner.live) {
+            Ok(()) => {
+                refit.report.land = started.elapsed();
+                Ok(Landed { refit, lease })
+            }
+            Err(error) => Err(Failed { error, state: InvalidTarget(refit.inner) }),
+        }
+    }
+}
+
+impl<T: Transport> Landed<T> {
+    /// Declares the parameters whole and returns the staging memory to the pool.
+    #[must_use]
+    pub fn install(self) -> (Target<T>, Report) {
+        let Self { mut refit, lease } = self;
+        drop(lease);
+        refit.report.total = refit.began.elapsed();
+        (Target(refit.inner), refit.report)
+    }
+}
+
+fn settle_failure<T: Transport>(
+    mut refit: Refit<T>,
+    error: PullError<T>,
+    started: Instant,
+    was_invalid: bool,
+) -> Failed<Unfinished<T>> {
+    match error {
+        PullError::Deadline { pull } => {
+            let error = RefitError::Deadline { peers: pull.pending_peers(), waited: started.elapsed() };
+            Failed { error, state: Unfinished::Pulling(Pulling { pull, refit, started }) }
+        }
+        PullError::Failed { error, settled, posted } => {
+            refit.inner.live = settled.live;
+            let wrote_live = posted && refit.inner.options.lower.mode == Mode::Direct;
+            let state = if wrote_live || was_invalid {
+                Unfinished::Invalid(InvalidTarget(refit.inner))
+            } else {
+                Unfinished::Whole(Target(refit.inner))
+            };
+            Failed { error: error.into(), state }
+        }
+    }
+}
+
+fn land<T: Transport>(program: &Program, lease: &TransportLease<T>, live: &mut [Memory]) -> Result<(), RefitError> {
+    let name = |target: u32| program.targets()[target as usize].name.to_string();
+    let staging = match lease.arenas() {
+        [] => &[][..],
+        [arena, ..] => arena.host_bytes().ok_or_else(|| RefitError::NotHost { param: "staging".to_owned() })?,
+    };
+    for landing in program.landings() {
+        let param = live[landing.target as usize].host_bytes_mut();
+        host::land(landing, staging, param.ok_or_else(|| RefitError::NotHost { param: name(landing.target) })?)?;
+    }
+    for fill in program.fills() {
+        let param = live[fill.target as usize].host_bytes_mut();
+        host::fill(fill, param.ok_or_else(|| RefitError::NotHost { param: name(fill.target) })?)?;
+    }
+    Ok(())
+}
+
+type Refused<T> = (RefitError, Box<Inner<T>>);
+
+fn prepare<T: Transport>(
+    mut inner: Box<Inner<T>>,
+    publications: &[Publication],
+    invalid: bool,
+) -> Result<Prepared<T>, Refused<T>> {
+    let began = Instant::now();
+    let mut report = Report::default();
+    match inner.prepare(publications, &mut report) {
+        Ok((program, lease)) => {
+            report.reads = lease.prepared().iter().map(|batch| batch.len() as u64).sum();
+            report.wire_bytes = program.wire_bytes();
+            report.needed_bytes = program.needed_bytes();
+            report.staging_bytes = program.staging_bytes();
+            Ok(Prepared { refit: Refit { inner, program, report, began }, lease, invalid })
+        }
+        Err(error) => Err((error, inner)),
+    }
+}
+
+impl<T: Transport> Inner<T> {
+    fn prepare(
+        &mut self,
+        publications: &[Publication],
+        report: &mut Report,
+    ) -> Result<(Arc<Program>, TransportLease<T>), RefitError> {
+        let started = Instant::now();
+        let (program, key) = self.planned(publications, report)?;
+        report.plan = started.elapsed();
+        let started = Instant::now();
+        self.connect(publications, &program)?;
+        report.connect = started.elapsed();
+
+        let Self { transport, live, peers, .. } = self;
+        let lease = self.pool.lease(key.into(), |build| {
+            let arena = match program.staging_bytes() {
+                0 => None,
+                bytes => Some(build.arena(bytes)?),
+            };
+            build.register(live.iter().map(Memory::allocation))?;
+            let started = Instant::now();
+            let batches = bind::bind(&program, publications, live, arena.as_ref(), build.registered())?;
+            let mut prepared = Vec::with_capacity(batches.len());
+            for (rank, reads) in batches {
+                let (_, peer) = peers.get(&rank).ok_or(RefitError::MissingPublication { rank })?;
+                report.prepared_reads += reads.len() as u64;
+                prepared.push(transport.prepare(peer, &reads)?);
+            }
+            report.prepare = started.elapsed();
+            Ok::<_, RefitError>(prepared)
+        });
+        let lease = lease.map_err(RefitError::from_lease)?;
+        if let Some(built) = lease.built() {
+            report.allocations = built.allocations;
+            report.allocate = built.allocate;
+            report.registrations = built.registrations;
+            report.register = built.register;
+        }
+        Ok((program, lease))
+    }
+
+    /// The program for these publications and its key in the pool: planned anew when a layout changed, bound anew
+    /// when an address or an agent did, looked up otherwise.
+    fn planned(
+        &mut self,
+        publications: &[Publication],
+        report: &mut Report,
+    ) -> Result<(Arc<Program>, [u8; 32]), RefitError> {
+        let layouts = digest("refit layouts v1", publications, Publication::layout_digest);
+        if self.planned.as_ref().is_none_or(|planned| planned.layouts != layouts) {
+            let source = SourceLayout::new(publications.iter().map(|each| each.layout().clone()).collect())?;
+            let plan = plan(&source, &self.layout, &self.options.plan)?;
+            let program = Arc::new(lower(&plan, &self.transport.capabilities(), &self.options.lower)?);
+            report.plans += 1;
+            self.planned = Some(Planned { layouts, program, bound: None });
+        }
+        let Some(planned) = &mut self.planned else { return Err(RefitError::NoStaging) };
+        let bindings = digest("refit bindings v1", publications, Publication::digest);
+        let key = match planned.bound {
+            Some((known, key)) if known == bindings => key,
+            _ => {
+                let key = lease_key(&planned.program, &bindings, &self.live);
+                planned.bound = Some((bindings, key));
+                key
+            }
+        };
+        Ok((planned.program.clone(), key))
+    }
+
+    /// Meets every agent that the program reads from and that is not known yet, or not under this description.
+    fn connect(&mut self, publications: &[Publication], program: &Program) -> Result<(), RefitError> {
+        for source in program.sources().chunk_by(|a, b| a.rank == b.rank) {
+            let rank = source[0].rank;
+            let missing = RefitError::MissingPublication { rank };
+            let publication = publications.iter().find(|each| each.rank() == rank).ok_or(missing)?;
+            match self.peers.get(&rank) {
+                Some((digest, _)) if digest == publication.digest() => continue,
+                Some((_, stale)) => {
+                    // It may be gone already; that it is forgotten is what counts.
+                    if let Err(error) = self.transport.disconnect(stale) {
+                        tracing::debug!(agent = stale.name, %error, "a peer was gone before it was forgotten");
+                    }
+                    self.peers.remove(&rank);
+                }
+                None => {}
+            }
+            let peer = self.transport.connect(publication.agent(), publication.metadata())?;
+            self.peers.insert(rank, (*publication.digest(), peer));
+        }
+        Ok(())
+    }
+}
+
+fn digest(
+    context: &'static str,
+    publications: &[Publication],
+    part: impl Fn(&Publication) -> &[u8; 32],
+) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key(context);
+    for publication in publications {
+        hasher.update(part(publication));
+    }
+    *hasher.finalize().as_bytes()
+}
+
+/// What decides the prepared reads: the program, where the sources are, where our own parameters are.
+fn lease_key(program: &Program, bindings: &[u8; 32], live: &[Memory]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("refit lease v1");
+    hasher.update(program.hash().as_bytes());
+    hasher.update(bindings);
+    for memory in live {
+        hasher.update(&memory.address().to_le_bytes());
+    }
+    *hasher.finalize().as_bytes()
+}

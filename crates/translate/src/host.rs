@@ -1,0 +1,157 @@
+//! Landing on the host: strided copies from staging into parameters, with casts, and fills.
+//!
+//! This is the reference that other executors are compared with, and what runs when parameters are in host memory.
+//! Buffers are plain bytes of any alignment, elements little-endian. Everything is checked before the first byte is
+//! written; an error leaves the parameter as it was.
+
+mod cast;
+
+use refit_planner::{Dim, Dims, Dtype, Fill, Landing, Transform};
+
+use cast::Cast;
+
+/// Why a landing copy or a fill was not carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LandError {
+    /// The copy reads beyond staging.
+    #[error("the copy reads staging up to byte {end}, which has {len}")]
+    OutsideStaging {
+        /// One past the last byte read; saturated.
+        end: u64,
+        /// Bytes of staging.
+        len: u64,
+    },
+    /// The copy or fill writes beyond the parameter.
+    #[error("the copy writes the parameter up to byte {end}, which has {len}")]
+    OutsideParam {
+        /// One past the last byte written; saturated.
+        end: u64,
+        /// Bytes of the parameter.
+        len: u64,
+    },
+    /// The pattern writes more bytes than there are between its first and its last.
+    #[error("the copy writes {written} bytes into {extent}: its runs overlap")]
+    Overlap {
+        /// Bytes written; saturated.
+        written: u64,
+        /// Bytes from the first to the last.
+        extent: u64,
+    },
+    /// A run does not hold whole elements.
+    #[error("a run of {run} bytes does not hold whole {from} elements")]
+    Ragged {
+        /// Bytes of a run.
+        run: u64,
+        /// Element type in staging.
+        from: Dtype,
+    },
+    /// A transform that this executor does not know.
+    #[error("{transform:?} cannot be carried out on the host")]
+    Unsupported {
+        /// The transform.
+        transform: Transform,
+    },
+}
+
+/// Carries out a landing copy: from `staging`, the whole staging area, into `param`, the whole target parameter.
+///
+/// # Errors
+/// [`LandError::OutsideStaging`], [`LandError::OutsideParam`], [`LandError::Overlap`], [`LandError::Ragged`],
+/// [`LandError::Unsupported`]; nothing has been written then.
+pub fn land(landing: &Landing, staging: &[u8], param: &mut [u8]) -> Result<(), LandError> {
+    let Landing { staging_offset, offset, run, ref dims, transform, .. } = *landing;
+    let cast = match transform {
+        Transform::Copy => None,
+        transform => Some(Cast::new(transform).ok_or(LandError::Unsupported { transform })?),
+    };
+    if let Some(cast) = cast
+        && !run.is_multiple_of(cast.from.size())
+    {
+        return Err(LandError::Ragged { run, from: cast.from });
+    }
+    let target_run = transform.target_bytes(run);
+    if run == 0 || dims.runs() == 0 {
+        return Ok(());
+    }
+    let end = staging_offset.saturating_add(dims.source_extent(run));
+    if end > length(staging) {
+        return Err(LandError::OutsideStaging { end, len: length(staging) });
+    }
+    check_target(offset, target_run, dims, param)?;
+
+    let (run, target_run) = (index(run), index(target_run));
+    match cast {
+        None => walk(dims.as_slice(), staging_offset, offset, &mut |from, into| {
+            param[into..into + run].copy_from_slice(&staging[from..from + run]);
+        }),
+        Some(cast) => walk(dims.as_slice(), staging_offset, offset, &mut |from, into| {
+            cast.run(&staging[from..from + run], &mut param[into..into + target_run]);
+        }),
+    }
+    Ok(())
+}
+
+/// Sets a box of `param`, the whole target parameter, to zero.
+///
+/// # Errors
+/// [`LandError::OutsideParam`] and [`LandError::Overlap`]; nothing has been written then.
+pub fn fill(fill: &Fill, param: &mut [u8]) -> Result<(), LandError> {
+    let Fill { offset, run, ref dims, .. } = *fill;
+    if run == 0 || dims.runs() == 0 {
+        return Ok(());
+    }
+    check_target(offset, run, dims, param)?;
+    let run = index(run);
+    walk(dims.as_slice(), 0, offset, &mut |_, into| param[into..into + run].fill(0));
+    Ok(())
+}
+
+/// Bounds, and that no more is written than fits: it also bounds the time taken and, as every dimension that counts
+/// at least doubles the bytes, the depth of [`walk`].
+fn check_target(offset: u64, run: u64, dims: &Dims, param: &[u8]) -> Result<(), LandError> {
+    let extent = dims.target_extent(run);
+    let end = offset.saturating_add(extent);
+    if end > length(param) {
+        return Err(LandError::OutsideParam { end, len: length(param) });
+    }
+    let written = run.saturating_mul(dims.runs());
+    if written > extent {
+        return Err(LandError::Overlap { written, extent });
+    }
+    Ok(())
+}
+
+/// Calls `copy` with the place of every run on either side, outermost dimension slowest: additions only, no division.
+fn walk(mut dims: &[Dim], source: u64, target: u64, copy: &mut impl FnMut(usize, usize)) {
+    while let [Dim { count: 1, .. }, inner @ ..] = dims {
+        dims = inner;
+    }
+    match dims {
+        [] => copy(index(source), index(target)),
+        [dim] => {
+            for step in 0..dim.count {
+                copy(
+                    index(source + step * dim.source_stride),
+                    index(target + step * dim.target_stride),
+                );
+            }
+        }
+        [dim, inner @ ..] => {
+            for step in 0..dim.count {
+                let (from, into) = (step * dim.source_stride, step * dim.target_stride);
+                walk(inner, source + from, target + into, copy);
+            }
+        }
+    }
+}
+
+fn length(bytes: &[u8]) -> u64 {
+    bytes.len() as u64
+}
+
+/// A number that was found to be at most a slice's length.
+#[allow(clippy::cast_possible_truncation, reason = "slices are no longer than usize::MAX")]
+fn index(number: u64) -> usize {
+    number as usize
+}

@@ -1,0 +1,156 @@
+//! Interpreters of plans and programs over plain buffers. They check what a buffer cannot show: that every byte of a
+//! target is written exactly once, and that nothing is read outside a source parameter.
+
+use std::collections::BTreeMap;
+
+use refit::planner::{Destination, Dims, Dtype, Fill, Plan, Program, Transform};
+
+use crate::oracle::{Buffers, POISON};
+
+/// The buffers of every source rank.
+pub type Sources = BTreeMap<u32, Buffers>;
+
+/// Executes a plan as it stands: segments and fills straight into the targets.
+#[must_use]
+pub fn plan(plan: &Plan, sources: &Sources) -> Buffers {
+    let mut targets =
+        Targets::new(plan.targets().iter().map(|target| (target.name.to_string(), target.bytes)));
+    for segment in plan.segments() {
+        let source = &plan.sources()[segment.source as usize];
+        let bytes = &sources[&source.rank][source.name.as_ref()];
+        for (from, into) in segment.dims.offsets() {
+            let run = slice(bytes, segment.source_offset + from, segment.run);
+            targets.write(
+                segment.target,
+                segment.target_offset + into,
+                &transformed(segment.transform, run),
+            );
+        }
+    }
+    targets.fill(plan.fills());
+    targets.finish()
+}
+
+/// Executes a program as a transport and a landing would: reads, then landing copies, then fills.
+#[must_use]
+pub fn program(program: &Program, sources: &Sources) -> Buffers {
+    let mut targets = Targets::new(
+        program.targets().iter().map(|target| (target.name.to_string(), target.bytes)),
+    );
+    let mut staging = vec![POISON; usize::try_from(program.staging_bytes()).unwrap()];
+    let mut staged = vec![false; staging.len()];
+    let mut wire = 0;
+    for read in program.reads() {
+        let source = &program.sources()[read.source as usize];
+        let bytes = &sources[&source.rank][source.name.as_ref()];
+        for (from, into) in read.dims.offsets() {
+            let run = slice(bytes, read.offset + from, read.run);
+            wire += read.run;
+            match read.destination {
+                Destination::Live { target, offset } => targets.write(target, offset + into, run),
+                Destination::Staging { offset } => {
+                    let at = usize::try_from(offset + into).unwrap();
+                    staging[at..at + run.len()].copy_from_slice(run);
+                    for seen in &mut staged[at..at + run.len()] {
+                        assert!(
+                            !std::mem::replace(seen, true),
+                            "two reads write the same staging byte"
+                        );
+                    }
+                }
+                other => panic!("unknown destination {other:?}"),
+            }
+        }
+    }
+    assert_eq!(wire, program.wire_bytes(), "the program miscounts its wire bytes");
+    for landing in program.landings() {
+        for (from, into) in landing.dims.offsets() {
+            let run = slice(&staging, landing.staging_offset + from, landing.run);
+            targets.write(
+                landing.target,
+                landing.offset + into,
+                &transformed(landing.transform, run),
+            );
+        }
+    }
+    targets.fill(program.fills());
+    targets.finish()
+}
+
+struct Targets {
+    names: Vec<String>,
+    bytes: Vec<Vec<u8>>,
+    written: Vec<Vec<bool>>,
+}
+
+impl Targets {
+    fn new(params: impl Iterator<Item = (String, u64)>) -> Self {
+        let (names, bytes): (Vec<_>, Vec<_>) = params
+            .map(|(name, bytes)| (name, vec![POISON; usize::try_from(bytes).unwrap()]))
+            .unzip();
+        let written = bytes.iter().map(|bytes| vec![false; bytes.len()]).collect();
+        Self { names, bytes, written }
+    }
+
+    fn write(&mut self, target: u32, offset: u64, run: &[u8]) {
+        let (target, at) = (target as usize, usize::try_from(offset).unwrap());
+        self.bytes[target][at..at + run.len()].copy_from_slice(run);
+        for (place, seen) in self.written[target][at..at + run.len()].iter_mut().enumerate() {
+            assert!(
+                !std::mem::replace(seen, true),
+                "byte {} of {} is written twice",
+                at + place,
+                self.names[target]
+            );
+        }
+    }
+
+    fn fill(&mut self, fills: &[Fill]) {
+        for fill in fills {
+            let zeros = vec![0; usize::try_from(fill.run).unwrap()];
+            for (_, into) in fill.dims.offsets() {
+                self.write(fill.target, fill.offset + into, &zeros);
+            }
+        }
+    }
+
+    fn finish(self) -> Buffers {
+        for (name, written) in self.names.iter().zip(&self.written) {
+            let missing = written.iter().position(|seen| !seen);
+            assert_eq!(missing, None, "a byte of {name} is never written");
+        }
+        self.names.into_iter().zip(self.bytes).collect()
+    }
+}
+
+fn slice(bytes: &[u8], offset: u64, len: u64) -> &[u8] {
+    let at = usize::try_from(offset).unwrap();
+    &bytes[at..at + usize::try_from(len).unwrap()]
+}
+
+/// The independent, one-element-at-a-time version of a transform.
+#[must_use]
+pub fn transformed(transform: Transform, run: &[u8]) -> Vec<u8> {
+    match transform {
+        Transform::Copy => run.to_vec(),
+        Transform::Cast { from: Dtype::F32, to: Dtype::Bf16 } => run
+            .chunks_exact(4)
+            .flat_map(|four| {
+                half::bf16::from_f32(f32::from_le_bytes(four.try_into().unwrap())).to_le_bytes()
+            })
+            .collect(),
+        Transform::Cast { from: Dtype::Bf16, to: Dtype::F32 } => run
+            .chunks_exact(2)
+            .flat_map(|two| {
+                half::bf16::from_le_bytes(two.try_into().unwrap()).to_f32().to_le_bytes()
+            })
+            .collect(),
+        other => panic!("no reference for {other:?}"),
+    }
+}
+
+/// The number of contiguous runs of a pattern, counted one by one.
+#[must_use]
+pub fn count_runs(dims: &Dims) -> usize {
+    dims.offsets().count()
+}

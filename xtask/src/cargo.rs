@@ -1,0 +1,243 @@
+//! Runs cargo, its output passed through.
+
+use std::{
+    env,
+    io::{self, Read, Write},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use crate::{failure::Failure, nixl::Nixl, setup};
+
+/// The packages that have something to build or test with NIXL, and the feature that turns it on.
+const NIXL_FEATURES: [(&str, &str); 4] = [
+    ("refit-transport", "nixl-dlopen"),
+    ("refit", "nixl-dlopen"),
+    ("refit-cli", "nixl"),
+    ("refit-tests", "nixl"),
+];
+
+/// The folder of the workspace, wherever the task was called from.
+pub(crate) fn workspace_root() -> PathBuf {
+    let manifest = env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
+    let manifest = manifest.unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")));
+    manifest.parent().map(Path::to_path_buf).unwrap_or(manifest)
+}
+
+/// The cargo that runs this task.
+pub(crate) fn cargo(root: &Path) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    if let Some(path) = setup::include_path(root, env::var("CPLUS_INCLUDE_PATH").ok().as_deref()) {
+        command.env("CPLUS_INCLUDE_PATH", path);
+    }
+    command
+}
+
+/// The `--features` for a run over `packages`, or over the workspace when that is empty.
+pub(crate) fn nixl_features(packages: &[String]) -> Vec<String> {
+    let chosen = |name: &str| packages.is_empty() || packages.iter().any(|package| package == name);
+    let features: Vec<String> = NIXL_FEATURES
+        .iter()
+        .filter(|(package, _)| chosen(package))
+        .map(|(package, feature)| format!("{package}/{feature}"))
+        .collect();
+    if features.is_empty() { Vec::new() } else { vec!["--features".to_owned(), features.join(",")] }
+}
+
+/// Runs a command to its end.
+pub(crate) fn status(mut command: Command) -> Result<(), Failure> {
+    let status = command.status().map_err(|error| cannot_start(&command, &error))?;
+    if status.success() { Ok(()) } else { Err(Failure::child(status.code())) }
+}
+
+/// `cargo test`, with a total at the end.
+pub(crate) fn test(root: &Path, nixl: &Nixl, args: &[String]) -> Result<(), Failure> {
+    let mut command = cargo(root);
+    // The default members: all but the benches, which have no tests and would cost the compilation of criterion.
+    command.current_dir(root).arg("test");
+    if nixl.is_ready() {
+        command.args(nixl_features(&packages(args))).env("REFIT_REQUIRE_NIXL", "1");
+    }
+    command.args(args).stdout(Stdio::piped());
+    let mut child = command.spawn().map_err(|error| cannot_start(&command, &error))?;
+    let mut total = Total::default();
+    if let Some(stdout) = child.stdout.take() {
+        total
+            .pass_through(stdout)
+            .map_err(|error| Failure::new(format!("the output of cargo: {error}")))?;
+    }
+    let status = child.wait().map_err(|error| cannot_start(&command, &error))?;
+    total.print();
+    nixl.remind();
+    if status.success() { Ok(()) } else { Err(Failure::child(status.code())) }
+}
+
+/// `refit bench`; over the in-process transport where NIXL is missing and nothing else was asked for.
+pub(crate) fn bench(root: &Path, nixl: &Nixl, args: &[String]) -> Result<(), Failure> {
+    let mut all = vec!["bench".to_owned()];
+    let chosen = args.iter().any(|arg| arg == "--transport" || arg.starts_with("--transport="));
+    if !nixl.is_ready() && !chosen {
+        all.extend(["--transport".to_owned(), "local".to_owned()]);
+    }
+    all.extend_from_slice(args);
+    refit(root, nixl, &all)
+}
+
+/// `refit`, built for release. Paths among the arguments stay relative to where the user is.
+pub(crate) fn refit(root: &Path, nixl: &Nixl, args: &[String]) -> Result<(), Failure> {
+    let mut command = cargo(root);
+    command
+        .args(["run", "--release", "--package", "refit-cli", "--manifest-path"])
+        .arg(root.join("Cargo.toml"));
+    if nixl.is_ready() {
+        command.args(["--features", "nixl"]);
+    }
+    let done = status(with(command, args));
+    nixl.remind();
+    done
+}
+
+/// The criterion benches.
+pub(crate) fn criterion(root: &Path, args: &[String]) -> Result<(), Failure> {
+    let mut command = cargo(root);
+    command.current_dir(root).args(["bench", "--package", "refit-benches"]).args(args);
+    status(command)
+}
+
+fn with(mut command: Command, args: &[String]) -> Command {
+    command.arg("--").args(args);
+    command
+}
+
+fn cannot_start(command: &Command, error: &io::Error) -> Failure {
+    Failure::new(format!("{}: {error}", command.get_program().display()))
+}
+
+/// The packages that the arguments of `cargo test` choose.
+fn packages(args: &[String]) -> Vec<String> {
+    let mut packages = Vec::new();
+    let mut args = args.iter().take_while(|arg| *arg != "--");
+    while let Some(arg) = args.next() {
+        if arg == "-p" || arg == "--package" {
+            packages.extend(args.next().cloned());
+        } else if let Some(package) =
+            arg.strip_prefix("--package=").or_else(|| arg.strip_prefix("-p"))
+        {
+            packages.push(package.to_owned());
+        }
+    }
+    packages
+}
+
+/// Sums the closing lines of the test binaries, of which cargo prints one for each.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Total {
+    seen: bool,
+    passed: u64,
+    failed: u64,
+    skipped: u64,
+}
+
+impl Total {
+    fn pass_through(&mut self, mut from: impl Read) -> io::Result<()> {
+        let mut to = io::stdout().lock();
+        let mut line = Vec::new();
+        let mut chunk = [0; 4096];
+        loop {
+            let n = from.read(&mut chunk)?;
+            if n == 0 {
+                return Ok(());
+            }
+            to.write_all(&chunk[..n])?;
+            to.flush()?;
+            for &byte in &chunk[..n] {
+                if byte == b'\n' {
+                    self.line(&String::from_utf8_lossy(&line));
+                    line.clear();
+                } else {
+                    line.push(byte);
+                }
+            }
+        }
+    }
+
+    /// `test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s`
+    fn line(&mut self, line: &str) {
+        let Some((_, counts)) =
+            line.strip_prefix("test result: ").and_then(|rest| rest.split_once(". "))
+        else {
+            return;
+        };
+        self.seen = true;
+        for count in counts.split(';') {
+            let mut words = count.split_whitespace();
+            let (Some(Ok(n)), Some(what)) = (words.next().map(str::parse::<u64>), words.next())
+            else {
+                continue;
+            };
+            match what {
+                "passed" => self.passed += n,
+                "failed" => self.failed += n,
+                "ignored" => self.skipped += n,
+                _ => {}
+            }
+        }
+    }
+
+    fn print(&self) {
+        if self.seen {
+            println!(
+                "\ntotal: {} passed, {} failed, {} skipped",
+                self.passed, self.failed, self.skipped
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn strings(line: &str) -> Vec<String> {
+        line.split_whitespace().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn features_are_asked_only_of_chosen_packages() {
+        assert_eq!(nixl_features(&packages(&strings("-p refit-planner"))), Vec::<String>::new());
+        assert_eq!(
+            nixl_features(&packages(&strings("-p refit-tests --package=refit-cli"))),
+            ["--features", "refit-cli/nixl,refit-tests/nixl"]
+        );
+        assert_eq!(nixl_features(&packages(&strings("some_test -- -p refit-planner"))).len(), 2);
+    }
+
+    #[test]
+    fn totals_are_summed() {
+        let mut total = Total::default();
+        for line in [
+            "running 3 tests",
+            "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s",
+            "test result: FAILED. 4 passed; 2 failed; 0 ignored; 0 measured; 9 filtered out; finished in 0.01s",
+        ] {
+            total.line(line);
+        }
+        assert_eq!(total, Total { seen: true, passed: 7, failed: 2, skipped: 1 });
+    }
+
+    #[test]
+    fn every_nixl_feature_exists() {
+        for (package, manifest) in [
+            ("refit-transport", include_str!("../../crates/transport/Cargo.toml")),
+            ("refit", include_str!("../../crates/refit/Cargo.toml")),
+            ("refit-cli", include_str!("../../crates/cli/Cargo.toml")),
+            ("refit-tests", include_str!("../../tests/Cargo.toml")),
+        ] {
+            let (_, feature) = NIXL_FEATURES.iter().find(|(name, _)| *name == package).unwrap();
+            assert!(
+                manifest.contains(&format!("\n{feature} = [")),
+                "{package} has no feature `{feature}`"
+            );
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! Help texts.
+
+/// Every task, in the order of the overview.
+pub(crate) const NAMES: [&str; 7] = ["bench", "test", "refit", "setup", "criterion", "tidy", "ci"];
+
+/// `cargo xtask --help`.
+pub(crate) const MAIN: &str = "\
+cargo xtask TASK [ARGS]
+
+Tasks:
+  bench      refit a model over NIXL on this machine and print the table
+  test       run every test, those over NIXL included
+  refit      run the `refit` command, built for release
+  setup      fetch what NIXL needs; bench, test and refit do this themselves
+  criterion  run the micro-benches
+  tidy       check the rules of the house that no compiler checks
+  ci         run what CI runs
+
+`cargo xtask TASK --help` says more about one.
+";
+
+/// The help of one task.
+pub(crate) fn of(name: &str) -> Option<&'static str> {
+    Some(match name {
+        "bench" => BENCH,
+        "test" => TEST,
+        "refit" => REFIT,
+        "setup" => SETUP,
+        "criterion" => CRITERION,
+        "tidy" => TIDY,
+        "ci" => CI,
+        _ => return None,
+    })
+}
+
+const BENCH: &str = "\
+cargo xtask bench [ARGS]
+
+Sets up what is missing, builds the `refit` command for release and runs `refit bench ARGS` over NIXL.
+Where NIXL is not to be had, says so and benches the in-process transport instead.
+
+`cargo xtask bench -- --help` lists the ARGS.
+";
+
+const TEST: &str = "\
+cargo xtask test [ARGS]
+
+Sets up what is missing and runs `cargo test ARGS` with the NIXL features on.
+Where NIXL is not to be had, says so and runs the other tests.
+With REFIT_REQUIRE_NIXL=1 in the environment that is an error instead.
+
+Examples:
+  cargo xtask test
+  cargo xtask test -p refit-planner
+  cargo xtask test -- --nocapture
+";
+
+const REFIT: &str = "\
+cargo xtask refit [--] ARGS
+
+Sets up what is missing, builds the `refit` command for release and runs it with ARGS.
+
+Example:
+  cargo xtask refit -- --help
+";
+
+const SETUP: &str = "\
+cargo xtask setup
+
+Fetches, with pip and into target/setup only:
+  libclang   to build nixl-sys
+  nixl       the library that nixl-sys loads at run time
+Needs Linux on x86_64 or aarch64, python3 with pip, and g++ 10 or later. Does nothing when all is there.
+
+Set LIBCLANG_PATH or REFIT_NIXL_LIBRARY to use your own; that part is not fetched then.
+Delete target/setup to start again.
+";
+
+const CRITERION: &str = "\
+cargo xtask criterion [ARGS]
+
+Runs `cargo bench -p refit-benches ARGS`.
+
+Example:
+  cargo xtask criterion -- plan
+";
+
+const TIDY: &str = "\
+cargo xtask tidy
+
+Checks the rules of the house that no compiler checks: what the pure crates may depend on, where `unsafe` may
+stand, features, leftovers, file sizes, paths of one machine. Prints every finding, with advice.
+";
+
+const CI: &str = "\
+cargo xtask ci [--no-test]
+
+Runs what CI runs: formatting, clippy, docs, tidy, then the tests. NIXL is required.
+
+  --no-test  only the checks
+";
