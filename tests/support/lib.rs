@@ -3,5 +3,7 @@
 #![allow(clippy::missing_panics_doc, reason = "a panic here is a failed test")]
 
 pub mod execute;
+pub mod models;
 pub mod oracle;
+pub mod ranks;
 pub mod strategies;

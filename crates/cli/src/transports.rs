@@ -1,5 +1,6 @@
 //! The transports a person can name.
 
+#[cfg(feature = "nixl")]
 use std::sync::Arc;
 
 use clap::ValueEnum;

@@ -366,7 +366,7 @@ fn prepare<T: Transport>(
     let mut report = Report::default();
     match inner.prepare(publications, &mut report) {
         Ok((program, lease)) => {
-            report.reads = lease.prepared().iter().map(|batch| batch.len() as u64).sum();
+            report.reads = program.reads().len() as u64;
             report.wire_bytes = program.wire_bytes();
             report.needed_bytes = program.needed_bytes();
             report.staging_bytes = program.staging_bytes();
