@@ -183,7 +183,7 @@ fn source_that_leaves(options: TargetOptions) -> (Unfinished<impl refit::transpo
             assert_eq!(ranks::held(&target), before, "a staged pull that failed wrote live parameters");
             return (Unfinished::Whole(target), before, oracle::buffers(&layout));
         }
-        Unfinished::Pulling(_) => panic!("the reads have settled"),
+        Unfinished::Pulling(_) | Unfinished::Lost => panic!("the reads have settled"),
     };
     let (target, _) = prepared.pull().unwrap().wait(ranks::soon()).unwrap().land().unwrap().install();
     let held = ranks::held(&target);

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use refit::planner::RankLayout;
 use refit::pool::{Allocator, HostAllocator, Memory, PoolOptions};
 use refit::transport::local::{LocalTransport, Network};
-use refit::transport::{Transport, TransportPool};
+use refit::transport::{Transport, TransportPool, TransportRegistrar};
 use refit::{Publication, Report, Source, Target, TargetOptions};
 
 use crate::oracle::{self, Buffers, POISON};
@@ -54,7 +54,7 @@ pub fn agent(network: &Network, name: &str) -> Arc<LocalTransport> {
 /// A pool over an agent, without a budget.
 #[must_use]
 pub fn pool<T: Transport>(transport: &Arc<T>) -> TransportPool<T> {
-    TransportPool::new(HostAllocator, transport.clone().into(), PoolOptions::default())
+    TransportPool::new(HostAllocator, TransportRegistrar::new(transport.clone()), PoolOptions::default())
 }
 
 /// A source rank that holds what the oracle says.
