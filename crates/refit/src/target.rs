@@ -123,13 +123,18 @@ struct Inner<T: Transport> {
     live: Vec<Memory>,
     /// By source rank: the publication a peer was met under, and the peer.
     peers: BTreeMap<u32, ([u8; 32], Peer)>,
-    planned: Option<Planned>,
+    /// The last few plans, the latest first.
+    planned: Vec<Planned>,
 }
 
-/// The last plan, and what it was made from.
+/// Plans kept for a target that changes between options or between trainers.
+const PLANS_KEPT: usize = 4;
+
+/// A plan, and what it was made from.
 #[derive(Debug)]
 struct Planned {
     layouts: [u8; 32],
+    options: TargetOptions,
     program: Arc<Program>,
     /// The last binding of it: digest of the publications, and the pool's key.
     bound: Option<([u8; 32], [u8; 32])>,
@@ -157,7 +162,7 @@ impl<T: Transport> Target<T> {
         options: TargetOptions,
     ) -> Result<Self, RefitError> {
         let live = in_layout_order(&layout, params)?;
-        Ok(Self(Box::new(Inner { transport, pool, layout, options, live, peers: BTreeMap::new(), planned: None })))
+        Ok(Self(Box::new(Inner { transport, pool, layout, options, live, peers: BTreeMap::new(), planned: Vec::new() })))
     }
 
     /// The rank's layout.
@@ -176,9 +181,14 @@ impl<T: Transport> Target<T> {
         self.0.layout.params().iter().map(|param| param.name().as_ref()).zip(&mut self.0.live)
     }
 
-    /// Forgets the plan, so that the next refit makes it anew. Leased memory is the pool's to keep or clear.
-    pub fn forget_plan(&mut self) {
-        self.0.planned = None;
+    /// Plans and lowers the next refit by other options. Plans made under these before are still there.
+    pub fn set_options(&mut self, options: TargetOptions) {
+        self.0.options = options;
+    }
+
+    /// Forgets all plans, so that the next refit makes its own anew. Memory is the pool's to keep or clear.
+    pub fn forget_plans(&mut self) {
+        self.0.planned.clear();
     }
 
     /// Makes ready to pull from the ranks that published. Warm, when nothing changed since the last time: then this
@@ -415,14 +425,19 @@ impl<T: Transport> Inner<T> {
         report: &mut Report,
     ) -> Result<(Arc<Program>, [u8; 32]), RefitError> {
         let layouts = digest("refit layouts v1", publications, Publication::layout_digest);
-        if self.planned.as_ref().is_none_or(|planned| planned.layouts != layouts) {
-            let source = SourceLayout::new(publications.iter().map(|each| each.layout().clone()).collect())?;
-            let plan = plan(&source, &self.layout, &self.options.plan)?;
-            let program = Arc::new(lower(&plan, &self.transport.capabilities(), &self.options.lower)?);
-            report.plans += 1;
-            self.planned = Some(Planned { layouts, program, bound: None });
+        let known = |planned: &Planned| planned.layouts == layouts && planned.options == self.options;
+        match self.planned.iter().position(known) {
+            Some(index) => self.planned[..=index].rotate_right(1),
+            None => {
+                let source = SourceLayout::new(publications.iter().map(|each| each.layout().clone()).collect())?;
+                let plan = plan(&source, &self.layout, &self.options.plan)?;
+                let program = Arc::new(lower(&plan, &self.transport.capabilities(), &self.options.lower)?);
+                report.plans += 1;
+                self.planned.truncate(PLANS_KEPT - 1);
+                self.planned.insert(0, Planned { layouts, options: self.options, program, bound: None });
+            }
         }
-        let Some(planned) = &mut self.planned else { return Err(RefitError::NoStaging) };
+        let planned = &mut self.planned[0];
         let bindings = digest("refit bindings v1", publications, Publication::digest);
         let key = match planned.bound {
             Some((known, key)) if known == bindings => key,
