@@ -375,6 +375,26 @@ fn tied_heads_follow_the_embedding() {
     assert_eq!(heads.count(), 2);
 }
 
+/// Both sides would agree on swapped names, so moving bytes does not show them; a checkpoint would.
+#[test]
+fn logical_tensors_are_the_checkpoints() {
+    let rank = TargetRank::new(0, 0, 1);
+    let held = vllm::expected(&small(), &rank).unwrap();
+    let layout = vllm::layout(&small(), &rank, &held).unwrap();
+    let of = |param: &str| -> Vec<String> {
+        let bands = layout.bands().filter(|(held, _, _)| held.name().ends_with(param));
+        bands.map(|(_, tensor, _)| tensor.name.to_string()).collect()
+    };
+    assert_eq!(
+        of("layers.1.mlp.gate_up_proj.weight"),
+        ["model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight"]
+    );
+    assert_eq!(
+        of("layers.0.self_attn.qkv_proj.weight"),
+        ["q", "k", "v"].map(|proj| format!("model.layers.0.self_attn.{proj}_proj.weight"))
+    );
+}
+
 /// Llama-3.1-8B with more ranks than KV groups: shares begin inside a group, then inside a head.
 #[test]
 fn shares_of_qkv_cut_groups_and_heads() {
