@@ -1,4 +1,5 @@
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::budget::Reservation;
 use crate::registrar::{Core, Registrations, merged};
@@ -17,6 +18,20 @@ pub(crate) struct Holdings<R: Registrar> {
     pub(crate) reservation: Reservation,
 }
 
+/// What building an entry cost: what a warm lease does not pay.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BuildCost {
+    /// Arenas allocated.
+    pub allocations: u64,
+    /// Time spent allocating, evicting others included.
+    pub allocate: Duration,
+    /// Pieces of memory registered.
+    pub registrations: u64,
+    /// Time spent registering.
+    pub register: Duration,
+}
+
 /// Gives room in the budget, evicting idle entries where needed.
 pub(crate) trait Reserve {
     fn reserve(&self, bytes: u64) -> Result<Reservation, PoolError>;
@@ -29,6 +44,7 @@ pub(crate) trait Reserve {
 pub struct Build<'a, R: Registrar> {
     holdings: Holdings<R>,
     context: Context<'a>,
+    cost: BuildCost,
 }
 
 struct Context<'a> {
@@ -54,11 +70,11 @@ impl<'a, R: Registrar> Build<'a, R> {
             adopted: Vec::new(),
             reservation: Reservation::none(Arc::clone(&core.ledger)),
         };
-        Self { holdings, context: Context { allocator, reserve } }
+        Self { holdings, context: Context { allocator, reserve }, cost: BuildCost::default() }
     }
 
-    pub(crate) fn finish(self) -> Holdings<R> {
-        self.holdings
+    pub(crate) fn finish(self) -> (Holdings<R>, BuildCost) {
+        (self.holdings, self.cost)
     }
 
     /// Allocates and registers an arena: one allocation, and one registration unless [`max_registration`] asks for
@@ -74,6 +90,7 @@ impl<'a, R: Registrar> Build<'a, R> {
     /// the allocator or the registrar refuses. The build is then as it was before the call.
     pub fn arena(&mut self, bytes: u64) -> Result<Region, PoolError> {
         let kind = self.context.allocator.kind();
+        let started = Instant::now();
         let (reservation, memory) = if bytes == 0 {
             (None, Memory::empty(kind))
         } else {
@@ -86,7 +103,9 @@ impl<'a, R: Registrar> Build<'a, R> {
         let region = memory.allocation().clone();
         if bytes != 0 {
             self.holdings.reservation.ledger().allocated();
-            self.holdings.registrations.add([region.clone()])?;
+            self.cost.allocations += 1;
+            self.cost.allocate += started.elapsed();
+            self.add([region.clone()])?;
         }
         self.holdings.arenas.push(memory);
         if let Some(reservation) = reservation {
@@ -105,8 +124,16 @@ impl<'a, R: Registrar> Build<'a, R> {
         allocations: impl IntoIterator<Item = &'r Region>,
     ) -> Result<(), PoolError> {
         let adopted = merged(allocations.into_iter().cloned());
-        self.holdings.registrations.add(adopted.iter().cloned())?;
+        self.add(adopted.iter().cloned())?;
         self.holdings.adopted.extend(adopted);
+        Ok(())
+    }
+
+    fn add(&mut self, regions: impl IntoIterator<Item = Region>) -> Result<(), PoolError> {
+        let (started, before) = (Instant::now(), self.registered().len());
+        self.holdings.registrations.add(regions)?;
+        self.cost.registrations += (self.registered().len() - before) as u64;
+        self.cost.register += started.elapsed();
         Ok(())
     }
 

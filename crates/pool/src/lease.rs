@@ -3,7 +3,7 @@ use std::mem::{self, ManuallyDrop};
 use std::sync::Arc;
 
 use crate::pool::{Entry, Shared};
-use crate::{Key, Memory, Region, Registrar};
+use crate::{BuildCost, Key, Memory, Region, Registrar};
 
 /// Exclusive use of a pool entry. Dropping it returns the entry, as it is, for the next refit.
 ///
@@ -15,7 +15,7 @@ pub struct Lease<R: Registrar, P> {
     entry: ManuallyDrop<Box<Entry<R, P>>>,
     shared: Arc<Shared<R, P>>,
     key: Key,
-    hit: bool,
+    built: Option<BuildCost>,
 }
 
 impl<R: Registrar, P> Lease<R, P> {
@@ -23,15 +23,21 @@ impl<R: Registrar, P> Lease<R, P> {
         shared: Arc<Shared<R, P>>,
         key: Key,
         entry: Box<Entry<R, P>>,
-        hit: bool,
+        built: Option<BuildCost>,
     ) -> Self {
-        Self { entry: ManuallyDrop::new(entry), shared, key, hit }
+        Self { entry: ManuallyDrop::new(entry), shared, key, built }
     }
 
     /// Whether the entry was there already. If so, arenas hold what the lease before left in them.
     #[must_use]
     pub fn is_hit(&self) -> bool {
-        self.hit
+        self.built.is_none()
+    }
+
+    /// What building the entry cost; `None` when it was there already.
+    #[must_use]
+    pub fn built(&self) -> Option<BuildCost> {
+        self.built
     }
 
     /// The entry's key.
@@ -102,7 +108,7 @@ impl<R: Registrar, P: fmt::Debug> fmt::Debug for Lease<R, P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Lease")
             .field("key", &self.key)
-            .field("hit", &self.hit)
+            .field("hit", &self.is_hit())
             .field("prepared", self.prepared())
             .field("arenas", &self.arenas())
             .finish_non_exhaustive()

@@ -24,7 +24,7 @@ mod stats;
 
 pub use allocator::{Allocator, HostAllocator};
 pub use arena::ArenaPlan;
-pub use build::Build;
+pub use build::{Build, BuildCost};
 pub use error::{AllocateError, CarveError, LeaseError, PoolError};
 pub use key::Key;
 pub use lease::Lease;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use crate::budget::{Ledger, Reservation};
-use crate::build::{Build, Holdings, Reserve};
+use crate::build::{Build, BuildCost, Holdings, Reserve};
 use crate::registrar::Core;
 use crate::{Allocator, Key, Lease, LeaseError, PoolError, PoolStats, Registrar};
 
@@ -121,13 +121,16 @@ impl<R: Registrar, P: Send> Pool<R, P> {
     ) -> Result<Lease<R, P>, LeaseError<E>> {
         let shared = &self.handle.shared;
         shared.core.ledger.check()?;
-        let (entry, hit) = match shared.take(key)? {
-            Some(entry) => (entry, true),
-            None => (shared.build(key, build).map_err(LeaseError::Build)?, false),
+        let (entry, built) = match shared.take(key)? {
+            Some(entry) => (entry, None),
+            None => {
+                let (entry, cost) = shared.build(key, build).map_err(LeaseError::Build)?;
+                (entry, Some(cost))
+            }
         };
         let bytes = entry.bytes();
-        let lease = Lease::new(Arc::clone(shared), key, entry, hit);
-        tracing::debug!(%key, hit, bytes, "lease");
+        let lease = Lease::new(Arc::clone(shared), key, entry, built);
+        tracing::debug!(%key, hit = lease.is_hit(), bytes, "lease");
         Ok(lease)
     }
 
@@ -211,18 +214,19 @@ impl<R: Registrar, P> Shared<R, P> {
         &self,
         key: Key,
         build: impl FnOnce(&mut Build<'_, R>) -> Result<P, E>,
-    ) -> Result<Box<Entry<R, P>>, E> {
+    ) -> Result<(Box<Entry<R, P>>, BuildCost), E> {
         // Declared first, so dropped last: on failure the key is free only when everything is undone.
         let placeholder = Placeholder { shared: self, key };
         let mut holdings = Build::new(&self.core, &*self.allocator, self);
         let prepared = build(&mut holdings)?;
-        let entry = Box::new(Entry { prepared, holdings: holdings.finish() });
+        let (holdings, cost) = holdings.finish();
+        let entry = Box::new(Entry { prepared, holdings });
         // The entry exists, nothing can fail any more.
         mem::forget(placeholder);
         if let Some(slot) = self.entries.lock().slots.get_mut(&key) {
             *slot = Slot::Leased { bytes: entry.bytes() };
         }
-        Ok(entry)
+        Ok((entry, cost))
     }
 
     /// Takes a leased entry back.

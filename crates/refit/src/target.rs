@@ -13,7 +13,9 @@ use std::time::Instant;
 use refit_planner::{LowerOptions, Mode, PlanOptions, Program, RankLayout, SourceLayout, lower, plan};
 use refit_pool::Memory;
 use refit_translate::host;
-use refit_transport::{Peer, Pull, PullError, Transport, TransportLease, TransportPool};
+use refit_transport::{
+    Peer, Progress, Pull, PullError, Transport, TransportError, TransportLease, TransportPool,
+};
 
 use crate::bind;
 use crate::error::RefitError;
@@ -54,7 +56,6 @@ pub struct InvalidTarget<T: Transport>(Box<Inner<T>>);
 pub struct Prepared<T: Transport> {
     refit: Refit<T>,
     lease: TransportLease<T>,
-    invalid: bool,
 }
 
 /// A refit whose reads are under way. Its memory cannot be reached until they have settled.
@@ -111,6 +112,9 @@ pub enum Unfinished<T: Transport> {
     Invalid(InvalidTarget<T>),
     /// The reads settled, some with errors, but only staging memory was written.
     Whole(Target<T>),
+    /// Reads can no longer be watched and may write the target's memory for ever. It has been leaked: start the
+    /// engine's worker anew.
+    Lost,
 }
 
 #[derive(Debug)]
@@ -123,13 +127,18 @@ struct Inner<T: Transport> {
     live: Vec<Memory>,
     /// By source rank: the publication a peer was met under, and the peer.
     peers: BTreeMap<u32, ([u8; 32], Peer)>,
-    planned: Option<Planned>,
+    /// The last few plans, the latest first.
+    planned: Vec<Planned>,
 }
 
-/// The last plan, and what it was made from.
+/// Plans kept for a target that changes between options or between trainers.
+const PLANS_KEPT: usize = 4;
+
+/// A plan, and what it was made from.
 #[derive(Debug)]
 struct Planned {
     layouts: [u8; 32],
+    options: TargetOptions,
     program: Arc<Program>,
     /// The last binding of it: digest of the publications, and the pool's key.
     bound: Option<([u8; 32], [u8; 32])>,
@@ -139,6 +148,8 @@ struct Planned {
 #[derive(Debug)]
 struct Refit<T: Transport> {
     inner: Box<Inner<T>>,
+    /// Whether the parameters were a mix before.
+    invalid: bool,
     program: Arc<Program>,
     report: Report,
     began: Instant,
@@ -157,7 +168,7 @@ impl<T: Transport> Target<T> {
         options: TargetOptions,
     ) -> Result<Self, RefitError> {
         let live = in_layout_order(&layout, params)?;
-        Ok(Self(Box::new(Inner { transport, pool, layout, options, live, peers: BTreeMap::new(), planned: None })))
+        Ok(Self(Box::new(Inner { transport, pool, layout, options, live, peers: BTreeMap::new(), planned: Vec::new() })))
     }
 
     /// The rank's layout.
@@ -176,9 +187,14 @@ impl<T: Transport> Target<T> {
         self.0.layout.params().iter().map(|param| param.name().as_ref()).zip(&mut self.0.live)
     }
 
-    /// Forgets the plan, so that the next refit makes it anew. Leased memory is the pool's to keep or clear.
-    pub fn forget_plan(&mut self) {
-        self.0.planned = None;
+    /// Plans and lowers the next refit by other options. Plans made under these before are still there.
+    pub fn set_options(&mut self, options: TargetOptions) {
+        self.0.options = options;
+    }
+
+    /// Forgets all plans, so that the next refit makes its own anew. Memory is the pool's to keep or clear.
+    pub fn forget_plans(&mut self) {
+        self.0.planned.clear();
     }
 
     /// Makes ready to pull from the ranks that published. Warm, when nothing changed since the last time: then this
@@ -232,8 +248,8 @@ impl<T: Transport> Prepared<T> {
     /// Goes back without moving a byte.
     #[must_use]
     pub fn cancel(self) -> Cancelled<T> {
-        let inner = self.refit.inner;
-        if self.invalid { Cancelled::Invalid(InvalidTarget(inner)) } else { Cancelled::Whole(Target(inner)) }
+        let Refit { inner, invalid, .. } = self.refit;
+        if invalid { Cancelled::Invalid(InvalidTarget(inner)) } else { Cancelled::Whole(Target(inner)) }
     }
 
     /// Posts every read. In [`Mode::Direct`] live parameters change from here on.
@@ -241,19 +257,19 @@ impl<T: Transport> Prepared<T> {
     /// # Errors
     /// [`RefitError::Transport`] when a peer's reads could not be posted; those that were have settled.
     pub fn pull(self) -> Result<Pulling<T>, Failed<Unfinished<T>>> {
-        let Self { mut refit, lease, invalid } = self;
+        let Self { mut refit, lease } = self;
         let started = Instant::now();
         let live = std::mem::take(&mut refit.inner.live);
         match Pull::start(refit.inner.transport.clone(), lease, live) {
             Ok(pull) => Ok(Pulling { pull, refit, started }),
-            Err(error) => Err(settle_failure(refit, error, started, invalid)),
+            Err(error) => Err(unfinished(refit, error, started)),
         }
     }
 }
 
 impl<T: Transport> Pulling<T> {
     /// Whether every read has settled. Never waits.
-    pub fn poll(&mut self) -> refit_transport::Progress {
+    pub fn poll(&mut self) -> Progress {
         self.pull.poll()
     }
 
@@ -270,7 +286,7 @@ impl<T: Transport> Pulling<T> {
                 refit.inner.live = settled.live;
                 Ok(Pulled { refit, lease: settled.lease })
             }
-            Err(error) => Err(settle_failure(refit, error, started, false)),
+            Err(error) => Err(unfinished(refit, error, started)),
         }
     }
 }
@@ -304,28 +320,37 @@ impl<T: Transport> Landed<T> {
     }
 }
 
-fn settle_failure<T: Transport>(
+/// What a pull that did not end well leaves behind.
+fn unfinished<T: Transport>(
     mut refit: Refit<T>,
     error: PullError<T>,
     started: Instant,
-    was_invalid: bool,
 ) -> Failed<Unfinished<T>> {
-    match error {
+    let first = |errors: Vec<TransportError>| {
+        errors.into_iter().next().map_or(RefitError::Unsupported { what: "a pull that failed for no reason" }, Into::into)
+    };
+    let (error, live, touched) = match error {
         PullError::Deadline { pull } => {
-            let error = RefitError::Deadline { peers: pull.pending_peers(), waited: started.elapsed() };
-            Failed { error, state: Unfinished::Pulling(Pulling { pull, refit, started }) }
+            let error = RefitError::Deadline { agent: refit.inner.transport.agent().to_owned(), waited: started.elapsed() };
+            return Failed { error, state: Unfinished::Pulling(Pulling { pull: *pull, refit, started }) };
         }
-        PullError::Failed { error, settled, posted } => {
-            refit.inner.live = settled.live;
-            let wrote_live = posted && refit.inner.options.lower.mode == Mode::Direct;
-            let state = if wrote_live || was_invalid {
-                Unfinished::Invalid(InvalidTarget(refit.inner))
-            } else {
-                Unfinished::Whole(Target(refit.inner))
-            };
-            Failed { error: error.into(), state }
+        PullError::Lost { errors, bytes: _ } => return Failed { error: first(errors), state: Unfinished::Lost },
+        PullError::Failed { errors, live, .. } => (first(errors), live, true),
+        PullError::NotOwned { batch, len, live, .. } => (RefitError::NotOwned { batch, len }, live, false),
+        PullError::Overlap { first, second, live, .. } => (RefitError::Overlap { first, second }, live, false),
+        _ => {
+            let error = RefitError::Unsupported { what: "a pull error that this release does not know" };
+            return Failed { error, state: Unfinished::Lost };
         }
-    }
+    };
+    refit.inner.live = live;
+    let wrote_live = touched && refit.inner.options.lower.mode == Mode::Direct;
+    let state = if wrote_live || refit.invalid {
+        Unfinished::Invalid(InvalidTarget(refit.inner))
+    } else {
+        Unfinished::Whole(Target(refit.inner))
+    };
+    Failed { error, state }
 }
 
 fn land<T: Transport>(program: &Program, lease: &TransportLease<T>, live: &mut [Memory]) -> Result<(), RefitError> {
@@ -356,11 +381,12 @@ fn prepare<T: Transport>(
     let mut report = Report::default();
     match inner.prepare(publications, &mut report) {
         Ok((program, lease)) => {
-            report.reads = lease.prepared().iter().map(|batch| batch.len() as u64).sum();
+            let reads = |batch| inner.transport.reads(batch) as u64;
+            report.reads = lease.prepared().iter().map(reads).sum();
             report.wire_bytes = program.wire_bytes();
             report.needed_bytes = program.needed_bytes();
             report.staging_bytes = program.staging_bytes();
-            Ok(Prepared { refit: Refit { inner, program, report, began }, lease, invalid })
+            Ok(Prepared { refit: Refit { inner, invalid, program, report, began }, lease })
         }
         Err(error) => Err((error, inner)),
     }
@@ -415,14 +441,19 @@ impl<T: Transport> Inner<T> {
         report: &mut Report,
     ) -> Result<(Arc<Program>, [u8; 32]), RefitError> {
         let layouts = digest("refit layouts v1", publications, Publication::layout_digest);
-        if self.planned.as_ref().is_none_or(|planned| planned.layouts != layouts) {
-            let source = SourceLayout::new(publications.iter().map(|each| each.layout().clone()).collect())?;
-            let plan = plan(&source, &self.layout, &self.options.plan)?;
-            let program = Arc::new(lower(&plan, &self.transport.capabilities(), &self.options.lower)?);
-            report.plans += 1;
-            self.planned = Some(Planned { layouts, program, bound: None });
+        let known = |planned: &Planned| planned.layouts == layouts && planned.options == self.options;
+        match self.planned.iter().position(known) {
+            Some(index) => self.planned[..=index].rotate_right(1),
+            None => {
+                let source = SourceLayout::new(publications.iter().map(|each| each.layout().clone()).collect())?;
+                let plan = plan(&source, &self.layout, &self.options.plan)?;
+                let program = Arc::new(lower(&plan, &self.transport.capabilities(), &self.options.lower)?);
+                report.plans += 1;
+                self.planned.truncate(PLANS_KEPT - 1);
+                self.planned.insert(0, Planned { layouts, options: self.options, program, bound: None });
+            }
         }
-        let Some(planned) = &mut self.planned else { return Err(RefitError::NoStaging) };
+        let planned = &mut self.planned[0];
         let bindings = digest("refit bindings v1", publications, Publication::digest);
         let key = match planned.bound {
             Some((known, key)) if known == bindings => key,
@@ -441,16 +472,17 @@ impl<T: Transport> Inner<T> {
             let rank = source[0].rank;
             let missing = RefitError::MissingPublication { rank };
             let publication = publications.iter().find(|each| each.rank() == rank).ok_or(missing)?;
-            match self.peers.get(&rank) {
-                Some((digest, _)) if digest == publication.digest() => continue,
-                Some((_, stale)) => {
-                    // It may be gone already; that it is forgotten is what counts.
-                    if let Err(error) = self.transport.disconnect(stale) {
-                        tracing::debug!(agent = stale.name, %error, "a peer was gone before it was forgotten");
-                    }
-                    self.peers.remove(&rank);
-                }
-                None => {}
+            let met = self.peers.get(&rank);
+            if met.is_some_and(|(digest, _)| digest == publication.digest()) {
+                continue;
+            }
+            if let Some((_, stale)) = self.peers.remove(&rank)
+                && stale.name != publication.agent()
+                && self.peers.values().all(|(_, other)| other.name != stale.name)
+                && let Err(error) = self.transport.disconnect(&stale)
+            {
+                // It may be gone already; that nobody reads from it any more is what counts.
+                tracing::debug!(agent = stale.name, %error, "a peer could not be forgotten");
             }
             let peer = self.transport.connect(publication.agent(), publication.metadata())?;
             self.peers.insert(rank, (*publication.digest(), peer));

@@ -270,6 +270,10 @@ impl Transport for LocalTransport {
         &prepared.written
     }
 
+    fn reads(&self, prepared: &LocalReads) -> usize {
+        prepared.reads.len()
+    }
+
     unsafe fn post(&self, prepared: &mut LocalReads) -> Result<Status, TransportError> {
         self.not_suspect()?;
         if prepared.owner != self.agent.incarnation {

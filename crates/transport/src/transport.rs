@@ -127,6 +127,9 @@ pub trait Transport: Debug + Send + Sync + 'static {
     /// The local ranges that a batch writes, joined where they touch, sorted by address.
     fn written<'a>(&self, prepared: &'a Self::Prepared) -> &'a [LocalRange];
 
+    /// How many reads a batch posts.
+    fn reads(&self, prepared: &Self::Prepared) -> usize;
+
     /// Starts every read of the batch. Called by [`Pull`](crate::Pull) only.
     ///
     /// # Errors

@@ -214,7 +214,6 @@ fn pair(
             bar.set_message("writing new values");
             all(&mut sources, patience, Some(&Command::Fill { cycle: version }))?;
             bar.inc(1);
-            // Where everything is cached, "cached" must find what this kind of cycle left, not what another one did.
             bar.set_message(mode.label());
             let replies = all(&mut targets, patience, Some(&Command::Refit { mode }))?;
             bar.inc(1);

@@ -11,7 +11,7 @@ pub(crate) enum Mode {
     Uncached,
     /// Everything kept from the cycle before.
     Cached,
-    /// Everything kept, but the program has one read for every contiguous run.
+    /// One read for every contiguous run. Prepared in this cycle, for an uncached one clears everything.
     ReadPerRun,
 }
 

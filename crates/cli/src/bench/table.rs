@@ -106,7 +106,7 @@ struct Ratios {
     total_of_pull: f64,
     /// Uncached allocation, registration and preparation over the pull of the same cycle.
     cold_setup_of_pull: f64,
-    /// One read per row: its refit rate over the rate of one big read, where measured.
+    /// One read per row: its pull rate, without its preparation, over the rate of one big read, where measured.
     read_per_row_of_big_read: Option<f64>,
 }
 
@@ -129,7 +129,7 @@ impl PairResult {
             refit_of_big_read: of_ceiling(cached(|cycle| cycle.refit_gbps)).unwrap_or_default(),
             total_of_pull: cached(|cycle| cycle.total_s / cycle.pull_s).unwrap_or_default(),
             cold_setup_of_pull: self.median_of(Mode::Uncached, setup).unwrap_or_default(),
-            read_per_row_of_big_read: of_ceiling(self.median_of(Mode::ReadPerRun, |cycle| cycle.refit_gbps)),
+            read_per_row_of_big_read: of_ceiling(self.median_of(Mode::ReadPerRun, |cycle| cycle.pull_gbps)),
         }
     }
 

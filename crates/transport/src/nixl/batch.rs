@@ -73,6 +73,10 @@ impl NixlReads {
         &self.parts.written
     }
 
+    pub(super) fn reads(&self) -> usize {
+        self.parts.reads
+    }
+
     /// Starts the batch.
     ///
     /// A post of many reads that fails does not say how many it had started, and NIXL offers no way to see them end.

@@ -217,6 +217,10 @@ impl Transport for NixlTransport {
         prepared.written()
     }
 
+    fn reads(&self, prepared: &NixlReads) -> usize {
+        prepared.reads()
+    }
+
     unsafe fn post(&self, prepared: &mut NixlReads) -> Result<Status, TransportError> {
         self.not_suspect()?;
         if !Arc::ptr_eq(prepared.agent(), &self.agent) {
