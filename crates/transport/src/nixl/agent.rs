@@ -87,6 +87,11 @@ impl Agent {
         self.handle.make_connection(peer, None).map_err(call("nixl_capi_agent_make_connection"))
     }
 
+    /// Whether NIXL still knows the peer. It forgets one whose connection broke.
+    pub(super) fn knows(&self, peer: &str) -> bool {
+        self.handle.check_remote_metadata(peer, None)
+    }
+
     pub(super) fn forget(&self, peer: &str) -> Result<(), Cause> {
         self.handle.invalidate_remote_md(peer).map_err(call("nixl_capi_invalidate_remote_md"))
     }

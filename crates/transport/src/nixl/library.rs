@@ -1,6 +1,7 @@
 //! The guard: proof that NIXL's C API is there before anything calls it.
 
 use std::collections::BTreeSet;
+use std::error::Error as _;
 use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ const RTLD_NOLOAD: i32 = 4;
 /// that is missing, so all are looked up first.
 const REQUIRED: &[&str] = &[
     "nixl_capi_agent_make_connection",
+    "nixl_capi_check_remote_md",
     "nixl_capi_create_backend",
     "nixl_capi_create_configured_agent",
     "nixl_capi_create_opt_args",
@@ -247,8 +249,9 @@ fn beside_mapped(maps: &str) -> BTreeSet<PathBuf> {
 fn try_load(path: &Path) -> Result<NixlLibrary, Problem> {
     // SAFETY: opening runs the initialisers of a library that the user, the caller or the host's loader chose to
     // have in this process; the crate's documentation says where it looks.
-    let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }
-        .map_err(|error| Problem::Open(error.to_string()))?;
+    let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|error| {
+        Problem::Open(error.source().map_or_else(|| error.to_string(), ToString::to_string))
+    })?;
     for &symbol in REQUIRED {
         // SAFETY: the symbol is only looked up, never called or read through this type.
         if unsafe { library.get::<*const ()>(symbol.as_bytes()) }.is_err() {

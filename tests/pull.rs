@@ -1,0 +1,280 @@
+//! What a pull makes of everything a transport can do wrong: batches that play a script.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use refit_planner::Capabilities;
+use refit_pool::{Allocator, HostAllocator, Key, Memory, Pool, PoolOptions, Region};
+use refit_transport::{
+    Cause, LocalRange, Peer, Progress, Pull, PullError, ReadOp, Status, Transport, TransportError,
+    TransportPool, TransportRegistrar,
+};
+
+use Step::{Done, Failed, Lost, Pending};
+
+/// What a batch answers when it is posted, and then at each poll. After the last step it stays pending.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Pending,
+    Done,
+    Failed,
+    Lost,
+}
+
+#[derive(Debug)]
+struct Batch {
+    script: VecDeque<Step>,
+    written: Vec<LocalRange>,
+    posted: Arc<AtomicUsize>,
+}
+
+#[derive(Debug, Default)]
+struct Scripted {
+    suspects: Mutex<usize>,
+}
+
+impl Batch {
+    fn step(&mut self) -> Result<Status, TransportError> {
+        let (agent, peer) = ("target".into(), "source".into());
+        match self.script.pop_front().unwrap_or(Pending) {
+            Pending => Ok(Status::Pending),
+            Done => Ok(Status::Done),
+            Failed => Err(TransportError::Failed { agent, peer, cause: Cause::PeerGone }),
+            Lost => Err(TransportError::Lost { agent, peer, cause: Cause::PeerGone }),
+        }
+    }
+}
+
+impl Transport for Scripted {
+    type Registration = ();
+    type Prepared = Batch;
+
+    fn backend(&self) -> &'static str {
+        "scripted"
+    }
+
+    fn agent(&self) -> &str {
+        "target"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { strided_reads: false, bytes_per_us: 1, ns_per_read: 1, max_reads: 1 }
+    }
+
+    fn metadata(&self) -> Result<Vec<u8>, TransportError> {
+        Ok(Vec::new())
+    }
+
+    fn register(&self, _: &Region) -> Result<(), TransportError> {
+        Ok(())
+    }
+
+    fn deregister(&self, (): ()) -> Result<(), TransportError> {
+        Ok(())
+    }
+
+    fn connect(&self, name: &str, _: &[u8]) -> Result<Peer, TransportError> {
+        Ok(Peer { name: name.into() })
+    }
+
+    fn disconnect(&self, _: &Peer) -> Result<(), TransportError> {
+        Ok(())
+    }
+
+    fn prepare(&self, _: &Peer, _: &[ReadOp]) -> Result<Batch, TransportError> {
+        unreachable!("batches are made by the tests")
+    }
+
+    fn written<'a>(&self, prepared: &'a Batch) -> &'a [LocalRange] {
+        &prepared.written
+    }
+
+    fn reads(&self, prepared: &Batch) -> usize {
+        prepared.written.len()
+    }
+
+    unsafe fn post(&self, prepared: &mut Batch) -> Result<Status, TransportError> {
+        prepared.posted.fetch_add(1, Ordering::Relaxed);
+        prepared.step()
+    }
+
+    fn poll(&self, prepared: &mut Batch) -> Result<Status, TransportError> {
+        prepared.step()
+    }
+
+    fn suspect(&self, _: &Batch) {
+        *self.suspects.lock().unwrap() += 1;
+    }
+}
+
+/// A pull of batches with these scripts, 4096 bytes of the arena each, and one live memory.
+struct World {
+    transport: Arc<Scripted>,
+    pool: TransportPool<Scripted>,
+    posted: Arc<AtomicUsize>,
+    /// Alive as long as the live memory is not freed.
+    live: std::sync::Weak<Memory>,
+}
+
+impl World {
+    fn new() -> Self {
+        let transport = Arc::new(Scripted::default());
+        let pool = Pool::new(
+            HostAllocator,
+            TransportRegistrar::new(Arc::clone(&transport)),
+            PoolOptions::default(),
+        );
+        Self { transport, pool, posted: Arc::default(), live: std::sync::Weak::new() }
+    }
+
+    fn start(&mut self, scripts: &[&[Step]]) -> Result<Pull<Scripted>, PullError<Scripted>> {
+        let bytes = 4096 * scripts.len() as u64;
+        let lease = self.pool.lease(Key::from([0; 32]), |build| {
+            let arena = build.arena(bytes).unwrap();
+            let batch = |(index, script): (usize, &&[Step])| Batch {
+                script: script.iter().copied().collect(),
+                written: vec![LocalRange {
+                    address: arena.address() + 4096 * index as u64,
+                    len: 4096,
+                    kind: arena.kind(),
+                }],
+                posted: Arc::clone(&self.posted),
+            };
+            Ok::<_, TransportError>(scripts.iter().enumerate().map(batch).collect())
+        });
+        let owner = Arc::new(HostAllocator.allocate(4096).unwrap());
+        self.live = Arc::downgrade(&owner);
+        let start = std::ptr::NonNull::new(std::ptr::with_exposed_provenance_mut(
+            usize::try_from(owner.address()).unwrap(),
+        ));
+        // SAFETY: the mapping lives as long as its owner, and nobody else uses it.
+        let live = unsafe { Memory::adopt(start.unwrap(), 4096, owner.kind(), owner) };
+        Pull::start(Arc::clone(&self.transport), lease.unwrap(), vec![live])
+    }
+
+    fn suspects(&self) -> usize {
+        *self.transport.suspects.lock().unwrap()
+    }
+
+    /// The pool's bytes are free again and the live memory was, or was not, freed.
+    fn check(&self, quarantined: u64, live: bool, suspects: usize) {
+        assert_eq!(self.pool.stats().quarantined_bytes, quarantined);
+        assert_eq!(self.pool.stats().leased_bytes, 0);
+        assert_eq!(self.live.upgrade().is_some(), live);
+        assert_eq!(self.suspects(), suspects);
+    }
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(10)
+}
+
+#[test]
+fn every_peer_is_posted_before_any_is_waited_for() {
+    let mut world = World::new();
+    let mut pull = world.start(&[&[Pending, Pending, Done], &[Done], &[Pending, Done]]).unwrap();
+    assert_eq!(world.posted.load(Ordering::Relaxed), 3);
+    assert_eq!(pull.poll(), Progress::Pending);
+    assert_eq!(pull.poll(), Progress::Done);
+    assert_eq!(pull.poll(), Progress::Done);
+    let settled = pull.finish().unwrap();
+    assert_eq!((settled.stats.batches, settled.stats.bytes, settled.stats.polls), (3, 3 * 4096, 2));
+    assert_eq!(settled.live.len(), 1);
+    drop(settled);
+    world.check(0, false, 0);
+}
+
+#[test]
+fn a_failed_post_stops_further_ones_and_the_others_are_waited_for() {
+    let mut world = World::new();
+    let mut pull = world.start(&[&[Pending, Pending, Done], &[Failed], &[Done]]).unwrap();
+    assert_eq!(world.posted.load(Ordering::Relaxed), 2);
+    assert_eq!(pull.poll(), Progress::Pending);
+    let error = pull.wait(soon()).unwrap_err();
+    let PullError::Failed { errors, lease, live } = error else { panic!("{error:?}") };
+    assert_eq!((errors.len(), live.len(), lease.arenas().len()), (1, 1, 1));
+    drop((lease, live));
+    world.check(0, false, 0);
+}
+
+#[test]
+fn a_failed_first_post_fails_at_once() {
+    let mut world = World::new();
+    let error = world.start(&[&[Failed], &[Pending]]).unwrap_err();
+    assert!(matches!(&error, PullError::Failed { errors, .. } if errors.len() == 1), "{error:?}");
+    assert_eq!(world.posted.load(Ordering::Relaxed), 1);
+    drop(error);
+    world.check(0, false, 0);
+}
+
+#[test]
+fn failures_wait_for_the_others_to_settle() {
+    let mut world = World::new();
+    let mut pull = world
+        .start(&[&[Pending, Failed], &[Pending, Pending, Done], &[Pending, Pending, Failed]])
+        .unwrap();
+    assert_eq!(pull.poll(), Progress::Pending);
+    assert_eq!(pull.poll(), Progress::Failed);
+    let error = pull.finish().unwrap_err();
+    assert!(matches!(&error, PullError::Failed { errors, .. } if errors.len() == 2), "{error:?}");
+    drop(error);
+    world.check(0, false, 0);
+}
+
+#[test]
+fn lost_reads_take_their_memory_with_them() {
+    for script in [&[Lost][..], &[Pending, Lost]] {
+        let mut world = World::new();
+        let error = match world.start(&[script, &[Pending, Done]]) {
+            Ok(pull) => pull.wait(soon()).unwrap_err(),
+            Err(error) => error,
+        };
+        let PullError::Lost { errors, bytes } = error else { panic!("{error:?}") };
+        assert_eq!((errors.len(), bytes), (1, 8192));
+        world.check(8192, true, 1);
+    }
+}
+
+#[test]
+fn deadlines_are_kept_and_the_pull_goes_on() {
+    let mut world = World::new();
+    let script: Vec<Step> = std::iter::repeat_n(Pending, 100).chain([Done]).collect();
+    let pull = world.start(&[&script]).unwrap();
+    let PullError::Deadline { pull } = pull.wait(Instant::now()).unwrap_err() else { panic!() };
+    world.check_leased();
+    drop(pull.wait(soon()).unwrap());
+    world.check(0, false, 0);
+
+    let mut world = World::new();
+    let pull = world.start(&[&[]]).unwrap();
+    let started = Instant::now();
+    let PullError::Deadline { pull } = pull.wait(started + Duration::from_millis(50)).unwrap_err()
+    else {
+        panic!()
+    };
+    assert!(
+        started.elapsed() >= Duration::from_millis(50)
+            && started.elapsed() < Duration::from_secs(5)
+    );
+    drop(pull);
+    world.check(4096, true, 1);
+}
+
+impl World {
+    fn check_leased(&self) {
+        assert_eq!(self.pool.stats().leased_bytes, 4096);
+    }
+}
+
+#[test]
+fn dropping_leaks_exactly_while_something_may_write() {
+    let mut world = World::new();
+    drop(world.start(&[&[Done], &[Pending]]).unwrap());
+    world.check(8192, true, 1);
+
+    let mut world = World::new();
+    drop(world.start(&[&[Done], &[Done]]).unwrap());
+    world.check(0, false, 0);
+}
