@@ -1,1 +1,91 @@
-//! Shared by the benches.
+//! Shared by the benches: the layouts of a Qwen3-4B-shaped model, and agents in one process.
+
+#![allow(clippy::missing_panics_doc, clippy::unwrap_used, reason = "a panic here is a broken bench")]
+
+use std::sync::Arc;
+
+use refit::planner::{Capabilities, Plan, PlanOptions, RankLayout, SourceLayout, plan};
+use refit::pool::{HostAllocator, PoolOptions};
+use refit::transport::TransportPool;
+use refit::transport::local::{LocalTransport, Network};
+use refit::translate::megatron::{self, SourceRank, TrainerOptions};
+use refit::translate::vllm::{self, TargetRank};
+use refit::translate::{Family, ModelConfig};
+use refit::{Publication, Source, Target, TargetOptions, allocate};
+
+/// NIXL over host memory, as its transport describes itself.
+pub const CAPABILITIES: Capabilities =
+    Capabilities { strided_reads: false, bytes_per_us: 2_000, ns_per_read: 5_000, max_reads: u64::MAX };
+
+/// Qwen3-4B with this many layers.
+#[must_use]
+pub fn qwen3_4b(layers: u32) -> ModelConfig {
+    let mut config = ModelConfig::new(Family::Qwen3);
+    config.hidden_size = 2560;
+    config.intermediate_size = 9728;
+    config.num_layers = layers;
+    config.num_heads = 32;
+    config.num_kv_heads = 8;
+    config.head_dim = 128;
+    config.vocab_size = 151_936;
+    config.tied = true;
+    config
+}
+
+/// Every trainer rank's layout.
+#[must_use]
+pub fn source_layouts(config: &ModelConfig, tp: u32) -> Vec<RankLayout> {
+    let layout = |rank: &SourceRank| {
+        let held = megatron::expected(config, rank, &TrainerOptions::default()).unwrap();
+        megatron::layout(config, rank, &held).unwrap()
+    };
+    SourceRank::grid(config.num_layers, tp, 1, 1).unwrap().iter().map(layout).collect()
+}
+
+/// One engine rank's layout.
+#[must_use]
+pub fn target_layout(config: &ModelConfig, tp_rank: u32, tp: u32) -> RankLayout {
+    let rank = TargetRank::new(tp_rank, tp_rank, tp);
+    vllm::layout(config, &rank, &vllm::expected(config, &rank).unwrap()).unwrap()
+}
+
+/// The plan of the first engine rank.
+#[must_use]
+pub fn first_plan(config: &ModelConfig, source_tp: u32, target_tp: u32) -> Plan {
+    let source = SourceLayout::new(source_layouts(config, source_tp)).unwrap();
+    plan(&source, &target_layout(config, 0, target_tp), &PlanOptions::default()).unwrap()
+}
+
+/// A trainer and an engine rank in this process, met and ready.
+#[derive(Debug)]
+pub struct Pair {
+    /// Kept so that what the target reads stays there.
+    pub sources: Vec<Source<LocalTransport>>,
+    /// What they published.
+    pub published: Vec<Publication>,
+    /// The first engine rank.
+    pub target: Target<LocalTransport>,
+}
+
+/// Sets both sides up in this process.
+#[must_use]
+pub fn pair(config: &ModelConfig, source_tp: u32, target_tp: u32) -> Pair {
+    let network = Network::new();
+    let agent = |name: &str| Arc::new(LocalTransport::new(&network, name).unwrap());
+    let trainer = agent("trainer");
+    let pool = TransportPool::new(HostAllocator, trainer.clone().into(), PoolOptions::default());
+    let sources: Vec<_> = source_layouts(config, source_tp)
+        .into_iter()
+        .map(|layout| {
+            let params = allocate(&layout, &HostAllocator).unwrap();
+            Source::new(trainer.clone(), &pool, layout, params).unwrap()
+        })
+        .collect();
+    let published = sources.iter().map(|source| source.publication().unwrap()).collect();
+    let engine = agent("engine");
+    let pool = TransportPool::new(HostAllocator, engine.clone().into(), PoolOptions::default());
+    let layout = target_layout(config, 0, target_tp);
+    let params = allocate(&layout, &HostAllocator).unwrap();
+    let target = Target::new(engine, pool, layout, params, TargetOptions::default()).unwrap();
+    Pair { sources, published, target }
+}

@@ -16,7 +16,8 @@ pub trait Registrar: Debug + Send + Sync {
     /// Why memory cannot be registered, or the registration not be undone.
     type Error: Error + Send + Sync + 'static;
 
-    /// Registers a region. The pool never registers a byte twice within one entry.
+    /// Registers a region. The pool never registers a byte twice within one entry; entries that adopt the same memory
+    /// each register it, and one of them going must not end it for the others.
     ///
     /// # Errors
     /// When the transport refuses; nothing is registered then.

@@ -7,12 +7,17 @@
 //!   every read has settled.
 //! - A transport refuses what a NIC would refuse: unregistered memory, ranges that leave a registration.
 
+mod cause;
+mod envelope;
 mod error;
-mod pull;
+mod peers;
+mod reads;
+mod registry;
 mod transport;
 
 pub mod local;
 
-pub use error::TransportError;
-pub use pull::{Progress, Pull, PullError};
+pub use cause::Cause;
+pub use error::{Side, TransportError};
+
 pub use transport::{LocalRange, Peer, ReadOp, RemoteRange, Status, Transport};

@@ -1,0 +1,221 @@
+//! Golden cases: a whole tiny model as real trainer ranks held it and as real engine ranks wanted it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use refit::planner::Dtype;
+use refit::translate::TensorSpec;
+use safetensors::SafeTensors;
+use serde::Deserialize;
+
+/// Why a case cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CaseError {
+    /// A file or folder that cannot be read.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// A folder without a case.
+    #[error("{path}: neither a case (a folder with case.json) nor a folder of cases")]
+    NoCase {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A file that is not the JSON it should be.
+    #[error("{path}: {source}")]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What the parser says.
+        source: serde_json::Error,
+    },
+    /// A case of another format.
+    #[error("{path}: schema {found}, this reader knows 1")]
+    Schema {
+        /// The file.
+        path: PathBuf,
+        /// Its schema.
+        found: u32,
+    },
+    /// A file that is not safetensors, or only the beginning of one.
+    #[error("{path}: {source}; is it complete?")]
+    Tensors {
+        /// The file.
+        path: PathBuf,
+        /// What the parser says.
+        source: safetensors::SafeTensorError,
+    },
+    /// A tensor of an element type that no plan knows.
+    #[error("{path}: `{tensor}` has element type {dtype}, which is not supported")]
+    Dtype {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its element type.
+        dtype: String,
+    },
+}
+
+/// A case, its tensors not read yet.
+#[derive(Debug)]
+pub struct Case {
+    folder: PathBuf,
+    /// The text of `config.json`.
+    pub config: String,
+    /// Sizes and files of the trainer.
+    pub source: Source,
+    /// Sizes and files of the engine.
+    pub target: Target,
+}
+
+/// The trainer of a case.
+#[derive(Debug, Deserialize)]
+pub struct Source {
+    /// Tensor-parallel size.
+    pub tp: u32,
+    /// Pipeline stages.
+    pub pp: u32,
+    /// Its ranks.
+    pub ranks: Vec<SourceFile>,
+}
+
+/// A trainer rank of a case.
+#[derive(Debug, Deserialize)]
+pub struct SourceFile {
+    /// Unique among trainer ranks.
+    pub rank: u32,
+    /// Tensor-parallel rank.
+    pub tp: u32,
+    /// Pipeline stage.
+    pub pp: u32,
+    /// Global index of each local layer.
+    pub layers: Vec<u32>,
+    /// Its tensors, relative to the case.
+    pub file: String,
+}
+
+/// The engine of a case.
+#[derive(Debug, Deserialize)]
+pub struct Target {
+    /// Tensor-parallel size.
+    pub tp: u32,
+    /// Its ranks.
+    pub ranks: Vec<TargetFile>,
+}
+
+/// An engine rank of a case.
+#[derive(Debug, Deserialize)]
+pub struct TargetFile {
+    /// Unique among engine ranks.
+    pub rank: u32,
+    /// Tensor-parallel rank.
+    pub tp: u32,
+    /// Its tensors, relative to the case.
+    pub file: String,
+}
+
+/// The tensors of one rank.
+#[derive(Debug)]
+pub struct Tensors {
+    /// Names, element types and shapes, sorted by name.
+    pub specs: Vec<TensorSpec>,
+    /// Bytes, by name.
+    pub bytes: BTreeMap<String, Vec<u8>>,
+}
+
+impl Case {
+    /// Reads `case.json` and `config.json` of a folder.
+    ///
+    /// # Errors
+    /// [`CaseError::Io`], [`CaseError::Json`], [`CaseError::Schema`].
+    pub fn open(folder: &Path) -> Result<Self, CaseError> {
+        #[derive(Deserialize)]
+        struct Version {
+            schema: u32,
+        }
+        #[derive(Deserialize)]
+        struct Body {
+            source: Source,
+            target: Target,
+        }
+        let path = folder.join("case.json");
+        let text = read_text(&path)?;
+        let malformed = |source| CaseError::Json { path: path.clone(), source };
+        // The version first: the rest of another version may look different.
+        let Version { schema } = serde_json::from_str(&text).map_err(malformed)?;
+        if schema != 1 {
+            return Err(CaseError::Schema { path, found: schema });
+        }
+        let Body { source, target } = serde_json::from_str(&text).map_err(malformed)?;
+        let config = read_text(&folder.join("config.json"))?;
+        Ok(Self { folder: folder.to_path_buf(), config, source, target })
+    }
+
+    /// The folder's name.
+    #[must_use]
+    pub fn name(&self) -> String {
+        name(&self.folder)
+    }
+
+    /// Reads a rank's file.
+    ///
+    /// # Errors
+    /// [`CaseError::Io`], [`CaseError::Tensors`], [`CaseError::Dtype`].
+    pub fn tensors(&self, file: &str) -> Result<Tensors, CaseError> {
+        let path = self.folder.join(file);
+        let raw = fs::read(&path).map_err(|source| CaseError::Io { path: path.clone(), source })?;
+        let tensors = SafeTensors::deserialize(&raw)
+            .map_err(|source| CaseError::Tensors { path: path.clone(), source })?;
+        let (mut specs, mut bytes) = (Vec::new(), BTreeMap::new());
+        for (name, view) in tensors.iter() {
+            let dtype = view.dtype().to_string();
+            let Some(dtype) = Dtype::from_name(&dtype) else {
+                return Err(CaseError::Dtype { path, tensor: name.into(), dtype });
+            };
+            let shape: Vec<u64> = view.shape().iter().map(|&extent| extent as u64).collect();
+            specs.push(TensorSpec::new(name, dtype, shape));
+            bytes.insert(name.into(), view.data().to_vec());
+        }
+        specs.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(Tensors { specs, bytes })
+    }
+}
+
+/// The cases that a path stands for: itself, or every case in it or in its `models`, sorted by name.
+///
+/// # Errors
+/// [`CaseError::Io`], and [`CaseError::NoCase`] when there is none.
+pub fn find(path: &Path) -> Result<Vec<PathBuf>, CaseError> {
+    let is_case = |folder: &Path| folder.join("case.json").is_file();
+    if is_case(path) {
+        return Ok(vec![path.to_path_buf()]);
+    }
+    let models = path.join("models");
+    let folder = if models.is_dir() { models } else { path.to_path_buf() };
+    let io = |source| CaseError::Io { path: folder.clone(), source };
+    let mut cases = Vec::new();
+    for entry in fs::read_dir(&folder).map_err(io)? {
+        let path = entry.map_err(io)?.path();
+        if is_case(&path) {
+            cases.push(path);
+        }
+    }
+    cases.sort();
+    if cases.is_empty() { Err(CaseError::NoCase { path: path.to_path_buf() }) } else { Ok(cases) }
+}
+
+/// What a person calls a case.
+pub(crate) fn name(folder: &Path) -> String {
+    folder.file_name().map_or_else(|| folder.display().to_string(), |name| name.to_string_lossy().into_owned())
+}
+
+fn read_text(path: &Path) -> Result<String, CaseError> {
+    fs::read_to_string(path).map_err(|source| CaseError::Io { path: path.to_path_buf(), source })
+}

@@ -1,0 +1,209 @@
+//! `refit verify`: golden cases through the whole stack, compared byte for byte.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use refit::pool::{HostAllocator, PoolOptions};
+use refit::transport::{Transport, TransportPool, local};
+use refit::translate::megatron::{self, SourceRank};
+use refit::translate::vllm::{self, TargetRank};
+use refit::translate::{ModelConfig, TranslateError};
+use refit::{Publication, RefitError, Source, Target, TargetOptions, allocate};
+
+use crate::case::{self, Case, CaseError, Tensors};
+use crate::error::CliError;
+use crate::transports::TransportName;
+
+/// What target parameters hold before the refit.
+const POISON: u8 = 0xa5;
+
+/// How long the reads of one case may take. The largest are megabytes.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Replay golden cases: real trainer shards in, every engine tensor compared byte for byte.
+///
+/// A case is a folder with case.json, config.json and safetensors of every rank. Exit status: 0 when all pass, 1 when
+/// a case fails, 2 when a case cannot be read.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Folders of cases, or folders that hold some
+    #[arg(required = true, value_name = "CASE")]
+    cases: Vec<PathBuf>,
+    /// How bytes move
+    #[arg(long, value_enum, default_value_t = TransportName::Local)]
+    transport: TransportName,
+}
+
+/// Why a case did not pass.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    /// It cannot be read: not a verdict on the project.
+    #[error("cannot be read: {0}")]
+    Broken(#[from] CaseError),
+    /// Its tensors are not those of such a model, or the model is not supported.
+    #[error("refused: {0}")]
+    Translate(#[from] TranslateError),
+    /// It cannot be planned or moved.
+    #[error("{0}")]
+    Refit(#[from] RefitError),
+    /// The transport cannot be had.
+    #[error("{0}")]
+    Transport(String),
+    /// A byte is wrong.
+    #[error("target rank {rank}: `{tensor}` is wrong from byte {byte} on: {got:#04x} instead of {want:#04x}")]
+    Wrong { rank: u32, tensor: String, byte: usize, got: u8, want: u8 },
+    /// A rank of the case holds other tensors than the plan writes.
+    #[error("target rank {rank}: {reason}")]
+    Other { rank: u32, reason: String },
+}
+
+impl<S: std::fmt::Debug> From<refit::Failed<S>> for Failure {
+    fn from(failed: refit::Failed<S>) -> Self {
+        Self::Refit(failed.error)
+    }
+}
+
+/// What a case that passed came to.
+#[derive(Default)]
+struct Passed {
+    ranks: usize,
+    tensors: usize,
+    bytes: u64,
+    reads: u64,
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
+    #[cfg(not(feature = "nixl"))]
+    if args.transport == TransportName::Nixl {
+        return Err(crate::transports::without_nixl());
+    }
+    let (mut passed, mut failed, mut broken) = (0, 0, 0);
+    for path in &args.cases {
+        let folders = match case::find(path) {
+            Ok(folders) => folders,
+            Err(error) => {
+                broken += 1;
+                println!("BROKEN {}: {error}", case::name(path));
+                continue;
+            }
+        };
+        for folder in folders {
+            let name = case::name(&folder);
+            match replay(&folder, args.transport) {
+                Ok(Passed { ranks, tensors, bytes, reads }) => {
+                    passed += 1;
+                    println!("ok     {name}: {ranks} target ranks, {tensors} tensors, {bytes} bytes, {reads} reads");
+                }
+                Err(Failure::Broken(error)) => {
+                    broken += 1;
+                    println!("BROKEN {name}: {error}");
+                }
+                Err(failure) => {
+                    failed += 1;
+                    println!("FAIL   {name}: {failure}");
+                }
+            }
+        }
+    }
+    println!("{passed} passed, {} failed", failed + broken);
+    Ok(match (failed, broken) {
+        (0, 0) => ExitCode::SUCCESS,
+        (_, 0) => ExitCode::from(1),
+        _ => ExitCode::from(2),
+    })
+}
+
+fn replay(folder: &Path, transport: TransportName) -> Result<Passed, Failure> {
+    let case = Case::open(folder)?;
+    match transport {
+        TransportName::Local => {
+            let network = local::Network::new();
+            let agent = |name: &str| local::LocalTransport::new(&network, name).map(Arc::new);
+            let agents = agent("source").and_then(|source| Ok((source, agent("target")?)));
+            let (source, target) = agents.map_err(RefitError::from)?;
+            replay_over(&case, source, target)
+        }
+        TransportName::Nixl => replay_over_nixl(&case),
+    }
+}
+
+#[cfg(feature = "nixl")]
+fn replay_over_nixl(case: &Case) -> Result<Passed, Failure> {
+    let agent = |name| crate::transports::nixl(name).map_err(|error| Failure::Transport(error.to_string()));
+    replay_over(case, agent("source")?, agent("target")?)
+}
+
+#[cfg(not(feature = "nixl"))]
+fn replay_over_nixl(_: &Case) -> Result<Passed, Failure> {
+    Err(Failure::Transport(crate::transports::without_nixl().to_string()))
+}
+
+/// Publishes every source rank of a case from one agent and pulls every target rank of it from another.
+fn replay_over<T: Transport>(case: &Case, publisher: Arc<T>, puller: Arc<T>) -> Result<Passed, Failure> {
+    let config = ModelConfig::from_json(&case.config)?;
+    let pool = TransportPool::new(HostAllocator, publisher.clone().into(), PoolOptions::default());
+    let mut sources = Vec::new();
+    for rank in &case.source.ranks {
+        let tensors = case.tensors(&rank.file)?;
+        let place = SourceRank::new(rank.rank, rank.layers.clone())
+            .with_tp(rank.tp, case.source.tp)
+            .with_pp(rank.pp, case.source.pp);
+        let layout = megatron::layout(&config, &place, &tensors.specs)?;
+        let mut params = allocate(&layout, &HostAllocator)?;
+        for (name, memory) in &mut params {
+            let held = tensors.bytes.get(name.as_str()).map_or(&[][..], Vec::as_slice);
+            host_bytes(memory, name)?.copy_from_slice(held);
+        }
+        sources.push(Source::new(publisher.clone(), &pool, layout, params)?);
+    }
+    // Only now: what an agent publishes about itself must include every registration.
+    let published: Vec<Publication> = sources.iter().map(Source::publication).collect::<Result<_, _>>()?;
+
+    let pool = TransportPool::new(HostAllocator, puller.clone().into(), PoolOptions::default());
+    let mut passed = Passed::default();
+    for rank in &case.target.ranks {
+        let wanted = case.tensors(&rank.file)?;
+        let layout = vllm::layout(&config, &TargetRank::new(rank.rank, rank.tp, case.target.tp), &wanted.specs)?;
+        let mut params = allocate(&layout, &HostAllocator)?;
+        for (name, memory) in &mut params {
+            host_bytes(memory, name)?.fill(POISON);
+        }
+        let target = Target::new(puller.clone(), pool.clone(), layout, params, TargetOptions::default())?;
+        let pulling = target.prepare(&published)?.pull()?;
+        let (target, report) = pulling.wait(Instant::now() + PATIENCE)?.land()?.install();
+        compare(rank.rank, &target, &wanted)?;
+        passed.ranks += 1;
+        passed.tensors += wanted.specs.len();
+        passed.bytes += target.layout().bytes();
+        passed.reads += report.reads;
+    }
+    Ok(passed)
+}
+
+fn host_bytes<'a>(memory: &'a mut refit::pool::Memory, param: &str) -> Result<&'a mut [u8], RefitError> {
+    memory.host_bytes_mut().ok_or_else(|| RefitError::NotHost { param: param.to_owned() })
+}
+
+fn compare<T: Transport>(rank: u32, target: &Target<T>, wanted: &Tensors) -> Result<(), Failure> {
+    let mut compared = 0;
+    for (name, memory) in target.params() {
+        let got = memory.host_bytes().unwrap_or_default();
+        let want = wanted.bytes.get(name).map_or(&[][..], Vec::as_slice);
+        if got.len() != want.len() {
+            let reason = format!("`{name}` has {} bytes instead of {}", got.len(), want.len());
+            return Err(Failure::Other { rank, reason });
+        }
+        if let Some(byte) = got.iter().zip(want).position(|(got, want)| got != want) {
+            let (got, want) = (got[byte], want[byte]);
+            return Err(Failure::Wrong { rank, tensor: name.to_owned(), byte, got, want });
+        }
+        compared += 1;
+    }
+    if compared != wanted.bytes.len() {
+        let reason = format!("{compared} of its {} tensors were written", wanted.bytes.len());
+        return Err(Failure::Other { rank, reason });
+    }
+    Ok(())
+}

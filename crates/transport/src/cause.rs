@@ -1,0 +1,122 @@
+/// What was wrong, below the operation that a [`TransportError`](crate::TransportError) names.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Cause {
+    /// A call of the backend failed.
+    #[error("{call} answered `{status}`")]
+    Call {
+        /// The backend's function.
+        call: &'static str,
+        /// Its answer.
+        status: String,
+    },
+    /// A name that backends or logs could not carry.
+    #[error("agent names are 1 to {max} characters of A-Z a-z 0-9 . _ -")]
+    Name {
+        /// Most characters.
+        max: usize,
+    },
+    /// An agent of that name exists.
+    #[error("the name is taken; names are never reused, add an incarnation")]
+    NameTaken,
+    /// The metadata is another agent's, or another backend's.
+    #[error("the metadata was published by `{found}`; ask the rendezvous for fresh metadata")]
+    Published {
+        /// Agent and backend that published it.
+        found: String,
+    },
+    /// The metadata is truncated, damaged or not metadata at all.
+    #[error("the metadata is damaged or was written by another version ({part}); publish it again")]
+    Metadata {
+        /// The part that could not be read.
+        part: &'static str,
+    },
+    /// Larger than this side is willing to read.
+    #[error("{len} bytes of metadata, at most {max} are read; register fewer, larger regions")]
+    TooLarge {
+        /// Bytes.
+        len: usize,
+        /// Most bytes.
+        max: usize,
+    },
+    /// Nobody of that name is connected.
+    #[error("the peer is not connected; connect to it first")]
+    UnknownPeer,
+    /// An agent was asked to read from itself.
+    #[error("an agent cannot be its own peer")]
+    Itself,
+    /// The peer was connected once and is gone.
+    #[error("the peer is gone; connect to its next incarnation and prepare again")]
+    PeerGone,
+    /// The peer deregistered memory that is read.
+    #[error("read {read} reads memory that the peer has deregistered; prepare again from fresh metadata")]
+    Deregistered {
+        /// Index of the read.
+        read: usize,
+    },
+    /// Reads from this peer have not settled.
+    #[error("{batches} batches of reads from it have not settled; wait for them first")]
+    InFlight {
+        /// How many.
+        batches: usize,
+    },
+    /// No answer in time.
+    #[error("no answer within {millis} ms; is the peer alive, and reachable over the transports in use?")]
+    Silent {
+        /// How long it was waited for.
+        millis: u64,
+    },
+    /// A region or read without bytes.
+    #[error("it has no bytes; leave empty ones out")]
+    Empty,
+    /// A range that runs over the end of the address space.
+    #[error("the range leaves the address space")]
+    Wraps,
+    /// A region that crosses the border of another registration.
+    #[error("it crosses the border of memory that is registered already; register whole allocations, once")]
+    RegisteredInPart,
+    /// Memory this backend does not handle.
+    #[error("this backend does not handle that kind of memory")]
+    Kind,
+    /// Strided reads on a transport that does not declare them.
+    #[error("read {read} is strided, this transport reads contiguous runs only; lower with its capabilities")]
+    Strided {
+        /// Index of the read.
+        read: usize,
+    },
+    /// Lengths of a read that disagree.
+    #[error("read {read} says {len} bytes on the {side} side, its runs span {extent}")]
+    Extent {
+        /// Index of the read.
+        read: usize,
+        /// Which of its two ranges.
+        side: crate::Side,
+        /// Bytes it says.
+        len: u64,
+        /// Bytes its runs span.
+        extent: u64,
+    },
+    /// More reads than a batch can hold.
+    #[error("{reads} reads in one batch, at most {max} are taken; lower with this transport's capabilities")]
+    TooMany {
+        /// Reads in the batch.
+        reads: usize,
+        /// Most reads.
+        max: u64,
+    },
+    /// A batch built by another agent.
+    #[error("the batch was prepared by another agent")]
+    Foreign,
+    /// A batch in the wrong state for the call.
+    #[error("the batch is {state}")]
+    State {
+        /// Its state.
+        state: &'static str,
+    },
+    /// A call into the backend panicked.
+    #[error("{call} panicked")]
+    Panicked {
+        /// The backend's function.
+        call: &'static str,
+    },
+}

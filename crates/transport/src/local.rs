@@ -1,0 +1,278 @@
+//! The in-process transport: agents of one process read one another's memory.
+//!
+//! It refuses what a NIC would refuse, so that passing here means something: unregistered and overlong ranges on
+//! either side, memory registered after the metadata was published or deregistered before the read, peers that are
+//! unknown or gone. It copies inside [`poll`](crate::Transport::poll), a bounded number of bytes at a time, so that
+//! callers really see reads that are pending.
+//!
+//! # Races
+//!
+//! A one-sided read does not ask the owner of the bytes. Here, as over RDMA, an owner that writes while it is read
+//! tears what the reader gets; which version arrived is for the layer above to prove. The copies go through raw
+//! pointers and make no references, so no aliasing promise of the owner's references is used; but the bytes of a torn
+//! read are as undefined as a NIC's would be. Do not let owners write memory that is being read.
+
+mod copy;
+mod network;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use refit_planner::Capabilities;
+use refit_pool::{MemoryKind, Region};
+
+use self::copy::Cursor;
+use self::network::{Agent, Link};
+use crate::envelope;
+use crate::peers::{PeerState, Peers};
+use crate::reads::{check_shapes, written};
+use crate::registry::{Holds, Registered};
+use crate::{Cause, LocalRange, Peer, ReadOp, Side, Status, Transport, TransportError};
+
+pub use self::network::Network;
+
+/// Most metadata read; the limit exists so that this backend refuses what others do.
+const MAX_METADATA: usize = 16 << 20;
+
+/// How a [`LocalTransport`] behaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LocalOptions {
+    /// What it says it can do. With `strided_reads` it executes strided reads, without it refuses them.
+    pub capabilities: Capabilities,
+    /// Most bytes that one poll copies; at least 1.
+    pub bytes_per_poll: u64,
+}
+
+impl Default for LocalOptions {
+    /// Strided reads, the cost of a copy on one ordinary core, 4 MiB a poll.
+    fn default() -> Self {
+        let capabilities =
+            Capabilities { strided_reads: true, bytes_per_us: 4_000, ns_per_read: 100, max_reads: u64::MAX };
+        Self { capabilities, bytes_per_poll: 4 << 20 }
+    }
+}
+
+impl LocalOptions {
+    /// These options with or without strided reads.
+    #[must_use]
+    pub fn with_strided_reads(mut self, strided: bool) -> Self {
+        self.capabilities.strided_reads = strided;
+        self
+    }
+
+    /// These options with another number of bytes per poll.
+    #[must_use]
+    pub fn with_bytes_per_poll(mut self, bytes: u64) -> Self {
+        self.bytes_per_poll = bytes;
+        self
+    }
+}
+
+/// An agent of a [`Network`].
+#[derive(Debug)]
+pub struct LocalTransport {
+    agent: Arc<Agent>,
+    options: LocalOptions,
+    peers: Peers<Link>,
+    suspect: AtomicBool,
+}
+
+/// Memory registered with a [`LocalTransport`].
+#[derive(Debug)]
+pub struct LocalRegistration(Registered<()>);
+
+/// A batch of reads prepared by a [`LocalTransport`].
+#[derive(Debug)]
+pub struct LocalReads {
+    owner: u64,
+    peer: Arc<PeerState<Link>>,
+    reads: Vec<ReadOp>,
+    written: Vec<LocalRange>,
+    /// Keeps the memory that is written registered, and so allocated.
+    _holds: Holds<()>,
+    /// Where the copying is; `None` unless posted.
+    cursor: Option<Cursor>,
+}
+
+impl LocalTransport {
+    /// An agent of this name, with the default options.
+    ///
+    /// # Errors
+    /// As [`LocalTransport::with_options`].
+    pub fn new(network: &Network, name: &str) -> Result<Self, TransportError> {
+        Self::with_options(network, name, LocalOptions::default())
+    }
+
+    /// An agent of this name.
+    ///
+    /// # Errors
+    /// [`TransportError::Start`] when the name is taken or not a plain name.
+    pub fn with_options(network: &Network, name: &str, options: LocalOptions) -> Result<Self, TransportError> {
+        let agent = network.join(name).map_err(|cause| TransportError::Start { agent: name.into(), cause })?;
+        Ok(Self { agent, options, peers: Peers::new(), suspect: AtomicBool::new(false) })
+    }
+
+    fn connect_error(&self, peer: &str, cause: Cause) -> TransportError {
+        TransportError::Connect { agent: self.agent().into(), peer: peer.into(), cause }
+    }
+
+    fn failed(&self, prepared: &LocalReads, cause: Cause) -> TransportError {
+        TransportError::Failed { agent: self.agent().into(), peer: prepared.peer.name.clone(), cause }
+    }
+
+    fn not_suspect(&self) -> Result<(), TransportError> {
+        if self.suspect.load(Ordering::Acquire) {
+            return Err(TransportError::Suspect { agent: self.agent().into() });
+        }
+        Ok(())
+    }
+
+    fn try_post(prepared: &LocalReads) -> Result<(), Cause> {
+        let peer = prepared.peer.link.reach().filter(|_| prepared.peer.is_connected()).ok_or(Cause::PeerGone)?;
+        for (read, op) in prepared.reads.iter().enumerate() {
+            if peer.registry.share(op.from.kind, op.from.address, op.from.len).is_none() {
+                return Err(Cause::Deregistered { read });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Transport for LocalTransport {
+    type Registration = LocalRegistration;
+    type Prepared = LocalReads;
+
+    fn backend(&self) -> &'static str {
+        "local"
+    }
+
+    fn agent(&self) -> &str {
+        &self.agent.name
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.options.capabilities
+    }
+
+    fn metadata(&self) -> Result<Vec<u8>, TransportError> {
+        let blob = self.agent.incarnation.to_le_bytes();
+        Ok(envelope::encode(self.backend(), self.agent(), &self.agent.registry.ranges(), &blob))
+    }
+
+    fn register(&self, region: &Region) -> Result<LocalRegistration, TransportError> {
+        let make = |region: &Region| if region.kind() == MemoryKind::Host { Ok(()) } else { Err(Cause::Kind) };
+        self.agent.registry.register(region, make).map(LocalRegistration).map_err(|cause| TransportError::Register {
+            agent: self.agent().into(),
+            len: region.len(),
+            kind: region.kind(),
+            cause,
+        })
+    }
+
+    fn deregister(&self, registration: LocalRegistration) -> Result<(), TransportError> {
+        if registration.0.belongs_to(&self.agent.registry) {
+            return Ok(());
+        }
+        let (len, kind) = (registration.0.len(), registration.0.kind());
+        Err(TransportError::Register { agent: self.agent().into(), len, kind, cause: Cause::Foreign })
+    }
+
+    fn connect(&self, name: &str, metadata: &[u8]) -> Result<Peer, TransportError> {
+        let error = |cause| self.connect_error(name, cause);
+        if name == self.agent() {
+            return Err(error(Cause::Itself));
+        }
+        let envelope = envelope::decode(self.backend(), name, metadata, MAX_METADATA).map_err(error)?;
+        let incarnation = envelope.blob.try_into().map_err(|_| error(Cause::Metadata { part: "blob" }))?;
+        let link = self.agent.network.find(name, u64::from_le_bytes(incarnation)).map_err(error)?;
+        match self.peers.get(name) {
+            Ok(state) if state.link == link => state.publish(envelope.ranges),
+            _ => self.peers.insert(PeerState::new(name, link, envelope.ranges)),
+        }
+        Ok(Peer { name: name.into() })
+    }
+
+    fn disconnect(&self, peer: &Peer) -> Result<(), TransportError> {
+        self.peers.remove(&peer.name).map_err(|cause| self.connect_error(&peer.name, cause))
+    }
+
+    fn prepare(&self, peer: &Peer, reads: &[ReadOp]) -> Result<LocalReads, TransportError> {
+        self.not_suspect()?;
+        let error =
+            |cause| TransportError::Prepare { agent: self.agent().into(), peer: peer.name.clone(), cause };
+        let state = self.peers.get(&peer.name).map_err(error)?;
+        check_shapes(reads, &self.options.capabilities).map_err(error)?;
+        let outside =
+            |side, read, len| TransportError::NotRegistered { peer: peer.name.clone(), read, side, len };
+        let published = state.ranges();
+        for (read, op) in reads.iter().enumerate() {
+            if !published.cover(op.from.kind, op.from.address, op.from.len, |_| {}) {
+                return Err(outside(Side::Remote, read, op.from.len));
+            }
+        }
+        let into = reads.iter().map(|op| (op.into.kind, op.into.address, op.into.len));
+        let holds = self.agent.registry.hold(into).map_err(|read| outside(Side::Local, read, reads[read].into.len))?;
+        let written = written(&peer.name, reads)?;
+        let owner = self.agent.incarnation;
+        Ok(LocalReads { owner, peer: state, reads: reads.to_vec(), written, _holds: holds, cursor: None })
+    }
+
+    fn written<'a>(&self, prepared: &'a LocalReads) -> &'a [LocalRange] {
+        &prepared.written
+    }
+
+    unsafe fn post(&self, prepared: &mut LocalReads) -> Result<Status, TransportError> {
+        self.not_suspect()?;
+        if prepared.owner != self.agent.incarnation {
+            return Err(self.failed(prepared, Cause::Foreign));
+        }
+        if prepared.cursor.is_some() {
+            return Err(TransportError::Lost {
+                agent: self.agent().into(),
+                peer: prepared.peer.name.clone(),
+                cause: Cause::State { state: "posted already" },
+            });
+        }
+        Self::try_post(prepared).map_err(|cause| self.failed(prepared, cause))?;
+        if prepared.reads.is_empty() {
+            return Ok(Status::Done);
+        }
+        prepared.peer.started();
+        prepared.cursor = Some(Cursor::default());
+        Ok(Status::Pending)
+    }
+
+    fn poll(&self, prepared: &mut LocalReads) -> Result<Status, TransportError> {
+        let Some(cursor) = &mut prepared.cursor else {
+            return Err(self.failed(prepared, Cause::State { state: "not posted" }));
+        };
+        let result = match prepared.peer.link.reach() {
+            // SAFETY: the batch was posted and has not settled. By the contract of `post` nobody else accesses what
+            // it writes; `_holds` keeps that registered and allocated; `prepare` found every read inside it.
+            Some(peer) => unsafe { cursor.copy(&prepared.reads, &peer.registry, self.options.bytes_per_poll) },
+            None => Err(Cause::PeerGone),
+        };
+        match result {
+            Ok(Status::Pending) => Ok(Status::Pending),
+            done => {
+                prepared.cursor = None;
+                prepared.peer.settled();
+                done.map_err(|cause| self.failed(prepared, cause))
+            }
+        }
+    }
+
+    fn suspect(&self, _prepared: &LocalReads) {
+        self.suspect.store(true, Ordering::Release);
+    }
+}
+
+impl Drop for LocalReads {
+    fn drop(&mut self) {
+        // Copies happen in `poll` only: a dropped batch is quiet.
+        if self.cursor.is_some() {
+            self.peer.settled();
+        }
+    }
+}
