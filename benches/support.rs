@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use refit::planner::{Capabilities, Plan, PlanOptions, RankLayout, SourceLayout, plan};
 use refit::pool::{HostAllocator, PoolOptions};
-use refit::transport::TransportPool;
+use refit::transport::{TransportPool, TransportRegistrar};
 use refit::transport::local::{LocalTransport, Network};
 use refit::translate::megatron::{self, SourceRank, TrainerOptions};
 use refit::translate::vllm::{self, TargetRank};
@@ -73,7 +73,7 @@ pub fn pair(config: &ModelConfig, source_tp: u32, target_tp: u32) -> Pair {
     let network = Network::new();
     let agent = |name: &str| Arc::new(LocalTransport::new(&network, name).unwrap());
     let trainer = agent("trainer");
-    let pool = TransportPool::new(HostAllocator, trainer.clone().into(), PoolOptions::default());
+    let pool = TransportPool::new(HostAllocator, TransportRegistrar::new(trainer.clone()), PoolOptions::default());
     let sources: Vec<_> = source_layouts(config, source_tp)
         .into_iter()
         .map(|layout| {
@@ -83,7 +83,7 @@ pub fn pair(config: &ModelConfig, source_tp: u32, target_tp: u32) -> Pair {
         .collect();
     let published = sources.iter().map(|source| source.publication().unwrap()).collect();
     let engine = agent("engine");
-    let pool = TransportPool::new(HostAllocator, engine.clone().into(), PoolOptions::default());
+    let pool = TransportPool::new(HostAllocator, TransportRegistrar::new(engine.clone()), PoolOptions::default());
     let layout = target_layout(config, 0, target_tp);
     let params = allocate(&layout, &HostAllocator).unwrap();
     let target = Target::new(engine, pool, layout, params, TargetOptions::default()).unwrap();

@@ -1,5 +1,7 @@
 //! The planner and the lowering against the element-by-element oracle, over random legal layouts.
 
+#![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
+
 use proptest::prelude::*;
 use refit::planner::{
     Capabilities, Destination, LowerOptions, Mode, PlanError, PlanOptions, Policy, RankLayout,

@@ -787,6 +787,8 @@ fn whoever_needs_room_waits_for_memory_that_is_leaving() {
     let (leaving, is_leaving) = mpsc::channel();
     let (go_on, may_go_on) = mpsc::channel::<()>();
     thread::scope(|scope| {
+        // Dropped if an assertion below fails, so that the threads end and the failure is seen.
+        let go_on = go_on;
         scope.spawn(|| {
             WHILE_LEAVING.set(Some(Box::new(move || {
                 leaving.send(()).unwrap();

@@ -1,7 +1,12 @@
-//! Shared by the cross-crate tests: the oracle, an interpreter of plans and programs, random layouts.
+//! Shared by the cross-crate tests: the oracle, an interpreter of plans and programs, random layouts,
+//! golden data.
 
-#![allow(clippy::missing_panics_doc, reason = "a panic here is a failed test")]
+#![allow(clippy::missing_panics_doc, clippy::unwrap_used, reason = "a panic here is a failed test")]
 
 pub mod execute;
+pub mod golden;
+pub mod landing;
+pub mod models;
 pub mod oracle;
+pub mod ranks;
 pub mod strategies;

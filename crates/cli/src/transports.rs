@@ -1,5 +1,6 @@
 //! The transports a person can name.
 
+#[cfg(feature = "nixl")]
 use std::sync::Arc;
 
 use clap::ValueEnum;
@@ -32,7 +33,7 @@ impl TransportName {
 pub(crate) fn nixl(name: &str) -> Result<Arc<refit::transport::nixl::NixlTransport>, crate::error::CliError> {
     use refit::transport::nixl::{NixlLibrary, NixlOptions, NixlTransport};
     let library = NixlLibrary::load(&[]).map_err(|error| crate::error::CliError::Nixl(error.to_string()))?;
-    let transport = NixlTransport::new(library, name, NixlOptions::default())
+    let transport = NixlTransport::new(library, NixlOptions::new(name))
         .map_err(|error| crate::error::CliError::Nixl(error.to_string()))?;
     Ok(Arc::new(transport))
 }

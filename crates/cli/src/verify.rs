@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use refit::pool::{HostAllocator, PoolOptions};
-use refit::transport::{Transport, TransportPool, local};
+use refit::transport::{Transport, TransportPool, TransportRegistrar, local};
 use refit::translate::megatron::{self, SourceRank};
 use refit::translate::vllm::{self, TargetRank};
 use refit::translate::{ModelConfig, TranslateError};
@@ -143,7 +143,7 @@ fn replay_over_nixl(_: &Case) -> Result<Passed, Failure> {
 /// Publishes every source rank of a case from one agent and pulls every target rank of it from another.
 fn replay_over<T: Transport>(case: &Case, publisher: Arc<T>, puller: Arc<T>) -> Result<Passed, Failure> {
     let config = ModelConfig::from_json(&case.config)?;
-    let pool = TransportPool::new(HostAllocator, publisher.clone().into(), PoolOptions::default());
+    let pool = TransportPool::new(HostAllocator, TransportRegistrar::new(publisher.clone()), PoolOptions::default());
     let mut sources = Vec::new();
     for rank in &case.source.ranks {
         let tensors = case.tensors(&rank.file)?;
@@ -161,7 +161,7 @@ fn replay_over<T: Transport>(case: &Case, publisher: Arc<T>, puller: Arc<T>) -> 
     // Only now: what an agent publishes about itself must include every registration.
     let published: Vec<Publication> = sources.iter().map(Source::publication).collect::<Result<_, _>>()?;
 
-    let pool = TransportPool::new(HostAllocator, puller.clone().into(), PoolOptions::default());
+    let pool = TransportPool::new(HostAllocator, TransportRegistrar::new(puller.clone()), PoolOptions::default());
     let mut passed = Passed::default();
     for rank in &case.target.ranks {
         let wanted = case.tensors(&rank.file)?;

@@ -2,6 +2,7 @@
 
 mod coalesce;
 mod pieces;
+mod replicas;
 mod tiling;
 
 use alloc::collections::BTreeMap;
@@ -37,8 +38,9 @@ impl PlanOptions {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Replicas {
-    /// The copy whose rank this plan has asked least of so far; ties rotate with the target's rank. Within one
-    /// plan the load of full replicas stays within one shard of even; different targets start at different copies.
+    /// The copy whose rank this plan has asked least so far, among ranks that it must or may read anyway; ties rotate
+    /// with the target's rank. Within one plan the load of full replicas stays within one shard of even; different
+    /// targets start at different copies.
     #[default]
     Spread,
     /// The copy on the lowest rank.
@@ -275,32 +277,36 @@ pub fn plan(
     target: &RankLayout,
     options: &PlanOptions,
 ) -> Result<Plan, PlanError> {
-    let mut pieces = pieces::Cutter::new(source, target, options.replicas);
+    let mut cuts = Vec::new();
+    let mut cuts_of_param = Vec::with_capacity(target.params().len());
+    for param in target.params() {
+        tiling::prove(param)?;
+        let first = cuts.len();
+        for band in &param.bands {
+            pieces::cut(source, target, param, band, &mut cuts)?;
+        }
+        cuts_of_param.push(first..cuts.len());
+    }
+    let chosen = replicas::choose(&cuts, source, options.replicas, target.rank());
+
     let mut used = UsedSources::default();
     let mut segments = Vec::new();
     let mut fills = Vec::new();
     let mut coverage = Coverage::default();
-
-    for (index, param) in target.params().iter().enumerate() {
+    for (index, (param, cuts_of_this)) in target.params().iter().zip(cuts_of_param).enumerate() {
         let index = u32::try_from(index).map_err(|_| PlanError::TooMany)?;
-        tiling::prove(param)?;
-        let first_segment = segments.len();
-        for band in &param.bands {
-            pieces.cut(param, band, |piece| {
-                let source = used.number(piece.replica, source)?;
-                segments.push(piece.segment(source, index));
-                Ok(())
-            })?;
+        let first = segments.len();
+        for (cut, &replica) in cuts[cuts_of_this.clone()].iter().zip(&chosen[cuts_of_this]) {
+            segments.push(cut.segment(source, replica, used.number(replica)?, index)?);
         }
-        coalesce::coalesce(&mut segments, first_segment);
+        coalesce::coalesce(&mut segments, first);
         fills.extend(param.fills.iter().map(|fill| pieces::fill(param, fill, index)));
 
-        let copied: u64 = segments[first_segment..].iter().map(Segment::target_bytes).sum();
+        let copied: u64 = segments[first..].iter().map(Segment::target_bytes).sum();
         coverage.copied_bytes += copied;
         coverage.target_bytes += param.bytes();
         coverage.filled_bytes += param.bytes() - copied;
-        coverage.needed_bytes +=
-            segments[first_segment..].iter().map(Segment::source_bytes).sum::<u64>();
+        coverage.needed_bytes += segments[first..].iter().map(Segment::source_bytes).sum::<u64>();
     }
     u32::try_from(segments.len()).map_err(|_| PlanError::TooMany)?;
 
@@ -321,8 +327,7 @@ struct UsedSources {
 }
 
 impl UsedSources {
-    fn number(&mut self, replica: Replica, source: &SourceLayout) -> Result<u32, PlanError> {
-        debug_assert!((replica.rank as usize) < source.ranks().len());
+    fn number(&mut self, replica: Replica) -> Result<u32, PlanError> {
         let next = u32::try_from(self.numbers.len()).map_err(|_| PlanError::TooMany)?;
         Ok(*self.numbers.entry((replica.rank, replica.param)).or_insert(next))
     }

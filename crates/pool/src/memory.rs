@@ -135,7 +135,8 @@ impl Memory {
         kind: MemoryKind,
         owner: Arc<dyn Any + Send + Sync>,
     ) -> Self {
-        let address = start.as_ptr().addr() as u64;
+        // Exposed, because transports make pointers of addresses again.
+        let address = start.as_ptr().expose_provenance() as u64;
         let allocation = Region { address, len: len as u64, kind, keep_alive: KeepAlive(owner) };
         Self { start, len, allocation }
     }

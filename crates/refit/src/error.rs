@@ -100,12 +100,31 @@ pub enum RefitError {
         param: String,
     },
     /// Reads did not settle in time. Nothing was freed; the pull can be waited on again.
-    #[error("reads from {peers:?} have not settled after {waited:?}; their memory stays reserved until they do")]
+    #[error(
+        "reads into agent `{agent}` have not settled after {waited:?}; their memory stays reserved until they do: \
+         wait again, or have the silent peer ended, which settles them"
+    )]
     Deadline {
-        /// The agents whose reads are still out.
-        peers: Vec<String>,
+        /// The agent that reads.
+        agent: String,
         /// How long the pull has been waited on.
         waited: Duration,
+    },
+    /// A batch of reads would write memory that the target does not hold: an error of this project.
+    #[error("batch {batch} of reads would write {len} bytes that the target does not hold; please report this")]
+    NotOwned {
+        /// Number of the batch.
+        batch: usize,
+        /// Bytes of the range outside.
+        len: u64,
+    },
+    /// Two batches of reads would write the same byte: an error of this project.
+    #[error("batches {first} and {second} of reads would write the same bytes; please report this")]
+    Overlap {
+        /// Number of a batch.
+        first: usize,
+        /// Number of another.
+        second: usize,
     },
     /// Something newer than this release.
     #[error("{what}; both sides must run the same release")]

@@ -21,7 +21,7 @@
 //!
 //! use refit::planner::{Band, Dtype, LayoutBuilder, Param, RankLayout};
 //! use refit::pool::{HostAllocator, PoolOptions};
-//! use refit::transport::{TransportPool, local};
+//! use refit::transport::{TransportPool, TransportRegistrar, local};
 //! use refit::{Source, Target, TargetOptions, allocate};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -35,7 +35,7 @@
 //! let agent = |name: &str| local::LocalTransport::new(&network, name).map(Arc::new);
 //!
 //! let trainer = agent("trainer")?;
-//! let pool = TransportPool::new(HostAllocator, trainer.clone().into(), PoolOptions::default());
+//! let pool = TransportPool::new(HostAllocator, TransportRegistrar::new(trainer.clone()), PoolOptions::default());
 //! let mut source = Source::new(trainer, &pool, layout()?, allocate(&layout()?, &HostAllocator)?)?;
 //! for (_, memory) in source.params_mut() {
 //!     memory.host_bytes_mut().ok_or("host memory")?.fill(7);
@@ -43,7 +43,7 @@
 //! let published = [source.publication()?];
 //!
 //! let engine = agent("engine")?;
-//! let pool = TransportPool::new(HostAllocator, engine.clone().into(), PoolOptions::default());
+//! let pool = TransportPool::new(HostAllocator, TransportRegistrar::new(engine.clone()), PoolOptions::default());
 //! let params = allocate(&layout()?, &HostAllocator)?;
 //! let mut target = Target::new(engine, pool, layout()?, params, TargetOptions::default())?;
 //! for cycle in 0..2 {

@@ -13,7 +13,9 @@ use std::time::Instant;
 use refit_planner::{LowerOptions, Mode, PlanOptions, Program, RankLayout, SourceLayout, lower, plan};
 use refit_pool::Memory;
 use refit_translate::host;
-use refit_transport::{Peer, Pull, PullError, Transport, TransportLease, TransportPool};
+use refit_transport::{
+    Peer, Progress, Pull, PullError, Transport, TransportError, TransportLease, TransportPool,
+};
 
 use crate::bind;
 use crate::error::RefitError;
@@ -54,7 +56,6 @@ pub struct InvalidTarget<T: Transport>(Box<Inner<T>>);
 pub struct Prepared<T: Transport> {
     refit: Refit<T>,
     lease: TransportLease<T>,
-    invalid: bool,
 }
 
 /// A refit whose reads are under way. Its memory cannot be reached until they have settled.
@@ -111,6 +112,9 @@ pub enum Unfinished<T: Transport> {
     Invalid(InvalidTarget<T>),
     /// The reads settled, some with errors, but only staging memory was written.
     Whole(Target<T>),
+    /// Reads can no longer be watched and may write the target's memory for ever. It has been leaked: start the
+    /// engine's worker anew.
+    Lost,
 }
 
 #[derive(Debug)]
@@ -144,6 +148,8 @@ struct Planned {
 #[derive(Debug)]
 struct Refit<T: Transport> {
     inner: Box<Inner<T>>,
+    /// Whether the parameters were a mix before.
+    invalid: bool,
     program: Arc<Program>,
     report: Report,
     began: Instant,
@@ -242,8 +248,8 @@ impl<T: Transport> Prepared<T> {
     /// Goes back without moving a byte.
     #[must_use]
     pub fn cancel(self) -> Cancelled<T> {
-        let inner = self.refit.inner;
-        if self.invalid { Cancelled::Invalid(InvalidTarget(inner)) } else { Cancelled::Whole(Target(inner)) }
+        let Refit { inner, invalid, .. } = self.refit;
+        if invalid { Cancelled::Invalid(InvalidTarget(inner)) } else { Cancelled::Whole(Target(inner)) }
     }
 
     /// Posts every read. In [`Mode::Direct`] live parameters change from here on.
@@ -251,19 +257,19 @@ impl<T: Transport> Prepared<T> {
     /// # Errors
     /// [`RefitError::Transport`] when a peer's reads could not be posted; those that were have settled.
     pub fn pull(self) -> Result<Pulling<T>, Failed<Unfinished<T>>> {
-        let Self { mut refit, lease, invalid } = self;
+        let Self { mut refit, lease } = self;
         let started = Instant::now();
         let live = std::mem::take(&mut refit.inner.live);
         match Pull::start(refit.inner.transport.clone(), lease, live) {
             Ok(pull) => Ok(Pulling { pull, refit, started }),
-            Err(error) => Err(settle_failure(refit, error, started, invalid)),
+            Err(error) => Err(unfinished(refit, error, started)),
         }
     }
 }
 
 impl<T: Transport> Pulling<T> {
     /// Whether every read has settled. Never waits.
-    pub fn poll(&mut self) -> refit_transport::Progress {
+    pub fn poll(&mut self) -> Progress {
         self.pull.poll()
     }
 
@@ -280,7 +286,7 @@ impl<T: Transport> Pulling<T> {
                 refit.inner.live = settled.live;
                 Ok(Pulled { refit, lease: settled.lease })
             }
-            Err(error) => Err(settle_failure(refit, error, started, false)),
+            Err(error) => Err(unfinished(refit, error, started)),
         }
     }
 }
@@ -314,28 +320,37 @@ impl<T: Transport> Landed<T> {
     }
 }
 
-fn settle_failure<T: Transport>(
+/// What a pull that did not end well leaves behind.
+fn unfinished<T: Transport>(
     mut refit: Refit<T>,
     error: PullError<T>,
     started: Instant,
-    was_invalid: bool,
 ) -> Failed<Unfinished<T>> {
-    match error {
+    let first = |errors: Vec<TransportError>| {
+        errors.into_iter().next().map_or(RefitError::Unsupported { what: "a pull that failed for no reason" }, Into::into)
+    };
+    let (error, live, touched) = match error {
         PullError::Deadline { pull } => {
-            let error = RefitError::Deadline { peers: pull.pending_peers(), waited: started.elapsed() };
-            Failed { error, state: Unfinished::Pulling(Pulling { pull, refit, started }) }
+            let error = RefitError::Deadline { agent: refit.inner.transport.agent().to_owned(), waited: started.elapsed() };
+            return Failed { error, state: Unfinished::Pulling(Pulling { pull: *pull, refit, started }) };
         }
-        PullError::Failed { error, settled, posted } => {
-            refit.inner.live = settled.live;
-            let wrote_live = posted && refit.inner.options.lower.mode == Mode::Direct;
-            let state = if wrote_live || was_invalid {
-                Unfinished::Invalid(InvalidTarget(refit.inner))
-            } else {
-                Unfinished::Whole(Target(refit.inner))
-            };
-            Failed { error: error.into(), state }
+        PullError::Lost { errors, bytes: _ } => return Failed { error: first(errors), state: Unfinished::Lost },
+        PullError::Failed { errors, live, .. } => (first(errors), live, true),
+        PullError::NotOwned { batch, len, live, .. } => (RefitError::NotOwned { batch, len }, live, false),
+        PullError::Overlap { first, second, live, .. } => (RefitError::Overlap { first, second }, live, false),
+        _ => {
+            let error = RefitError::Unsupported { what: "a pull error that this release does not know" };
+            return Failed { error, state: Unfinished::Lost };
         }
-    }
+    };
+    refit.inner.live = live;
+    let wrote_live = touched && refit.inner.options.lower.mode == Mode::Direct;
+    let state = if wrote_live || refit.invalid {
+        Unfinished::Invalid(InvalidTarget(refit.inner))
+    } else {
+        Unfinished::Whole(Target(refit.inner))
+    };
+    Failed { error, state }
 }
 
 fn land<T: Transport>(program: &Program, lease: &TransportLease<T>, live: &mut [Memory]) -> Result<(), RefitError> {
@@ -366,11 +381,12 @@ fn prepare<T: Transport>(
     let mut report = Report::default();
     match inner.prepare(publications, &mut report) {
         Ok((program, lease)) => {
-            report.reads = lease.prepared().iter().map(|batch| batch.len() as u64).sum();
+            let reads = |batch| inner.transport.reads(batch) as u64;
+            report.reads = lease.prepared().iter().map(reads).sum();
             report.wire_bytes = program.wire_bytes();
             report.needed_bytes = program.needed_bytes();
             report.staging_bytes = program.staging_bytes();
-            Ok(Prepared { refit: Refit { inner, program, report, began }, lease, invalid })
+            Ok(Prepared { refit: Refit { inner, invalid, program, report, began }, lease })
         }
         Err(error) => Err((error, inner)),
     }
@@ -456,16 +472,17 @@ impl<T: Transport> Inner<T> {
             let rank = source[0].rank;
             let missing = RefitError::MissingPublication { rank };
             let publication = publications.iter().find(|each| each.rank() == rank).ok_or(missing)?;
-            match self.peers.get(&rank) {
-                Some((digest, _)) if digest == publication.digest() => continue,
-                Some((_, stale)) => {
-                    // It may be gone already; that it is forgotten is what counts.
-                    if let Err(error) = self.transport.disconnect(stale) {
-                        tracing::debug!(agent = stale.name, %error, "a peer was gone before it was forgotten");
-                    }
-                    self.peers.remove(&rank);
-                }
-                None => {}
+            let met = self.peers.get(&rank);
+            if met.is_some_and(|(digest, _)| digest == publication.digest()) {
+                continue;
+            }
+            if let Some((_, stale)) = self.peers.remove(&rank)
+                && stale.name != publication.agent()
+                && self.peers.values().all(|(_, other)| other.name != stale.name)
+                && let Err(error) = self.transport.disconnect(&stale)
+            {
+                // It may be gone already; that nobody reads from it any more is what counts.
+                tracing::debug!(agent = stale.name, %error, "a peer could not be forgotten");
             }
             let peer = self.transport.connect(publication.agent(), publication.metadata())?;
             self.peers.insert(rank, (*publication.digest(), peer));

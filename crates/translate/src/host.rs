@@ -123,26 +123,22 @@ fn check_target(offset: u64, run: u64, dims: &Dims, param: &[u8]) -> Result<(), 
 }
 
 /// Calls `copy` with the place of every run on either side, outermost dimension slowest: additions only, no division.
-fn walk(mut dims: &[Dim], source: u64, target: u64, copy: &mut impl FnMut(usize, usize)) {
+fn walk(mut dims: &[Dim], mut source: u64, mut target: u64, copy: &mut impl FnMut(usize, usize)) {
     while let [Dim { count: 1, .. }, inner @ ..] = dims {
         dims = inner;
     }
-    match dims {
-        [] => copy(index(source), index(target)),
-        [dim] => {
-            for step in 0..dim.count {
-                copy(
-                    index(source + step * dim.source_stride),
-                    index(target + step * dim.target_stride),
-                );
-            }
+    let Some((dim, inner)) = dims.split_first() else {
+        return copy(index(source), index(target));
+    };
+    // Wrapping, because a fill has no source to check: what it says about one is never used.
+    for _ in 0..dim.count {
+        if inner.is_empty() {
+            copy(index(source), index(target));
+        } else {
+            walk(inner, source, target, copy);
         }
-        [dim, inner @ ..] => {
-            for step in 0..dim.count {
-                let (from, into) = (step * dim.source_stride, step * dim.target_stride);
-                walk(inner, source + from, target + into, copy);
-            }
-        }
+        source = source.wrapping_add(dim.source_stride);
+        target = target.wrapping_add(dim.target_stride);
     }
 }
 

@@ -19,6 +19,14 @@ pub enum Cause {
     /// An agent of that name exists.
     #[error("the name is taken; names are never reused, add an incarnation")]
     NameTaken,
+    /// A backend parameter that would break what this crate relies on.
+    #[error(
+        "parameter `{key}` is not taken: reads are told finished by the order of one worker's requests"
+    )]
+    Parameter {
+        /// The parameter.
+        key: String,
+    },
     /// The metadata is another agent's, or another backend's.
     #[error("the metadata was published by `{found}`; ask the rendezvous for fresh metadata")]
     Published {
@@ -49,7 +57,9 @@ pub enum Cause {
     #[error("the peer is gone; connect to its next incarnation and prepare again")]
     PeerGone,
     /// The peer deregistered memory that is read.
-    #[error("read {read} reads memory that the peer has deregistered; prepare again from fresh metadata")]
+    #[error(
+        "read {read} reads memory that the peer has deregistered; prepare again from fresh metadata"
+    )]
     Deregistered {
         /// Index of the read.
         read: usize,
@@ -61,7 +71,9 @@ pub enum Cause {
         batches: usize,
     },
     /// No answer in time.
-    #[error("no answer within {millis} ms; is the peer alive, and reachable over the transports in use?")]
+    #[error(
+        "no answer within {millis} ms; is the peer alive, and reachable over the transports in use?"
+    )]
     Silent {
         /// How long it was waited for.
         millis: u64,
@@ -73,13 +85,17 @@ pub enum Cause {
     #[error("the range leaves the address space")]
     Wraps,
     /// A region that crosses the border of another registration.
-    #[error("it crosses the border of memory that is registered already; register whole allocations, once")]
+    #[error(
+        "it crosses the border of memory that is registered already; register whole allocations, once"
+    )]
     RegisteredInPart,
     /// Memory this backend does not handle.
     #[error("this backend does not handle that kind of memory")]
     Kind,
     /// Strided reads on a transport that does not declare them.
-    #[error("read {read} is strided, this transport reads contiguous runs only; lower with its capabilities")]
+    #[error(
+        "read {read} is strided, this transport reads contiguous runs only; lower with its capabilities"
+    )]
     Strided {
         /// Index of the read.
         read: usize,
@@ -97,7 +113,9 @@ pub enum Cause {
         extent: u64,
     },
     /// More reads than a batch can hold.
-    #[error("{reads} reads in one batch, at most {max} are taken; lower with this transport's capabilities")]
+    #[error(
+        "{reads} reads in one batch, at most {max} are taken; lower with this transport's capabilities"
+    )]
     TooMany {
         /// Reads in the batch.
         reads: usize,

@@ -46,11 +46,17 @@ pub(crate) fn encode(backend: &str, agent: &str, ranges: &Ranges, blob: &[u8]) -
 }
 
 /// Unpacks what `agent` published for `backend`, and refuses everything else.
-pub(crate) fn decode<'a>(backend: &str, agent: &str, bytes: &'a [u8], max: usize) -> Result<Envelope<'a>, Cause> {
+pub(crate) fn decode<'a>(
+    backend: &str,
+    agent: &str,
+    bytes: &'a [u8],
+    max: usize,
+) -> Result<Envelope<'a>, Cause> {
     if bytes.len() > max {
         return Err(Cause::TooLarge { len: bytes.len(), max });
     }
-    let (body, end) = bytes.split_last_chunk::<DIGEST>().ok_or(Cause::Metadata { part: "length" })?;
+    let (body, end) =
+        bytes.split_last_chunk::<DIGEST>().ok_or(Cause::Metadata { part: "length" })?;
     let mut body = Reader(body);
     if body.take(MAGIC.len(), "magic")? != MAGIC || body.array("version")? != [VERSION] {
         return Err(Cause::Metadata { part: "version" });
@@ -159,7 +165,10 @@ mod tests {
         let body = bytes.len() - DIGEST;
         let digest = digest(&bytes[..body]);
         bytes[body..].copy_from_slice(&digest);
-        assert_eq!(decode("test", "a", &bytes, 1 << 20).unwrap_err(), Cause::Metadata { part: "memory kind" });
+        assert_eq!(
+            decode("test", "a", &bytes, 1 << 20).unwrap_err(),
+            Cause::Metadata { part: "memory kind" }
+        );
     }
 
     #[test]

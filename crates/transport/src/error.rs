@@ -38,7 +38,9 @@ pub enum TransportError {
         cause: Cause,
     },
     /// Memory could not be registered or deregistered.
-    #[error("agent `{agent}` cannot register or deregister {len} bytes of {kind:?} memory: {cause}")]
+    #[error(
+        "agent `{agent}` cannot register or deregister {len} bytes of {kind:?} memory: {cause}"
+    )]
     Register {
         /// This agent.
         agent: String,
@@ -77,7 +79,9 @@ pub enum TransportError {
         len: u64,
     },
     /// Two reads write the same byte.
-    #[error("reads {first} and {second} from `{peer}` write the same bytes; destinations must be disjoint")]
+    #[error(
+        "reads {first} and {second} from `{peer}` write the same bytes; destinations must be disjoint"
+    )]
     Overlap {
         /// The peer of the reads.
         peer: String,
@@ -123,9 +127,19 @@ pub enum TransportError {
         cause: Cause,
     },
     /// The agent abandoned reads that had not settled, and takes no new ones.
-    #[error("agent `{agent}` abandoned reads that had not settled; make a new agent and connect again")]
+    #[error(
+        "agent `{agent}` abandoned reads that had not settled; make a new agent and connect again"
+    )]
     Suspect {
         /// This agent.
         agent: String,
     },
+}
+
+impl TransportError {
+    /// Whether local memory is quiet after this error. Only [`Lost`](Self::Lost) leaves that open.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        !matches!(self, Self::Lost { .. })
+    }
 }

@@ -11,13 +11,20 @@ mod cause;
 mod envelope;
 mod error;
 mod peers;
+mod pool;
+mod pull;
 mod reads;
 mod registry;
 mod transport;
 
 pub mod local;
+#[cfg(feature = "nixl")]
+#[cfg_attr(docsrs, doc(cfg(feature = "nixl")))]
+pub mod nixl;
 
 pub use cause::Cause;
 pub use error::{Side, TransportError};
 
+pub use pool::{TransportLease, TransportPool, TransportRegistrar};
+pub use pull::{Progress, Pull, PullError, PullStats, Settled};
 pub use transport::{LocalRange, Peer, ReadOp, RemoteRange, Status, Transport};

@@ -45,11 +45,15 @@ pub struct LocalOptions {
 }
 
 impl Default for LocalOptions {
-    /// Strided reads, the cost of a copy on one ordinary core, 4 MiB a poll.
+    /// Strided reads, the cost of a copy on one ordinary core, 16 MiB a poll.
     fn default() -> Self {
-        let capabilities =
-            Capabilities { strided_reads: true, bytes_per_us: 4_000, ns_per_read: 100, max_reads: u64::MAX };
-        Self { capabilities, bytes_per_poll: 4 << 20 }
+        let capabilities = Capabilities {
+            strided_reads: true,
+            bytes_per_us: 4_000,
+            ns_per_read: 100,
+            max_reads: u64::MAX,
+        };
+        Self { capabilities, bytes_per_poll: 16 << 20 }
     }
 }
 
@@ -108,8 +112,14 @@ impl LocalTransport {
     ///
     /// # Errors
     /// [`TransportError::Start`] when the name is taken or not a plain name.
-    pub fn with_options(network: &Network, name: &str, options: LocalOptions) -> Result<Self, TransportError> {
-        let agent = network.join(name).map_err(|cause| TransportError::Start { agent: name.into(), cause })?;
+    pub fn with_options(
+        network: &Network,
+        name: &str,
+        options: LocalOptions,
+    ) -> Result<Self, TransportError> {
+        let agent = network
+            .join(name)
+            .map_err(|cause| TransportError::Start { agent: name.into(), cause })?;
         Ok(Self { agent, options, peers: Peers::new(), suspect: AtomicBool::new(false) })
     }
 
@@ -118,7 +128,11 @@ impl LocalTransport {
     }
 
     fn failed(&self, prepared: &LocalReads, cause: Cause) -> TransportError {
-        TransportError::Failed { agent: self.agent().into(), peer: prepared.peer.name.clone(), cause }
+        TransportError::Failed {
+            agent: self.agent().into(),
+            peer: prepared.peer.name.clone(),
+            cause,
+        }
     }
 
     fn not_suspect(&self) -> Result<(), TransportError> {
@@ -129,7 +143,12 @@ impl LocalTransport {
     }
 
     fn try_post(prepared: &LocalReads) -> Result<(), Cause> {
-        let peer = prepared.peer.link.reach().filter(|_| prepared.peer.is_connected()).ok_or(Cause::PeerGone)?;
+        let peer = prepared
+            .peer
+            .link
+            .reach()
+            .filter(|_| prepared.peer.is_connected())
+            .ok_or(Cause::PeerGone)?;
         for (read, op) in prepared.reads.iter().enumerate() {
             if peer.registry.share(op.from.kind, op.from.address, op.from.len).is_none() {
                 return Err(Cause::Deregistered { read });
@@ -161,12 +180,16 @@ impl Transport for LocalTransport {
     }
 
     fn register(&self, region: &Region) -> Result<LocalRegistration, TransportError> {
-        let make = |region: &Region| if region.kind() == MemoryKind::Host { Ok(()) } else { Err(Cause::Kind) };
-        self.agent.registry.register(region, make).map(LocalRegistration).map_err(|cause| TransportError::Register {
-            agent: self.agent().into(),
-            len: region.len(),
-            kind: region.kind(),
-            cause,
+        let make = |region: &Region| {
+            if region.kind() == MemoryKind::Host { Ok(()) } else { Err(Cause::Kind) }
+        };
+        self.agent.registry.register(region, make).map(LocalRegistration).map_err(|cause| {
+            TransportError::Register {
+                agent: self.agent().into(),
+                len: region.len(),
+                kind: region.kind(),
+                cause,
+            }
         })
     }
 
@@ -175,7 +198,12 @@ impl Transport for LocalTransport {
             return Ok(());
         }
         let (len, kind) = (registration.0.len(), registration.0.kind());
-        Err(TransportError::Register { agent: self.agent().into(), len, kind, cause: Cause::Foreign })
+        Err(TransportError::Register {
+            agent: self.agent().into(),
+            len,
+            kind,
+            cause: Cause::Foreign,
+        })
     }
 
     fn connect(&self, name: &str, metadata: &[u8]) -> Result<Peer, TransportError> {
@@ -183,12 +211,14 @@ impl Transport for LocalTransport {
         if name == self.agent() {
             return Err(error(Cause::Itself));
         }
-        let envelope = envelope::decode(self.backend(), name, metadata, MAX_METADATA).map_err(error)?;
-        let incarnation = envelope.blob.try_into().map_err(|_| error(Cause::Metadata { part: "blob" }))?;
+        let envelope =
+            envelope::decode(self.backend(), name, metadata, MAX_METADATA).map_err(error)?;
+        let incarnation =
+            envelope.blob.try_into().map_err(|_| error(Cause::Metadata { part: "blob" }))?;
         let link = self.agent.network.find(name, u64::from_le_bytes(incarnation)).map_err(error)?;
         match self.peers.get(name) {
             Ok(state) if state.link == link => state.publish(envelope.ranges),
-            _ => self.peers.insert(PeerState::new(name, link, envelope.ranges)),
+            _ => self.peers.insert(Arc::new(PeerState::new(name, link, envelope.ranges))),
         }
         Ok(Peer { name: name.into() })
     }
@@ -199,12 +229,19 @@ impl Transport for LocalTransport {
 
     fn prepare(&self, peer: &Peer, reads: &[ReadOp]) -> Result<LocalReads, TransportError> {
         self.not_suspect()?;
-        let error =
-            |cause| TransportError::Prepare { agent: self.agent().into(), peer: peer.name.clone(), cause };
+        let error = |cause| TransportError::Prepare {
+            agent: self.agent().into(),
+            peer: peer.name.clone(),
+            cause,
+        };
         let state = self.peers.get(&peer.name).map_err(error)?;
         check_shapes(reads, &self.options.capabilities).map_err(error)?;
-        let outside =
-            |side, read, len| TransportError::NotRegistered { peer: peer.name.clone(), read, side, len };
+        let outside = |side, read, len| TransportError::NotRegistered {
+            peer: peer.name.clone(),
+            read,
+            side,
+            len,
+        };
         let published = state.ranges();
         for (read, op) in reads.iter().enumerate() {
             if !published.cover(op.from.kind, op.from.address, op.from.len, |_| {}) {
@@ -212,14 +249,29 @@ impl Transport for LocalTransport {
             }
         }
         let into = reads.iter().map(|op| (op.into.kind, op.into.address, op.into.len));
-        let holds = self.agent.registry.hold(into).map_err(|read| outside(Side::Local, read, reads[read].into.len))?;
+        let holds = self
+            .agent
+            .registry
+            .hold(into)
+            .map_err(|read| outside(Side::Local, read, reads[read].into.len))?;
         let written = written(&peer.name, reads)?;
         let owner = self.agent.incarnation;
-        Ok(LocalReads { owner, peer: state, reads: reads.to_vec(), written, _holds: holds, cursor: None })
+        Ok(LocalReads {
+            owner,
+            peer: state,
+            reads: reads.to_vec(),
+            written,
+            _holds: holds,
+            cursor: None,
+        })
     }
 
     fn written<'a>(&self, prepared: &'a LocalReads) -> &'a [LocalRange] {
         &prepared.written
+    }
+
+    fn reads(&self, prepared: &LocalReads) -> usize {
+        prepared.reads.len()
     }
 
     unsafe fn post(&self, prepared: &mut LocalReads) -> Result<Status, TransportError> {
@@ -250,7 +302,9 @@ impl Transport for LocalTransport {
         let result = match prepared.peer.link.reach() {
             // SAFETY: the batch was posted and has not settled. By the contract of `post` nobody else accesses what
             // it writes; `_holds` keeps that registered and allocated; `prepare` found every read inside it.
-            Some(peer) => unsafe { cursor.copy(&prepared.reads, &peer.registry, self.options.bytes_per_poll) },
+            Some(peer) => unsafe {
+                cursor.copy(&prepared.reads, &peer.registry, self.options.bytes_per_poll)
+            },
             None => Err(Cause::PeerGone),
         };
         match result {

@@ -73,8 +73,8 @@ impl<L> Peers<L> {
         self.0.lock().get(name).map(Arc::clone).ok_or(Cause::UnknownPeer)
     }
 
-    pub(crate) fn insert(&self, state: PeerState<L>) {
-        if let Some(old) = self.0.lock().insert(state.name.clone(), Arc::new(state)) {
+    pub(crate) fn insert(&self, state: Arc<PeerState<L>>) {
+        if let Some(old) = self.0.lock().insert(state.name.clone(), state) {
             old.close();
         }
     }

@@ -61,7 +61,11 @@ pub(crate) fn written(peer: &str, reads: &[ReadOp]) -> Result<Vec<LocalRange>, T
             && last.kind == run.kind
             && run.start < last.end
         {
-            return Err(TransportError::Overlap { peer: peer.into(), first: last.read, second: run.read });
+            return Err(TransportError::Overlap {
+                peer: peer.into(),
+                first: last.read,
+                second: run.read,
+            });
         }
         last = Some(run);
         push_joined(&mut joined, run.kind, run.start, run.end);
@@ -124,25 +128,31 @@ mod tests {
 
     #[test]
     fn touching_ranges_join_and_interleaved_ones_do_not_overlap() {
-        let reads = [op(200, 10, Dims::none()), op(100, 100, Dims::none()), op(300, 4, strided(3, 8))];
+        let reads =
+            [op(200, 10, Dims::none()), op(100, 100, Dims::none()), op(300, 4, strided(3, 8))];
         let joined = written("p", &reads).unwrap();
         let spans: Vec<_> = joined.iter().map(|range| (range.address, range.len)).collect();
         assert_eq!(spans, [(100, 110), (300, 4), (308, 4), (316, 4)]);
         let interleaved = [op(300, 4, strided(3, 8)), op(304, 4, strided(3, 8))];
-        assert_eq!(written("p", &interleaved).unwrap(), [LocalRange {
-            address: 300,
-            len: 24,
-            kind: MemoryKind::Host
-        }]);
+        assert_eq!(
+            written("p", &interleaved).unwrap(),
+            [LocalRange { address: 300, len: 24, kind: MemoryKind::Host }]
+        );
     }
 
     #[test]
     fn overlaps_are_found_between_reads_and_within_one() {
         let pair = [op(100, 10, Dims::none()), op(109, 1, Dims::none())];
-        assert_eq!(written("p", &pair).unwrap_err(), TransportError::Overlap { peer: "p".into(), first: 0, second: 1 });
+        assert_eq!(
+            written("p", &pair).unwrap_err(),
+            TransportError::Overlap { peer: "p".into(), first: 0, second: 1 }
+        );
         for dims in [strided(3, 3), strided(u64::MAX, 0), strided(1 << 60, 1)] {
             let own = [op(100, 4, dims)];
-            assert!(matches!(written("p", &own), Err(TransportError::Overlap { first: 0, second: 0, .. })));
+            assert!(matches!(
+                written("p", &own),
+                Err(TransportError::Overlap { first: 0, second: 0, .. })
+            ));
         }
     }
 
@@ -152,11 +162,17 @@ mod tests {
         assert_eq!(check_shapes(&[op(1, 1, strided(0, 1))], &CAPABILITIES), Err(Cause::Empty));
         let mut wrong = op(1, 4, strided(2, 8));
         wrong.into.len += 1;
-        assert!(matches!(check_shapes(&[wrong], &CAPABILITIES), Err(Cause::Extent { side: Side::Local, .. })));
+        assert!(matches!(
+            check_shapes(&[wrong], &CAPABILITIES),
+            Err(Cause::Extent { side: Side::Local, .. })
+        ));
         let many = vec![op(1, 1, Dims::none()); 9];
         assert_eq!(check_shapes(&many, &CAPABILITIES), Err(Cause::TooMany { reads: 9, max: 8 }));
         let plain = Capabilities { strided_reads: false, ..CAPABILITIES };
-        assert_eq!(check_shapes(&[op(1, 4, strided(2, 8))], &plain), Err(Cause::Strided { read: 0 }));
+        assert_eq!(
+            check_shapes(&[op(1, 4, strided(2, 8))], &plain),
+            Err(Cause::Strided { read: 0 })
+        );
     }
 
     #[test]

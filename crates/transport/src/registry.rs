@@ -62,7 +62,8 @@ impl<B> Registry<B> {
         let (kind, address) = (region.kind(), region.address());
         let end = address.checked_add(region.len()).ok_or(Cause::Wraps)?;
         let mut entries = self.entries.lock();
-        let before = entries.range_mut(..=(kind, address)).next_back().filter(|(start, _)| start.0 == kind);
+        let before =
+            entries.range_mut(..=(kind, address)).next_back().filter(|(start, _)| start.0 == kind);
         let start = match before {
             Some((&start, entry)) if end <= entry.end => {
                 entry.handles += 1;
@@ -75,7 +76,10 @@ impl<B> Registry<B> {
                     return Err(Cause::RegisteredInPart);
                 }
                 let backend = make(region)?;
-                entries.insert(start, Entry { end, handles: 1, holds: 0, _backend: backend, region: region.clone() });
+                entries.insert(
+                    start,
+                    Entry { end, handles: 1, holds: 0, _backend: backend, region: region.clone() },
+                );
                 start
             }
         };
@@ -126,8 +130,10 @@ impl<B> Registry<B> {
         let entries = self.entries.lock();
         let mut regions = Vec::with_capacity(1);
         let live = |entry: &Entry<B>| (entry.handles > 0).then_some(entry.end);
-        cover(&entries, live, kind, address, len, |start| regions.extend(entries.get(&start).map(|e| e.region.clone())))
-            .then_some(regions)
+        cover(&entries, live, kind, address, len, |start| {
+            regions.extend(entries.get(&start).map(|e| e.region.clone()))
+        })
+        .then_some(regions)
     }
 
     fn release(&self, start: Start, count: impl FnOnce(&mut Entry<B>) -> &mut usize) {
@@ -178,7 +184,10 @@ impl<B> fmt::Debug for Registry<B> {
 
 impl<B> fmt::Debug for Registered<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Registered").field("kind", &self.start.0).field("len", &self.len).finish_non_exhaustive()
+        f.debug_struct("Registered")
+            .field("kind", &self.start.0)
+            .field("len", &self.len)
+            .finish_non_exhaustive()
     }
 }
 
@@ -210,7 +219,13 @@ impl Ranges {
     }
 
     /// Whether the range is covered. `border` is told where each range that covers it starts.
-    pub(crate) fn cover(&self, kind: MemoryKind, address: u64, len: u64, mut border: impl FnMut(u64)) -> bool {
+    pub(crate) fn cover(
+        &self,
+        kind: MemoryKind,
+        address: u64,
+        len: u64,
+        mut border: impl FnMut(u64),
+    ) -> bool {
         cover(&self.0, |&end| Some(end), kind, address, len, |start| border(start.1))
     }
 }
@@ -232,10 +247,14 @@ fn cover<V>(
     mut visit: impl FnMut(Start),
 ) -> bool {
     let Some(end) = address.checked_add(len).filter(|_| len > 0) else { return false };
-    let Some((&start, value)) = map.range(..=(kind, address)).next_back().filter(|(start, _)| start.0 == kind) else {
+    let Some((&start, value)) =
+        map.range(..=(kind, address)).next_back().filter(|(start, _)| start.0 == kind)
+    else {
         return false;
     };
-    let Some(mut covered) = end_of(value).filter(|&covered| covered > address) else { return false };
+    let Some(mut covered) = end_of(value).filter(|&covered| covered > address) else {
+        return false;
+    };
     visit(start);
     while covered < end {
         let next = (kind, covered);
@@ -266,7 +285,9 @@ mod tests {
         let mut borders = Vec::new();
         assert!(ranges.cover(HOST, 120, 80, |start| borders.push(start)));
         assert_eq!(borders, [100, 150]);
-        for (address, len) in [(99, 2), (120, 81), (200, 1), (300, 11), (120, 0), (120, u64::MAX), (u64::MAX, 2)] {
+        for (address, len) in
+            [(99, 2), (120, 81), (200, 1), (300, 11), (120, 0), (120, u64::MAX), (u64::MAX, 2)]
+        {
             assert!(!ranges.cover(HOST, address, len, |_| {}), "{address} + {len}");
         }
         assert!(!ranges.cover(MemoryKind::Cuda(0), 120, 8, |_| {}));

@@ -60,11 +60,17 @@ pub enum Status {
 
 /// One-sided reads from registered memory of peers into registered memory of ours.
 ///
-/// Everything is polled. No method waits for a peer.
+/// Everything is polled. No method waits for a peer but [`connect`](Self::connect), which is bounded.
 pub trait Transport: Debug + Send + Sync + 'static {
     /// Keeps memory registered until it is given to [`deregister`](Self::deregister) or dropped.
     type Registration: Send + Sync + Debug;
     /// A batch of reads from one peer, validated and built once, posted every cycle.
+    ///
+    /// It keeps the memory it writes registered, and so allocated, whatever becomes of the [`Registration`]s:
+    /// deregistering takes effect when the last batch that needs it is gone. Dropped in flight, it leaks what its
+    /// reads may still write.
+    ///
+    /// [`Registration`]: Self::Registration
     type Prepared: Send + Debug;
 
     /// The backend's name, for logs and errors.
@@ -84,8 +90,10 @@ pub trait Transport: Debug + Send + Sync + 'static {
 
     /// Makes memory readable by peers and writable by reads.
     ///
+    /// A region inside one that is registered shares its registration.
+    ///
     /// # Errors
-    /// [`TransportError::Register`] when the backend refuses.
+    /// [`TransportError::Register`] when the backend refuses, or the region crosses the border of another one.
     fn register(&self, region: &Region) -> Result<Self::Registration, TransportError>;
 
     /// Undoes a registration and says whether that worked, which a drop cannot.
@@ -96,6 +104,9 @@ pub trait Transport: Debug + Send + Sync + 'static {
 
     /// Makes the peer that published `metadata` under `name` known, and pays what the first transfer would pay.
     ///
+    /// Connecting again, with the metadata that the peer published after it registered more, replaces what is known
+    /// of its memory; batches prepared before stay good.
+    ///
     /// # Errors
     /// [`TransportError::Connect`] when the metadata is not that peer's or the peer cannot be reached.
     fn connect(&self, name: &str, metadata: &[u8]) -> Result<Peer, TransportError>;
@@ -103,7 +114,7 @@ pub trait Transport: Debug + Send + Sync + 'static {
     /// Forgets a peer. Prepared reads from it become errors.
     ///
     /// # Errors
-    /// [`TransportError::Connect`] when the peer is not known.
+    /// [`TransportError::Connect`] when the peer is not known, or reads from it have not settled.
     fn disconnect(&self, peer: &Peer) -> Result<(), TransportError>;
 
     /// Validates and builds reads from one peer.
@@ -116,22 +127,28 @@ pub trait Transport: Debug + Send + Sync + 'static {
     /// The local ranges that a batch writes, joined where they touch, sorted by address.
     fn written<'a>(&self, prepared: &'a Self::Prepared) -> &'a [LocalRange];
 
+    /// How many reads a batch posts.
+    fn reads(&self, prepared: &Self::Prepared) -> usize;
+
     /// Starts every read of the batch. Called by [`Pull`](crate::Pull) only.
     ///
     /// # Errors
-    /// [`TransportError::Failed`] when nothing was started or everything started has settled.
+    /// [`TransportError::Lost`] when reads were started that cannot be watched: what is promised below is then owed
+    /// for ever. After any other error nothing is under way.
     ///
     /// # Safety
-    /// Until [`poll`](Self::poll) has returned something other than [`Status::Pending`], the memory that the reads
-    /// write must stay allocated and registered, and nobody may access it; `prepared` must not be dropped.
+    /// From this call until it or [`poll`](Self::poll) returns something other than [`Status::Pending`], nobody
+    /// accesses the memory that the batch writes.
     unsafe fn post(&self, prepared: &mut Self::Prepared) -> Result<Status, TransportError>;
 
     /// Asks where a posted batch stands, and moves it on.
     ///
     /// # Errors
-    /// [`TransportError::Failed`]: the batch failed *and has settled*, nothing writes local memory any more.
+    /// [`TransportError::Lost`] when it can no longer be seen whether the reads write local memory; they may, for
+    /// ever. [`TransportError::Failed`] when the batch failed *and has settled*.
     fn poll(&self, prepared: &mut Self::Prepared) -> Result<Status, TransportError>;
 
-    /// Told when a batch was abandoned before it settled: this agent can no longer be trusted to be quiet.
+    /// Told when a batch was abandoned before it settled. From then on the agent takes no new reads:
+    /// [`prepare`](Self::prepare) and [`post`](Self::post) return [`TransportError::Suspect`].
     fn suspect(&self, prepared: &Self::Prepared);
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use refit::planner::{Band, Dtype, LayoutBuilder, LowerOptions, Param, Policy, RankLayout};
 use refit::pool::{HostAllocator, PoolOptions};
-use refit::transport::{Transport, TransportPool};
+use refit::transport::{Transport, TransportPool, TransportRegistrar};
 use refit::{
     Directory, Place, Publication, PublishedRegion, RefitError, Report, Source, Target, TargetOptions, allocate,
 };
@@ -53,7 +53,7 @@ pub(crate) fn source<T: Transport>(
     mut answer: impl FnMut(Reply),
 ) -> Result<(), CliError> {
     let layout = setup.layout(model::source(&setup.model()?, setup.source)?)?;
-    let pool = TransportPool::new(HostAllocator, transport.clone().into(), PoolOptions::default());
+    let pool = TransportPool::new(HostAllocator, TransportRegistrar::new(transport.clone()), PoolOptions::default());
     let mut source = Source::new(transport, &pool, layout.clone(), allocate(&layout, &HostAllocator)?)?;
     values::fill(&layout, source.params_mut(), 0)?;
     let directory = Directory::new(&setup.directory).map_err(RefitError::from)?;
@@ -82,7 +82,7 @@ pub(crate) fn target<T: Transport>(
     let sources = 0..setup.source.tp * setup.source.pp;
     let published = directory.wait(sources, setup.patience).map_err(RefitError::from)?;
 
-    let pool = TransportPool::new(HostAllocator, transport.clone().into(), PoolOptions::default());
+    let pool = TransportPool::new(HostAllocator, TransportRegistrar::new(transport.clone()), PoolOptions::default());
     let mut params = allocate(&layout, &HostAllocator)?;
     for (_, memory) in &mut params {
         memory.host_bytes_mut().into_iter().for_each(|bytes| bytes.fill(values::POISON));
@@ -184,7 +184,7 @@ impl<T: Transport> TargetBench<'_, T> {
             published.push(published_arena.map_err(RefitError::from)?);
         }
         let wanted = wanted.build();
-        let pool = TransportPool::new(HostAllocator, self.transport.clone().into(), PoolOptions::default());
+        let pool = TransportPool::new(HostAllocator, TransportRegistrar::new(self.transport.clone()), PoolOptions::default());
         let params = allocate(&wanted, &HostAllocator)?;
         let target = Target::new(self.transport.clone(), pool, wanted, params, TargetOptions::default())?;
         // The first read touches the memory and builds the read; it is not counted.

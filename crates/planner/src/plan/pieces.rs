@@ -1,11 +1,11 @@
-//! Cutting target bands along source shards, and choosing among replicas.
+//! Cutting target bands along source shards.
 
-use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
+use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 
-use super::{Fill, Replicas, Segment, Transform};
+use super::{Fill, Segment, Transform};
 use crate::layout::{Band, FillBox, Param, RankLayout};
 use crate::source::{Replica, Shard, SourceLayout};
 use crate::{Dim, Dims, PlanError};
@@ -39,27 +39,65 @@ impl Area {
     }
 }
 
+impl Area {
+    /// Byte offset of the area's first element in a parameter, and bytes from one of its rows to the next.
+    fn place(&self, (param, band): (&Param, &Band)) -> (u64, u64) {
+        let row = band.at_row + (self.rows.start - band.rows.start) * band.row_step;
+        let col = band.at_col + (self.cols.start - band.cols.start);
+        let size = param.dtype.size();
+        // A stride that saturates belongs to an area of one row, which has no use for it.
+        let stride = band.row_step.saturating_mul(param.cols).saturating_mul(size);
+        ((row * param.cols + col) * size, stride)
+    }
+}
+
 fn overlap(a: &Range<u64>, b: &Range<u64>) -> Range<u64> {
     let start = a.start.max(b.start);
     start..a.end.min(b.end).max(start)
 }
 
-/// A part of a target band that one source parameter provides.
-pub(super) struct Piece<'a> {
-    pub(super) replica: Replica,
+/// A part of a target band, and the shard that covers it.
+pub(super) struct Cut<'a> {
     area: Area,
-    from: (&'a Param, &'a Band),
     into: (&'a Param, &'a Band),
-    transform: Transform,
+    /// The copies there are of the shard.
+    pub(super) replicas: &'a [Replica],
 }
 
-impl Piece<'_> {
-    pub(super) fn segment(&self, source: u32, target: u32) -> Segment {
-        let (source_offset, source_stride) = self.place(self.from);
-        let (target_offset, target_stride) = self.place(self.into);
+impl<'a> Cut<'a> {
+    /// Elements of the part.
+    pub(super) fn elements(&self) -> u64 {
+        self.area.elements()
+    }
+
+    /// The parameter that the part belongs to.
+    pub(super) fn target(&self) -> &'a Param {
+        self.into.0
+    }
+
+    /// The part as a segment that reads one of the copies, number `source` of the plan.
+    pub(super) fn segment(
+        &self,
+        layout: &SourceLayout,
+        replica: Replica,
+        source: u32,
+        target: u32,
+    ) -> Result<Segment, PlanError> {
+        let from = (layout.param_of(replica), layout.band_of(replica));
+        let Some(transform) = Transform::between(from.0.dtype, self.into.0.dtype) else {
+            return Err(PlanError::Dtype {
+                param: self.into.0.name.clone(),
+                source_param: from.0.name.clone(),
+                rank: layout.ranks()[replica.rank as usize].rank(),
+                from: from.0.dtype,
+                to: self.into.0.dtype,
+            });
+        };
+        let (source_offset, source_stride) = self.area.place(from);
+        let (target_offset, target_stride) = self.area.place(self.into);
         let count = self.area.rows.end - self.area.rows.start;
         let width = self.area.cols.end - self.area.cols.start;
-        let run = width * self.from.0.dtype.size();
+        let run = width * from.0.dtype.size();
         let target_run = width * self.into.0.dtype.size();
         let contiguous = source_stride == run && target_stride == target_run;
         let (run, dims) = match count {
@@ -67,25 +105,7 @@ impl Piece<'_> {
             _ if contiguous => (run * count, Dims::none()),
             _ => (run, Dims::one(Dim { count, source_stride, target_stride })),
         };
-        Segment {
-            source,
-            target,
-            source_offset,
-            target_offset,
-            run,
-            dims,
-            transform: self.transform,
-        }
-    }
-
-    /// Byte offset of the area's first element in a parameter, and bytes from one of its rows to the next.
-    fn place(&self, (param, band): (&Param, &Band)) -> (u64, u64) {
-        let row = band.at_row + (self.area.rows.start - band.rows.start) * band.row_step;
-        let col = band.at_col + (self.area.cols.start - band.cols.start);
-        let size = param.dtype.size();
-        // In range: a row past the last may be counted here, but only for a parameter that has one row.
-        let stride = band.row_step.saturating_mul(param.cols).saturating_mul(size);
-        ((row * param.cols + col) * size, stride)
+        Ok(Segment { source, target, source_offset, target_offset, run, dims, transform })
     }
 }
 
@@ -101,91 +121,35 @@ pub(super) fn fill(param: &Param, fill: &FillBox, target: u32) -> Fill {
     Fill { target, offset, run: width * size, dims }
 }
 
-/// Cuts target bands into pieces and keeps count of what each source rank was asked for.
-pub(super) struct Cutter<'a> {
+/// Covers `band` of `target` completely with shards, or says which part of it no source holds.
+pub(super) fn cut<'a>(
     source: &'a SourceLayout,
     target: &'a RankLayout,
-    rule: Replicas,
-    load: BTreeMap<u32, u64>,
-    pending: Vec<Area>,
-}
-
-impl<'a> Cutter<'a> {
-    pub(super) fn new(source: &'a SourceLayout, target: &'a RankLayout, rule: Replicas) -> Self {
-        Self { source, target, rule, load: BTreeMap::new(), pending: Vec::new() }
-    }
-
-    /// Covers `band` completely, or says which part of it no source holds.
-    pub(super) fn cut(
-        &mut self,
-        param: &'a Param,
-        band: &'a Band,
-        mut emit: impl FnMut(Piece<'a>) -> Result<(), PlanError>,
-    ) -> Result<(), PlanError> {
-        let tensor = &self.target.tensors()[band.tensor.0 as usize];
-        let (shape, shards) =
-            self.source.shards_of(&tensor.name).unwrap_or(((tensor.rows, tensor.cols), &[]));
-        if shape != (tensor.rows, tensor.cols) {
-            return Err(PlanError::TensorShape {
-                tensor: tensor.name.clone(),
-                target_rows: tensor.rows,
-                target_cols: tensor.cols,
-                source_rows: shape.0,
-                source_cols: shape.1,
-            });
-        }
-        self.pending.clear();
-        self.pending.push(Area { rows: band.rows.clone(), cols: band.cols.clone() });
-        while let Some(area) = self.pending.pop() {
-            let Some((shard, overlap)) = largest_overlap(shards, &area) else {
-                return Err(uncovered(param, band, &tensor.name, &area));
-            };
-            let replica = self.choose(shard, param, overlap.elements())?;
-            let from = (self.source.param_of(replica), self.source.band_of(replica));
-            let Some(transform) = Transform::between(from.0.dtype, param.dtype) else {
-                return Err(PlanError::Dtype {
-                    param: param.name.clone(),
-                    source_param: from.0.name.clone(),
-                    rank: self.source.ranks()[replica.rank as usize].rank(),
-                    from: from.0.dtype,
-                    to: param.dtype,
-                });
-            };
-            area.without(&overlap, &mut self.pending);
-            emit(Piece { replica, area: overlap, from, into: (param, band), transform })?;
-        }
-        Ok(())
-    }
-
-    /// Picks the copy to read: same element type first, then by the rule.
-    fn choose(
-        &mut self,
-        shard: &Shard,
-        param: &Param,
-        elements: u64,
-    ) -> Result<Replica, PlanError> {
-        let replicas = self.source.replicas_of(shard);
-        let turn = self.target.rank() as usize;
-        let best = replicas.iter().enumerate().min_by_key(|(place, replica)| {
-            let cast = self.source.param_of(**replica).dtype != param.dtype;
-            let (load, place) = match self.rule {
-                Replicas::Lowest => (0, *place),
-                Replicas::Spread => {
-                    let rotated =
-                        (*place + replicas.len() - turn % replicas.len()) % replicas.len();
-                    (self.load.get(&replica.rank).copied().unwrap_or(0), rotated)
-                }
-            };
-            (cast, load, place)
+    param: &'a Param,
+    band: &'a Band,
+    cuts: &mut Vec<Cut<'a>>,
+) -> Result<(), PlanError> {
+    let tensor = &target.tensors()[band.tensor.0 as usize];
+    let held = source.shards_of(&tensor.name);
+    let (shape, shards) = held.unwrap_or(((tensor.rows, tensor.cols), &[]));
+    if shape != (tensor.rows, tensor.cols) {
+        return Err(PlanError::TensorShape {
+            tensor: tensor.name.clone(),
+            target_rows: tensor.rows,
+            target_cols: tensor.cols,
+            source_rows: shape.0,
+            source_cols: shape.1,
         });
-        let Some((_, &replica)) = best else { return Err(PlanError::TooMany) };
-        if self.rule == Replicas::Spread {
-            let bytes = elements * self.source.param_of(replica).dtype.size();
-            let load = self.load.entry(replica.rank).or_default();
-            *load = load.saturating_add(bytes);
-        }
-        Ok(replica)
     }
+    let mut pending = vec![Area { rows: band.rows.clone(), cols: band.cols.clone() }];
+    while let Some(area) = pending.pop() {
+        let Some((shard, overlap)) = largest_overlap(shards, &area) else {
+            return Err(uncovered(param, band, &tensor.name, &area));
+        };
+        area.without(&overlap, &mut pending);
+        cuts.push(Cut { area: overlap, into: (param, band), replicas: source.replicas_of(shard) });
+    }
+    Ok(())
 }
 
 /// The shard that covers most of `area`, the first of equals.

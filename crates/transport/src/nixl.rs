@@ -1,0 +1,35 @@
+//! NIXL, loaded at run time, with UCX beneath.
+//!
+//! [`NixlLibrary::load`] is the only way in: no function here reaches `nixl_sys` without the value it returns,
+//! because `nixl-sys` built against its stubs *aborts the process* when the library is missing.
+//!
+//! # What NIXL does that shapes this module
+//!
+//! - A posted read cannot be cancelled: released, deregistered or disconnected, it still writes its destination. A
+//!   batch that is dropped in flight is therefore leaked with everything it points at.
+//! - A post that fails half-way leaves the reads it had started running and unobservable: that is
+//!   [`TransportError::Lost`](crate::TransportError::Lost), not `Failed`.
+//! - Its metadata loader is safe only for what NIXL itself wrote. The envelope's digest keeps damage away from it;
+//!   against forgery, whoever carries metadata must authenticate it.
+//! - One poll can take as long as the bytes that are ready to move (host memory is copied by the polling thread).
+//!   Deadlines are kept between polls, not inside one.
+//!
+//! # Environment
+//!
+//! Nothing here sets variables; these are read by the libraries below. `REFIT_NIXL_LIBRARY` is ours: the path of
+//! `libnixl_capi.so` or its folder. `NIXL_PLUGIN_DIR` is needed only for unusual installs: the library looks in
+//! `plugins/` beside itself. `UCX_TLS` and `UCX_NET_DEVICES` choose what UCX uses; it listens on every interface
+//! unless told otherwise. `NIXL_LOG_LEVEL` and `UCX_LOG_LEVEL` choose what they print to standard error, which they
+//! do for every refusal; `fatal` keeps them quiet.
+
+mod agent;
+mod batch;
+mod library;
+mod options;
+mod transport;
+mod warm_up;
+
+pub use batch::NixlReads;
+pub use library::{Attempt, NixlLibrary, NixlUnavailable, Origin, Problem};
+pub use options::NixlOptions;
+pub use transport::{NixlRegistration, NixlTransport};

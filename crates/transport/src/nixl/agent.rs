@@ -1,0 +1,202 @@
+//! `nixl_sys`, call by call: what it answers becomes a [`Cause`] that names the call.
+
+use std::io::Read;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr;
+
+use nixl_sys::{
+    Agent as Handle, AgentConfig, Backend, MemType, MemoryRegion, NixlDescriptor, NixlError,
+    Params, RegistrationHandle, ThreadSync, XferDescList, XferOp, XferRequest, XferStatus,
+};
+use refit_pool::{MemoryKind, Region};
+
+use super::{NixlLibrary, NixlOptions};
+use crate::reads::check_name;
+use crate::{Cause, Status};
+
+/// A NIXL agent with one backend.
+#[derive(Debug)]
+pub(super) struct Agent {
+    pub(super) name: String,
+    handle: Handle,
+    _backend: Backend,
+}
+
+/// A piece of a read, as NIXL describes memory.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Piece {
+    pub(super) from: u64,
+    pub(super) from_device: u64,
+    pub(super) into: u64,
+    pub(super) into_device: u64,
+    pub(super) len: u64,
+}
+
+/// A failed post, and what is known about the memory it would have written.
+#[derive(Debug)]
+pub(super) struct PostError {
+    pub(super) cause: Cause,
+    /// NIXL refused before it gave anything to the backend.
+    pub(super) untouched: bool,
+}
+
+impl Agent {
+    pub(super) fn new(_library: NixlLibrary, options: &NixlOptions) -> Result<Self, Cause> {
+        check_name(&options.prefix)?;
+        let name = format!("{}-{}", options.prefix, incarnation()?);
+        check_name(&name)?;
+        // Reads are told finished by the order of one worker's requests.
+        if let Some((key, _)) = options
+            .params
+            .iter()
+            .find(|(key, _)| matches!(key.as_str(), "num_workers" | "num_threads"))
+        {
+            return Err(Cause::Parameter { key: key.clone() });
+        }
+        let config = AgentConfig {
+            enable_prog_thread: options.progress_thread,
+            enable_listen_thread: false,
+            // `nixl_sys` lets calls that build requests run side by side; NIXL's own lock keeps them apart.
+            thread_sync: ThreadSync::Strict,
+            ..AgentConfig::default()
+        };
+        let handle = Handle::new_configured(&name, &config)
+            .map_err(call("nixl_capi_create_configured_agent"))?;
+        let params = options.params.iter().map(|(key, value)| (key, value));
+        let params = Params::from(params).map_err(call("nixl_capi_params_add"))?;
+        let backend = handle
+            .create_backend(&options.plugin, &params)
+            .map_err(call("nixl_capi_create_backend"))?;
+        Ok(Self { name, handle, _backend: backend })
+    }
+
+    pub(super) fn metadata(&self) -> Result<Vec<u8>, Cause> {
+        self.handle.get_local_md().map_err(call("nixl_capi_get_local_md"))
+    }
+
+    /// Gives a peer's blob to NIXL, which says whose it is.
+    pub(super) fn load(&self, blob: &[u8]) -> Result<String, Cause> {
+        // The wrapper unwraps a name that the blob chose. It does so after it let its lock go, so nothing is
+        // poisoned; all that a panic loses is the C string.
+        catch_unwind(AssertUnwindSafe(|| self.handle.load_remote_md(blob)))
+            .map_err(|_| Cause::Panicked { call: "nixl_capi_load_remote_md" })?
+            .map_err(call("nixl_capi_load_remote_md"))
+    }
+
+    pub(super) fn make_connection(&self, peer: &str) -> Result<(), Cause> {
+        self.handle.make_connection(peer, None).map_err(call("nixl_capi_agent_make_connection"))
+    }
+
+    pub(super) fn forget(&self, peer: &str) -> Result<(), Cause> {
+        self.handle.invalidate_remote_md(peer).map_err(call("nixl_capi_invalidate_remote_md"))
+    }
+
+    pub(super) fn register(&self, region: &Region) -> Result<RegistrationHandle, Cause> {
+        let (memory, device) = place(region.kind())?;
+        let address = usize::try_from(region.address()).map_err(|_| Cause::Wraps)?;
+        let len = usize::try_from(region.len()).map_err(|_| Cause::Wraps)?;
+        let descriptor = Descriptor { address, len, memory, device };
+        self.handle.register_memory(&descriptor, None).map_err(call("nixl_capi_register_mem"))
+    }
+
+    /// Builds one request from pieces whose memory is of one kind on each side.
+    pub(super) fn request(
+        &self,
+        peer: &str,
+        from: MemType,
+        into: MemType,
+        pieces: &[Piece],
+    ) -> Result<XferRequest, Cause> {
+        let list = |memory| XferDescList::new(memory).map_err(call("nixl_capi_create_xfer_dlist"));
+        let (mut local, mut remote) = (list(into)?, list(from)?);
+        for piece in pieces {
+            let [from, into, len] = [piece.from, piece.into, piece.len]
+                .map(|value| usize::try_from(value).map_err(|_| Cause::Wraps));
+            let len = len?;
+            local.add_desc(into?, len, piece.into_device);
+            remote.add_desc(from?, len, piece.from_device);
+        }
+        let request = self.handle.create_xfer_req(XferOp::Read, &local, &remote, peer, None);
+        request.map_err(call("nixl_capi_create_xfer_req"))
+    }
+
+    /// Starts a request.
+    ///
+    /// # Safety
+    /// The memory that the request writes stays registered, and nobody accesses it, until [`status`](Self::status)
+    /// answers something other than pending, or for ever if this fails and does not say `untouched`.
+    pub(super) unsafe fn post(&self, request: &XferRequest) -> Result<Status, PostError> {
+        match self.handle.post_xfer_req(request, None) {
+            Ok(true) => Ok(Status::Pending),
+            Ok(false) => Ok(Status::Done),
+            Err(error) => {
+                // A peer that NIXL no longer knows is looked up before the backend is asked.
+                let untouched = matches!(error, NixlError::NotFound);
+                Err(PostError { cause: call("nixl_capi_post_xfer_req")(error), untouched })
+            }
+        }
+    }
+
+    /// Where a posted request stands. The flag of an error says whether it is the request's own end; without it,
+    /// NIXL has lost the peer and with it the sight of the request.
+    pub(super) fn status(&self, request: &XferRequest) -> Result<Status, (Cause, bool)> {
+        match self.handle.get_xfer_status(request) {
+            Ok(XferStatus::Success) => Ok(Status::Done),
+            Ok(XferStatus::InProgress) => Ok(Status::Pending),
+            Err(error) => {
+                let settled = matches!(error, NixlError::BackendError);
+                Err((call("nixl_capi_get_xfer_status")(error), settled))
+            }
+        }
+    }
+}
+
+/// How NIXL names a kind of memory: its type and device.
+pub(super) fn place(kind: MemoryKind) -> Result<(MemType, u64), Cause> {
+    match kind {
+        MemoryKind::Host => Ok((MemType::Dram, 0)),
+        MemoryKind::Cuda(device) => Ok((MemType::Vram, device.into())),
+        _ => Err(Cause::Kind),
+    }
+}
+
+fn call(call: &'static str) -> impl Fn(NixlError) -> Cause {
+    move |error| Cause::Call { call, status: error.to_string() }
+}
+
+/// 128 random bits, so that an agent that restarts is never taken for its predecessor.
+fn incarnation() -> Result<String, Cause> {
+    let mut bits = [0; 16];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut random| random.read_exact(&mut bits))
+        .map_err(|error| Cause::Call { call: "read /dev/urandom", status: error.to_string() })?;
+    Ok(format!("{:032x}", u128::from_le_bytes(bits)))
+}
+
+#[derive(Debug)]
+struct Descriptor {
+    address: usize,
+    len: usize,
+    memory: MemType,
+    device: u64,
+}
+
+impl MemoryRegion for Descriptor {
+    unsafe fn as_ptr(&self) -> *const u8 {
+        ptr::with_exposed_provenance(self.address)
+    }
+
+    fn size(&self) -> usize {
+        self.len
+    }
+}
+
+impl NixlDescriptor for Descriptor {
+    fn mem_type(&self) -> MemType {
+        self.memory
+    }
+
+    fn device_id(&self) -> u64 {
+        self.device
+    }
+}

@@ -1,0 +1,283 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nixl_sys::{MemType, RegistrationHandle};
+use refit_planner::Capabilities;
+use refit_pool::Region;
+
+use super::agent::{Agent, Piece, place};
+use super::batch::{Failure, NixlReads};
+use super::warm_up::first_byte;
+use super::{NixlLibrary, NixlOptions};
+use crate::envelope;
+use crate::peers::{PeerState, Peers};
+use crate::reads::{check_shapes, written};
+use crate::registry::{Registered, Registry};
+use crate::{Cause, LocalRange, Peer, ReadOp, Side, Status, Transport, TransportError};
+
+pub(super) type PeerLink = PeerState<()>;
+
+/// A NIXL agent.
+///
+/// NIXL locks the agent to post and to poll: let one thread at a time drive an agent's pulls.
+#[derive(Debug)]
+pub struct NixlTransport {
+    registry: Arc<Registry<RegistrationHandle>>,
+    peers: Peers<()>,
+    suspect: AtomicBool,
+    options: NixlOptions,
+    agent: Arc<Agent>,
+}
+
+/// Memory registered with a [`NixlTransport`].
+#[derive(Debug)]
+pub struct NixlRegistration(Registered<RegistrationHandle>);
+
+impl NixlTransport {
+    /// An agent with one backend, named by the prefix and a random incarnation. Its listener is off.
+    ///
+    /// # Errors
+    /// [`TransportError::Start`] when the prefix is not a plain name, a parameter is not taken or the backend does
+    /// not start.
+    pub fn new(library: NixlLibrary, mut options: NixlOptions) -> Result<Self, TransportError> {
+        options.capabilities.strided_reads = false;
+        let agent = Agent::new(library, &options)
+            .map_err(|cause| TransportError::Start { agent: options.prefix.clone(), cause })?;
+        Ok(Self {
+            registry: Registry::new(),
+            peers: Peers::new(),
+            suspect: AtomicBool::new(false),
+            options,
+            agent: Arc::new(agent),
+        })
+    }
+
+    /// Builds a batch for a peer that need not be connected yet.
+    pub(super) fn build(
+        &self,
+        peer: Arc<PeerLink>,
+        reads: &[ReadOp],
+    ) -> Result<NixlReads, TransportError> {
+        let error = |cause| TransportError::Prepare {
+            agent: self.agent().into(),
+            peer: peer.name.clone(),
+            cause,
+        };
+        let outside = |side, read, len| TransportError::NotRegistered {
+            peer: peer.name.clone(),
+            read,
+            side,
+            len,
+        };
+        check_shapes(reads, &self.options.capabilities).map_err(error)?;
+        // NIXL's own check of ranges wraps; these do not, and come first.
+        let (published, own) = (peer.ranges(), self.registry.ranges());
+        let mut requests = Requests::default();
+        let mut cuts = Vec::new();
+        for (read, op) in reads.iter().enumerate() {
+            cuts.clear();
+            let (from, into) = (op.from, op.into);
+            if !published.cover(from.kind, from.address, from.len, |start| {
+                cuts.push(start.saturating_sub(from.address))
+            }) {
+                return Err(outside(Side::Remote, read, from.len));
+            }
+            if !own.cover(into.kind, into.address, into.len, |start| {
+                cuts.push(start.saturating_sub(into.address))
+            }) {
+                return Err(outside(Side::Local, read, into.len));
+            }
+            requests.push(op, &mut cuts).map_err(error)?;
+        }
+        let ranges = reads.iter().map(|op| (op.into.kind, op.into.address, op.into.len));
+        let holds = self
+            .registry
+            .hold(ranges)
+            .map_err(|read| outside(Side::Local, read, reads[read].into.len))?;
+        let written = written(&peer.name, reads)?;
+        let requests = requests
+            .in_order()
+            .map(|(from, into, pieces)| self.agent.request(&peer.name, from, into, &pieces))
+            .collect::<Result<_, _>>()
+            .map_err(error)?;
+        Ok(NixlReads::new(requests, holds, Arc::clone(&self.agent), peer, written, reads.len()))
+    }
+
+    fn connect_error(&self, peer: &str, cause: Cause) -> TransportError {
+        TransportError::Connect { agent: self.agent().into(), peer: peer.into(), cause }
+    }
+
+    fn failed(&self, prepared: &NixlReads, Failure { cause, settled }: Failure) -> TransportError {
+        let (agent, peer) = (self.agent().into(), prepared.peer().name.clone());
+        if settled {
+            TransportError::Failed { agent, peer, cause }
+        } else {
+            self.suspect.store(true, Ordering::Release);
+            TransportError::Lost { agent, peer, cause }
+        }
+    }
+
+    fn not_suspect(&self) -> Result<(), TransportError> {
+        if self.suspect.load(Ordering::Acquire) {
+            return Err(TransportError::Suspect { agent: self.agent().into() });
+        }
+        Ok(())
+    }
+}
+
+impl Transport for NixlTransport {
+    type Registration = NixlRegistration;
+    type Prepared = NixlReads;
+
+    fn backend(&self) -> &'static str {
+        "nixl"
+    }
+
+    fn agent(&self) -> &str {
+        &self.agent.name
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.options.capabilities
+    }
+
+    fn metadata(&self) -> Result<Vec<u8>, TransportError> {
+        let blob =
+            self.agent.metadata().map_err(|cause| self.connect_error(self.agent(), cause))?;
+        Ok(envelope::encode(self.backend(), self.agent(), &self.registry.ranges(), &blob))
+    }
+
+    fn register(&self, region: &Region) -> Result<NixlRegistration, TransportError> {
+        let registered = self.registry.register(region, |region| self.agent.register(region));
+        registered.map(NixlRegistration).map_err(|cause| TransportError::Register {
+            agent: self.agent().into(),
+            len: region.len(),
+            kind: region.kind(),
+            cause,
+        })
+    }
+
+    fn deregister(&self, registration: NixlRegistration) -> Result<(), TransportError> {
+        // `nixl_sys` keeps what NIXL answers to itself, so there is nothing more to report.
+        if registration.0.belongs_to(&self.registry) {
+            return Ok(());
+        }
+        let (len, kind) = (registration.0.len(), registration.0.kind());
+        Err(TransportError::Register {
+            agent: self.agent().into(),
+            len,
+            kind,
+            cause: Cause::Foreign,
+        })
+    }
+
+    fn connect(&self, name: &str, metadata: &[u8]) -> Result<Peer, TransportError> {
+        let error = |cause| self.connect_error(name, cause);
+        if name == self.agent() {
+            return Err(error(Cause::Itself));
+        }
+        crate::reads::check_name(name).map_err(error)?;
+        let envelope = envelope::decode(self.backend(), name, metadata, self.options.max_metadata)
+            .map_err(error)?;
+        let known = self.peers.get(name).ok();
+        let found = self.agent.load(envelope.blob).map_err(error)?;
+        if found != name {
+            return Err(error(Cause::Published { found: found.escape_default().to_string() }));
+        }
+        self.agent.make_connection(name).map_err(error)?;
+        if let Some(state) = known {
+            state.publish(envelope.ranges);
+        } else {
+            let state = Arc::new(PeerState::new(name, (), envelope.ranges));
+            if !self.options.first_byte.is_zero() {
+                first_byte(self, &state, self.options.first_byte)?;
+            }
+            self.peers.insert(state);
+        }
+        Ok(Peer { name: name.into() })
+    }
+
+    fn disconnect(&self, peer: &Peer) -> Result<(), TransportError> {
+        let error = |cause| self.connect_error(&peer.name, cause);
+        self.peers.remove(&peer.name).map_err(error)?;
+        self.agent.forget(&peer.name).map_err(error)
+    }
+
+    fn prepare(&self, peer: &Peer, reads: &[ReadOp]) -> Result<NixlReads, TransportError> {
+        self.not_suspect()?;
+        let state = self.peers.get(&peer.name).map_err(|cause| TransportError::Prepare {
+            agent: self.agent().into(),
+            peer: peer.name.clone(),
+            cause,
+        })?;
+        self.build(state, reads)
+    }
+
+    fn written<'a>(&self, prepared: &'a NixlReads) -> &'a [LocalRange] {
+        prepared.written()
+    }
+
+    fn reads(&self, prepared: &NixlReads) -> usize {
+        prepared.reads()
+    }
+
+    unsafe fn post(&self, prepared: &mut NixlReads) -> Result<Status, TransportError> {
+        self.not_suspect()?;
+        if !Arc::ptr_eq(prepared.agent(), &self.agent) {
+            return Err(self.failed(prepared, Failure { cause: Cause::Foreign, settled: true }));
+        }
+        // SAFETY: the caller's promise; the batch itself keeps its memory registered, and so allocated.
+        unsafe { prepared.post() }.map_err(|failure| self.failed(prepared, failure))
+    }
+
+    fn poll(&self, prepared: &mut NixlReads) -> Result<Status, TransportError> {
+        prepared.poll().map_err(|failure| self.failed(prepared, failure))
+    }
+
+    fn suspect(&self, _prepared: &NixlReads) {
+        self.suspect.store(true, Ordering::Release);
+    }
+}
+
+/// The pieces of a batch, by the types of memory they join: a NIXL list has one type.
+#[derive(Default)]
+struct Requests(Vec<(MemType, MemType, Vec<Piece>)>);
+
+impl Requests {
+    /// Adds a read, cut where registrations end on either side: NIXL wants each descriptor inside one of them.
+    fn push(&mut self, op: &ReadOp, cuts: &mut Vec<u64>) -> Result<(), Cause> {
+        let (from_type, from_device) = place(op.from.kind)?;
+        let (into_type, into_device) = place(op.into.kind)?;
+        let index =
+            self.0.iter().position(|request| (request.0, request.1) == (from_type, into_type));
+        let index = index.unwrap_or_else(|| {
+            self.0.push((from_type, into_type, Vec::new()));
+            self.0.len() - 1
+        });
+        cuts.push(op.run);
+        cuts.sort_unstable();
+        let mut start = 0;
+        for &end in cuts.iter() {
+            if end > start {
+                self.0[index].2.push(Piece {
+                    from: op.from.address + start,
+                    from_device,
+                    into: op.into.address + start,
+                    into_device,
+                    len: end - start,
+                });
+                start = end;
+            }
+        }
+        Ok(())
+    }
+
+    /// The requests, behind one that reads a single byte if there are more reads than one.
+    fn in_order(self) -> impl Iterator<Item = (MemType, MemType, Vec<Piece>)> {
+        let many = self.0.iter().map(|request| request.2.len()).sum::<usize>() > 1;
+        let first = self.0.first().filter(|_| many);
+        let probe =
+            first.map(|(from, into, pieces)| (*from, *into, vec![Piece { len: 1, ..pieces[0] }]));
+        probe.into_iter().chain(self.0).collect::<Vec<_>>().into_iter()
+    }
+}

@@ -1,0 +1,276 @@
+//! Reads under way, together with the memory they write.
+
+mod error;
+mod owned;
+mod patience;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use refit_pool::Memory;
+
+use self::owned::{Owned, Refusal};
+use self::patience::Patience;
+use crate::{Status, Transport, TransportError, TransportLease};
+
+pub use self::error::PullError;
+
+/// Reads under way. Owns every byte they write until all of them have settled.
+///
+/// NIXL cannot cancel a posted read, so there is no cancelling here either. [`wait`](Self::wait) keeps a deadline and
+/// gives the pull back when it passes; the caller waits again, or drops it. Dropping a pull that has not settled
+/// leaks its memory, loudly: the lease is quarantined, live memory is never freed, and the transport takes no new
+/// reads. That is the price of never letting a NIC write memory that somebody else has been given.
+#[must_use = "dropping a pull that has not settled leaks its memory"]
+pub struct Pull<T: Transport> {
+    transport: Arc<T>,
+    /// `None` once it was given back.
+    owned: Option<Owned<T>>,
+    /// One for each batch of the lease.
+    states: Vec<State>,
+    errors: Vec<TransportError>,
+    stats: PullStats,
+    started: Instant,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Not posted: nothing writes.
+    Idle,
+    Pending,
+    Settled,
+    /// May write for ever.
+    Lost,
+}
+
+/// Where a pull stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Some reads may still write the pull's memory.
+    Pending,
+    /// Every read has arrived.
+    Done,
+    /// Some reads failed, and none is under way that could be waited for. [`Pull::finish`] says why.
+    Failed,
+}
+
+/// What a pull did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PullStats {
+    /// Batches, one or more for each peer.
+    pub batches: usize,
+    /// Bytes written to local memory.
+    pub bytes: u64,
+    /// How often the batches were polled, all of them once counting as one.
+    pub polls: u64,
+    /// How long it took to post all batches. Backends that copy with the caller's thread do much of their work here.
+    pub posting: Duration,
+    /// From before the first post to the poll that found the last read settled.
+    pub total: Duration,
+}
+
+/// A pull that ended well: every byte has arrived, nothing writes the memory any more.
+pub struct Settled<T: Transport> {
+    /// The lease, with its arenas.
+    pub lease: TransportLease<T>,
+    /// Live memory, as it was given to [`Pull::start`].
+    pub live: Vec<Memory>,
+    /// What it took.
+    pub stats: PullStats,
+}
+
+impl<T: Transport> Pull<T> {
+    /// Posts every batch of the lease, all peers before any is waited for.
+    ///
+    /// `live` is the memory outside the lease's arenas that the batches write: live parameters. It is registered by
+    /// the lease's entry (`Build::register`).
+    ///
+    /// # Errors
+    /// [`PullError::NotOwned`] and [`PullError::Overlap`] before anything is posted; [`PullError::Failed`] when a
+    /// post failed and nothing is under way; [`PullError::Lost`] when nothing is under way that could be watched. If
+    /// a post fails while other batches run, no further one is posted and the pull is returned to be waited for.
+    pub fn start(
+        transport: Arc<T>,
+        lease: TransportLease<T>,
+        live: Vec<Memory>,
+    ) -> Result<Self, PullError<T>> {
+        let owned = Owned { lease, live };
+        let bytes = match owned.check(&transport) {
+            Ok(bytes) => bytes,
+            Err(Refusal::NotOwned { batch, len }) => {
+                let Owned { lease, live } = owned;
+                return Err(PullError::NotOwned { batch, len, lease, live });
+            }
+            Err(Refusal::Overlap { first, second }) => {
+                let Owned { lease, live } = owned;
+                return Err(PullError::Overlap { first, second, lease, live });
+            }
+        };
+        let batches = owned.lease.prepared().len();
+        let mut pull = Self {
+            transport,
+            owned: Some(owned),
+            states: vec![State::Idle; batches],
+            errors: Vec::new(),
+            stats: PullStats { batches, bytes, ..PullStats::default() },
+            started: Instant::now(),
+        };
+        pull.post();
+        match pull.progress() {
+            Progress::Failed => Err(pull.fail()),
+            Progress::Pending | Progress::Done => Ok(pull),
+        }
+    }
+
+    fn post(&mut self) {
+        let Some(owned) = &mut self.owned else { return };
+        for (batch, state) in owned.lease.prepared_mut().iter_mut().zip(&mut self.states) {
+            // SAFETY: `check` found everything the batch writes inside the lease's arenas and `live`, and written by
+            // no other batch. This pull holds the exclusive handles of both: they are given back only when every
+            // batch has settled, and leaked otherwise.
+            let posted = unsafe { self.transport.post(batch) };
+            *state = step(posted, &mut self.errors);
+            if !self.errors.is_empty() {
+                break;
+            }
+        }
+        self.stats.posting = self.started.elapsed();
+        self.stats.total = self.stats.posting;
+    }
+
+    /// Moves every batch on that has not settled.
+    pub fn poll(&mut self) -> Progress {
+        let Some(owned) = &mut self.owned else { return Progress::Done };
+        let mut pending = false;
+        for (batch, state) in owned.lease.prepared_mut().iter_mut().zip(&mut self.states) {
+            if *state == State::Pending {
+                pending = true;
+                *state = step(self.transport.poll(batch), &mut self.errors);
+            }
+        }
+        if pending {
+            self.stats.polls += 1;
+            self.stats.total = self.started.elapsed();
+        }
+        self.progress()
+    }
+
+    fn progress(&self) -> Progress {
+        if self.states.contains(&State::Pending) {
+            Progress::Pending
+        } else if self.errors.is_empty() {
+            Progress::Done
+        } else {
+            Progress::Failed
+        }
+    }
+
+    /// Polls until everything has settled or the deadline has passed.
+    ///
+    /// Polls back to back for a tenth of a millisecond, then lets other threads run between polls, and after two
+    /// milliseconds sleeps 50 us between them. A backend may spend long inside one poll (it may copy there); the
+    /// deadline is looked at after each.
+    ///
+    /// # Errors
+    /// As [`finish`](Self::finish).
+    pub fn wait(mut self, deadline: Instant) -> Result<Settled<T>, PullError<T>> {
+        let mut patience = Patience::new();
+        while self.poll() == Progress::Pending && patience.pause(deadline) {}
+        self.finish()
+    }
+
+    /// Gives back the memory, if every read has settled. Does not poll.
+    ///
+    /// # Errors
+    /// [`PullError::Deadline`], with the pull, while reads are under way. [`PullError::Failed`], with the memory,
+    /// when some failed. [`PullError::Lost`], without it, when some can no longer be watched.
+    pub fn finish(mut self) -> Result<Settled<T>, PullError<T>> {
+        match self.progress() {
+            Progress::Pending => Err(PullError::Deadline { pull: Box::new(self) }),
+            Progress::Failed => Err(self.fail()),
+            Progress::Done => match self.owned.take() {
+                Some(Owned { lease, live }) => Ok(Settled { lease, live, stats: self.stats }),
+                None => unreachable!("the memory is given back by the methods that take the pull"),
+            },
+        }
+    }
+
+    fn fail(mut self) -> PullError<T> {
+        let errors = std::mem::take(&mut self.errors);
+        if self.states.contains(&State::Lost) {
+            // Dropping `self` leaks the memory.
+            return PullError::Lost { errors, bytes: self.stats.bytes };
+        }
+        match self.owned.take() {
+            Some(Owned { lease, live }) => PullError::Failed { errors, lease, live },
+            None => unreachable!("the memory is given back by the methods that take the pull"),
+        }
+    }
+
+    /// The transport whose reads these are.
+    #[must_use]
+    pub fn transport(&self) -> &Arc<T> {
+        &self.transport
+    }
+
+    /// What it did so far.
+    #[must_use]
+    pub fn stats(&self) -> PullStats {
+        self.stats
+    }
+}
+
+fn step(result: Result<Status, TransportError>, errors: &mut Vec<TransportError>) -> State {
+    match result {
+        Ok(Status::Pending) => State::Pending,
+        Ok(Status::Done) => State::Settled,
+        Err(error) => {
+            let state = if error.is_settled() { State::Settled } else { State::Lost };
+            errors.push(error);
+            state
+        }
+    }
+}
+
+impl<T: Transport> Drop for Pull<T> {
+    fn drop(&mut self) {
+        let Some(owned) = self.owned.take() else { return };
+        let restless = |state: &State| matches!(state, State::Pending | State::Lost);
+        if !self.states.iter().any(restless) {
+            return;
+        }
+        let mut batches = 0_u64;
+        for (batch, _) in
+            owned.lease.prepared().iter().zip(&self.states).filter(|(_, state)| restless(state))
+        {
+            self.transport.suspect(batch);
+            batches += 1;
+        }
+        tracing::error!(
+            agent = self.transport.agent(),
+            batches,
+            bytes = self.stats.bytes,
+            "a pull was dropped before it settled: its memory is quarantined, the agent takes no new reads"
+        );
+        owned.leak();
+    }
+}
+
+impl<T: Transport> fmt::Debug for Pull<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pull")
+            .field("agent", &self.transport.agent())
+            .field("states", &self.states)
+            .field("errors", &self.errors)
+            .field("stats", &self.stats)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<T: Transport> fmt::Debug for Settled<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Settled").field("stats", &self.stats).finish_non_exhaustive()
+    }
+}

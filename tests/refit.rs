@@ -1,0 +1,240 @@
+//! The glue: typestates, warm and cold, restarts and failures, over the in-process transport.
+
+use std::time::{Duration, Instant};
+
+use refit::planner::{Dtype, LayoutBuilder, LowerOptions, Mode, Param, RankLayout};
+use refit::transport::local::Network;
+use refit::{RefitError, Source, TargetOptions, Unfinished};
+use refit_tests::oracle::{self, Buffers};
+use refit_tests::{models, ranks};
+
+fn staged() -> TargetOptions {
+    TargetOptions::default().with_lower(LowerOptions::default().with_mode(Mode::Staged))
+}
+
+/// The same tensors with other values: every byte that is not padding changes.
+fn next_version(buffers: &Buffers) -> Buffers {
+    buffers.iter().map(|(name, bytes)| (name.clone(), bytes.iter().map(|byte| byte ^ 0x3c).collect())).collect()
+}
+
+#[test]
+fn a_warm_refit_moves_bytes_and_does_nothing_else() {
+    for (source_tp, target_tp, options) in
+        [(1, 1, TargetOptions::default()), (4, 2, TargetOptions::default()), (2, 4, staged()), (1, 2, staged())]
+    {
+        let network = Network::new();
+        let trainer = ranks::agent(&network, "trainer");
+        let engine = ranks::agent(&network, "engine");
+        let layouts = models::source(&models::tiny(), source_tp, 1, 1);
+        let mut sources: Vec<_> = layouts.iter().map(|layout| ranks::source(&trainer, layout)).collect();
+        let published: Vec<_> = sources.iter().map(|source| source.publication().unwrap()).collect();
+        for layout in models::target(&models::tiny(), target_tp) {
+            let wanted = oracle::buffers(&layout);
+            let (target, pool, canaries) = ranks::target(&engine, &layout, options);
+            let (mut target, cold) = ranks::refit(target, &published);
+            assert_eq!(ranks::held(&target), wanted);
+            assert_eq!(cold.plans, 1);
+            assert!(cold.prepared_reads > 0 && cold.registrations > 0);
+            let before = pool.stats();
+            for _ in 0..3 {
+                let (next, warm) = ranks::refit(target, &published);
+                target = next;
+                assert_eq!(
+                    (warm.plans, warm.allocations, warm.registrations, warm.prepared_reads),
+                    (0, 0, 0, 0),
+                    "TP{source_tp} -> TP{target_tp}"
+                );
+                assert_eq!(warm.reads, cold.reads);
+            }
+            let after = pool.stats();
+            assert_eq!(
+                (after.allocations, after.registrations, after.misses),
+                (before.allocations, before.registrations, before.misses)
+            );
+            assert_eq!(after.hits, before.hits + 3);
+
+            // The bytes of the last refit are those the source holds now.
+            let second: Vec<Buffers> = layouts.iter().map(|layout| next_version(&oracle::buffers(layout))).collect();
+            sources.iter_mut().zip(&second).for_each(|(source, buffers)| ranks::write(source, buffers));
+            let (target, _) = ranks::refit(target, &published);
+            let changed = ranks::held(&target);
+            for name in wanted.keys() {
+                let fills = layout.param(name).unwrap().fill_boxes().count();
+                assert!(fills > 0 || changed[name] == next_version(&wanted)[name], "{name}");
+            }
+            canaries.check();
+            layouts.iter().zip(&mut sources).for_each(|(layout, source)| ranks::write(source, &oracle::buffers(layout)));
+        }
+    }
+}
+
+#[test]
+fn every_pair_of_sizes_ends_with_the_oracle_s_bytes() {
+    let config = models::tiny();
+    for source_tp in [1, 2, 4] {
+        for pp in [1, 2] {
+            for target_tp in [1, 2, 4] {
+                let network = Network::new();
+                let (trainer, engine) = (ranks::agent(&network, "trainer"), ranks::agent(&network, "engine"));
+                let sources: Vec<_> = models::source(&config, source_tp, pp, 2)
+                    .iter()
+                    .map(|layout| ranks::source(&trainer, layout))
+                    .collect();
+                let published: Vec<_> = sources.iter().map(|source| source.publication().unwrap()).collect();
+                for layout in models::target(&config, target_tp) {
+                    let (target, _, canaries) = ranks::target(&engine, &layout, TargetOptions::default());
+                    let (target, report) = ranks::refit(target, &published);
+                    assert_eq!(ranks::held(&target), oracle::buffers(&layout), "TP{source_tp} PP{pp} -> TP{target_tp}");
+                    assert!(report.wire_bytes >= report.needed_bytes);
+                    canaries.check();
+                }
+            }
+        }
+    }
+}
+
+/// A layout of one tensor, held whole.
+fn whole(rank: u32, dtype: Dtype) -> RankLayout {
+    let mut layout = LayoutBuilder::new(rank);
+    let tensor = layout.tensor("w", 40, 6).unwrap();
+    let band = refit::planner::Band::new(tensor, 0..40, 0..6);
+    layout.param(Param::new("w", dtype, 40, 6).band(band)).unwrap();
+    layout.build()
+}
+
+#[test]
+fn a_restarted_source_costs_a_binding_and_no_plan() {
+    let network = Network::new();
+    let engine = ranks::agent(&network, "engine");
+    let layout = whole(0, Dtype::Bf16);
+    let (target, _, _) = ranks::target(&engine, &layout, TargetOptions::default());
+
+    let first = ranks::agent(&network, "trainer-1");
+    let source = ranks::source(&first, &layout);
+    let (target, report) = ranks::refit(target, &[source.publication().unwrap()]);
+    assert_eq!((report.plans, report.prepared_reads), (1, 1));
+    drop(source);
+    drop(first);
+
+    let second = ranks::agent(&network, "trainer-2");
+    let mut source = ranks::source(&second, &layout);
+    ranks::write(&mut source, &next_version(&oracle::buffers(&layout)));
+    let (target, report) = ranks::refit(target, &[source.publication().unwrap()]);
+    assert_eq!((report.plans, report.prepared_reads), (0, 1));
+    assert_eq!(ranks::held(&target), next_version(&oracle::buffers(&layout)));
+}
+
+#[test]
+fn other_element_types_are_cast_on_the_way() {
+    for (from, into) in [(Dtype::F32, Dtype::Bf16), (Dtype::Bf16, Dtype::F32)] {
+        let network = Network::new();
+        let (trainer, engine) = (ranks::agent(&network, "trainer"), ranks::agent(&network, "engine"));
+        let source = ranks::source(&trainer, &whole(0, from));
+        let (target, _, canaries) = ranks::target(&engine, &whole(0, into), TargetOptions::default());
+        let (target, report) = ranks::refit(target, &[source.publication().unwrap()]);
+        assert_eq!(ranks::held(&target), oracle::buffers(&whole(0, into)));
+        assert_eq!(report.allocations, 1, "a cast lands from staging");
+        canaries.check();
+    }
+}
+
+#[test]
+fn a_missing_rank_leaves_the_target_as_it_was() {
+    let network = Network::new();
+    let (trainer, engine) = (ranks::agent(&network, "trainer"), ranks::agent(&network, "engine"));
+    let sources: Vec<_> =
+        models::source(&models::tiny(), 2, 1, 1).iter().map(|layout| ranks::source(&trainer, layout)).collect();
+    let published: Vec<_> = sources.iter().map(|source| source.publication().unwrap()).collect();
+    let layout = models::target(&models::tiny(), 1).remove(0);
+    let (target, _, _) = ranks::target(&engine, &layout, TargetOptions::default());
+    let before = ranks::held(&target);
+    let failed = target.prepare(&published[..1]).unwrap_err();
+    assert!(matches!(failed.error, RefitError::Plan(_)), "{}", failed.error);
+    assert_eq!(ranks::held(&failed.state), before);
+    let (target, _) = ranks::refit(failed.state, &published);
+    assert_eq!(ranks::held(&target), oracle::buffers(&layout));
+}
+
+/// A source that goes away after the target has prepared.
+fn source_that_leaves(options: TargetOptions) -> (Unfinished<impl refit::transport::Transport>, Buffers, Buffers) {
+    let network = Network::new();
+    let engine = ranks::agent(&network, "engine");
+    let trainer = ranks::agent(&network, "trainer-1");
+    let layout = whole(0, Dtype::Bf16);
+    let source = ranks::source(&trainer, &layout);
+    let published = [source.publication().unwrap()];
+    let (target, _, _) = ranks::target(&engine, &layout, options);
+    let before = ranks::held(&target);
+    let prepared = target.prepare(&published).unwrap();
+    drop(source);
+    let failed = match prepared.pull() {
+        Err(failed) => failed,
+        Ok(pulling) => pulling.wait(ranks::soon()).unwrap_err(),
+    };
+    assert!(matches!(failed.error, RefitError::Transport(_)), "{}", failed.error);
+
+    // Whatever is left can be refitted from another source.
+    let other = ranks::agent(&network, "trainer-2");
+    let source = ranks::source(&other, &layout);
+    let published = [source.publication().unwrap()];
+    let prepared = match failed.state {
+        Unfinished::Invalid(target) => target.prepare(&published).unwrap(),
+        Unfinished::Whole(target) => {
+            assert_eq!(ranks::held(&target), before, "a staged pull that failed wrote live parameters");
+            return (Unfinished::Whole(target), before, oracle::buffers(&layout));
+        }
+        Unfinished::Pulling(_) | Unfinished::Lost => panic!("the reads have settled"),
+    };
+    let (target, _) = prepared.pull().unwrap().wait(ranks::soon()).unwrap().land().unwrap().install();
+    let held = ranks::held(&target);
+    (Unfinished::Whole(target), held, oracle::buffers(&layout))
+}
+
+#[test]
+fn a_failed_direct_pull_can_only_be_pulled_again() {
+    let (_, held, wanted) = source_that_leaves(TargetOptions::default());
+    assert_eq!(held, wanted);
+}
+
+#[test]
+fn a_failed_staged_pull_leaves_live_parameters_alone() {
+    let (state, _, _) = source_that_leaves(staged());
+    assert!(matches!(state, Unfinished::Whole(_)));
+}
+
+#[test]
+fn a_deadline_gives_the_pull_back() {
+    let network = Network::new();
+    let (trainer, engine) = (ranks::agent(&network, "trainer"), ranks::agent(&network, "engine"));
+    let layout = whole(0, Dtype::Bf16);
+    let source = ranks::source(&trainer, &layout);
+    let published = [source.publication().unwrap()];
+    let (target, _, _) = ranks::target(&engine, &layout, TargetOptions::default());
+    let pulling = target.prepare(&published).unwrap().pull().unwrap();
+    let target = match pulling.wait(Instant::now() - Duration::from_secs(1)) {
+        // The reads may have settled on the first look; a deadline is not a reason to throw them away.
+        Ok(pulled) => pulled.land().unwrap().install().0,
+        Err(failed) => {
+            assert!(matches!(failed.error, RefitError::Deadline { .. }), "{}", failed.error);
+            let Unfinished::Pulling(pulling) = failed.state else { panic!("the pull is not over") };
+            pulling.wait(ranks::soon()).unwrap().land().unwrap().install().0
+        }
+    };
+    assert_eq!(ranks::held(&target), oracle::buffers(&layout));
+}
+
+#[test]
+fn memory_and_layout_must_agree() {
+    let network = Network::new();
+    let trainer = ranks::agent(&network, "trainer");
+    let pool = ranks::pool(&trainer);
+    let layout = whole(3, Dtype::Bf16);
+    let new = |params| Source::new(trainer.clone(), &pool, layout.clone(), params).map(|_| ()).unwrap_err();
+
+    let (params, _) = ranks::memory(&whole(3, Dtype::F32));
+    assert!(matches!(new(params), RefitError::Size { rank: 3, memory: 960, layout: 480, .. }));
+    assert!(matches!(new(Vec::new()), RefitError::NoMemory { rank: 3, .. }));
+    let (mut params, _) = ranks::memory(&layout);
+    params.push(("v".to_owned(), ranks::memory(&layout).0.remove(0).1));
+    assert!(matches!(new(params), RefitError::StrayMemory { rank: 3, .. }));
+}

@@ -1,0 +1,132 @@
+//! Whole tiny models: tensors of real trainer ranks become those of real engine ranks, byte for byte.
+
+#![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
+
+use refit::planner::{
+    Capabilities, LowerOptions, Mode, PlanOptions, Policy, Replicas, SourceLayout, lower, plan,
+};
+use refit_tests::execute::{self, Sources};
+use refit_tests::golden::{self, Case};
+use refit_tests::landing;
+use refit_tests::oracle::Buffers;
+use refit_translate::megatron::{self, NormSpec, SourceRank, TrainerOptions};
+use refit_translate::vllm::{self, TargetRank};
+use refit_translate::{ModelConfig, TensorSpec, TranslateError};
+
+/// The model, or `None` when its family has no slots yet.
+fn config_of(case: &Case) -> Option<ModelConfig> {
+    match ModelConfig::from_json(&case.config) {
+        Ok(config) => Some(config),
+        Err(TranslateError::UnsupportedModel { .. }) => None,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn source_ranks(case: &Case) -> Vec<SourceRank> {
+    let ranks = case.source.ranks.iter();
+    ranks
+        .map(|file| {
+            SourceRank::new(file.rank, file.layers.clone())
+                .with_tp(file.tp, case.source.tp)
+                .with_pp(file.pp, case.source.pp)
+        })
+        .collect()
+}
+
+fn sorted(mut specs: Vec<TensorSpec>) -> Vec<TensorSpec> {
+    specs.sort_by(|a, b| a.name.cmp(&b.name));
+    specs
+}
+
+/// Every way to lower that changes which code moves the bytes.
+fn lowerings() -> [(Capabilities, LowerOptions); 4] {
+    let plain = Capabilities {
+        strided_reads: false,
+        bytes_per_us: 2_000,
+        ns_per_read: 5_000,
+        max_reads: u64::MAX,
+    };
+    let strided = Capabilities { strided_reads: true, ..plain };
+    let options = LowerOptions::default();
+    [
+        (plain, options),
+        (plain, options.with_mode(Mode::Staged)),
+        (plain, options.with_mode(Mode::Staged).with_policy(Policy::ExactWire)),
+        (strided, options.with_mode(Mode::Staged).with_policy(Policy::ExactWire)),
+    ]
+}
+
+/// Names the tensor instead of printing it.
+fn assert_same(got: &Buffers, wanted: &Buffers) {
+    assert!(got.keys().eq(wanted.keys()));
+    for (name, bytes) in wanted {
+        assert!(got[name] == *bytes, "{name} differs");
+    }
+}
+
+fn check(case: &Case, config: &ModelConfig) {
+    let (mut layouts, mut sources) = (Vec::new(), Sources::new());
+    for (rank, file) in source_ranks(case).iter().zip(&case.source.ranks) {
+        let held = case.tensors(&file.file).unwrap();
+        layouts.push(megatron::layout(config, rank, &held.specs).unwrap());
+        sources.insert(file.rank, held.bytes);
+    }
+    let source = SourceLayout::new(layouts).unwrap();
+    for file in &case.target.ranks {
+        let wanted = case.tensors(&file.file).unwrap();
+        let rank = TargetRank::new(file.rank, file.tp, case.target.tp);
+        assert_eq!(sorted(vllm::expected(config, &rank).unwrap()), wanted.specs);
+        let target = vllm::layout(config, &rank, &wanted.specs).unwrap();
+        for rule in [Replicas::Lowest, Replicas::Spread] {
+            let plan = plan(&source, &target, &PlanOptions::default().with_replicas(rule)).unwrap();
+            assert_same(&execute::plan(&plan, &sources), &wanted.bytes);
+            for (capabilities, options) in lowerings() {
+                let program = lower(&plan, &capabilities, &options).unwrap();
+                assert_same(&landing::program(&program, &sources), &wanted.bytes);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_dense_case_is_reproduced() {
+    let root = golden::root();
+    let mut covered = 0;
+    for name in golden::cases(&root).unwrap() {
+        let case = Case::open(&root, &name).unwrap();
+        match config_of(&case) {
+            Some(config) => {
+                println!("model {name}");
+                check(&case, &config);
+                covered += 1;
+            }
+            None => println!("model {name}: not covered"),
+        }
+    }
+    assert!(covered > 0, "no dense case in {}", root.display());
+}
+
+/// `expected` says what real trainer ranks held, up to the element types of norms and the padding of the vocabulary.
+#[test]
+fn expected_tensors_are_those_of_real_ranks() {
+    let root = golden::root();
+    for name in golden::cases(&root).unwrap() {
+        let case = Case::open(&root, &name).unwrap();
+        let Some(config) = config_of(&case) else { continue };
+        for (rank, file) in source_ranks(&case).iter().zip(&case.source.ranks) {
+            let held = case.tensors(&file.file).unwrap().specs;
+            let norms = if case.source.spec == "te" { NormSpec::Te } else { NormSpec::Local };
+            let mut options = TrainerOptions::default().with_norms(norms);
+            let is_vocab =
+                |spec: &&TensorSpec| spec.name.contains("embed") || spec.name.contains("output");
+            if let Some(embedding) = held.iter().find(is_vocab) {
+                options = options.with_padded_vocab(embedding.shape[0] * u64::from(rank.tp_size));
+            }
+            let mut expected = sorted(megatron::expected(&config, rank, &options).unwrap());
+            for (expected, held) in expected.iter_mut().zip(&held) {
+                expected.dtype = held.dtype;
+            }
+            assert_eq!(expected, held, "{name}, source rank {}", rank.rank);
+        }
+    }
+}
