@@ -7,6 +7,8 @@
 //!   every read has settled.
 //! - A transport refuses what a NIC would refuse: unregistered memory, ranges that leave a registration.
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
 mod cause;
 mod envelope;
 mod error;
@@ -17,6 +19,9 @@ mod reads;
 mod registry;
 mod transport;
 
+#[cfg(feature = "conformance")]
+#[cfg_attr(docsrs, doc(cfg(feature = "conformance")))]
+pub mod conformance;
 pub mod local;
 #[cfg(feature = "nixl")]
 #[cfg_attr(docsrs, doc(cfg(feature = "nixl")))]
