@@ -11,7 +11,9 @@ fn layout(rank: u32) -> RankLayout {
     let tensor = layout.tensor("w", 8, 4).unwrap();
     for (name, rows) in [("a", 0..3), ("b", 3..8)] {
         let height = rows.end - rows.start;
-        layout.param(Param::new(name, Dtype::Bf16, height, 4).band(Band::new(tensor, rows, 0..4))).unwrap();
+        layout
+            .param(Param::new(name, Dtype::Bf16, height, 4).band(Band::new(tensor, rows, 0..4)))
+            .unwrap();
     }
     layout.build()
 }
@@ -24,13 +26,23 @@ fn region(address: u64, len: u64) -> PublishedRegion {
     PublishedRegion { address, len, cuda: None }
 }
 
-fn publish(places: Vec<Place>, regions: Vec<PublishedRegion>) -> Result<Publication, PublicationError> {
+fn publish(
+    places: Vec<Place>,
+    regions: Vec<PublishedRegion>,
+) -> Result<Publication, PublicationError> {
     Publication::new("agent-7".to_owned(), vec![1, 2, 3], layout(7), places, regions)
 }
 
 fn publication(rank: u32) -> Publication {
     let places = vec![place(4096), place(8192)];
-    Publication::new("agent".to_owned(), vec![9; 40], layout(rank), places, vec![region(4096, 8192)]).unwrap()
+    Publication::new(
+        "agent".to_owned(),
+        vec![9; 40],
+        layout(rank),
+        places,
+        vec![region(4096, 8192)],
+    )
+    .unwrap()
 }
 
 #[test]
@@ -60,9 +72,15 @@ fn a_publication_travels_unchanged() {
     let sent = publication(2);
     let received = Publication::decode(&sent.encode()).unwrap();
     assert_eq!(received.layout(), sent.layout());
-    assert_eq!((received.rank(), received.agent(), received.metadata()), (2, "agent", &[9; 40][..]));
+    assert_eq!(
+        (received.rank(), received.agent(), received.metadata()),
+        (2, "agent", &[9; 40][..])
+    );
     assert_eq!(received.place("b"), Some(place(8192)));
-    assert_eq!((received.digest(), received.layout_digest()), (sent.digest(), sent.layout_digest()));
+    assert_eq!(
+        (received.digest(), received.layout_digest()),
+        (sent.digest(), sent.layout_digest())
+    );
     assert_ne!(sent.digest(), publication(3).digest());
 }
 
@@ -86,7 +104,10 @@ fn a_target_waits_for_every_rank() {
     directory.publish(&publication(0)).unwrap();
     let started = Instant::now();
     let error = directory.wait([0, 1, 2], Duration::from_millis(50)).unwrap_err();
-    assert!(matches!(&error, DirectoryError::Deadline { missing, .. } if *missing == [1, 2]), "{error}");
+    assert!(
+        matches!(&error, DirectoryError::Deadline { missing, .. } if *missing == [1, 2]),
+        "{error}"
+    );
     assert!(started.elapsed() >= Duration::from_millis(50));
 
     let later = directory.clone();
@@ -117,7 +138,10 @@ fn a_bad_file_is_named() {
     fs::write(&file, &publication(0).encode()[..50]).unwrap();
     let error = directory.read(0).unwrap_err();
     assert!(error.to_string().contains("source-0.refit"), "{error}");
-    assert!(matches!(error, DirectoryError::Publication { source: PublicationError::Damaged, .. }), "{error}");
+    assert!(
+        matches!(error, DirectoryError::Publication { source: PublicationError::Damaged, .. }),
+        "{error}"
+    );
 }
 
 #[test]
@@ -126,7 +150,8 @@ fn readers_never_see_half_a_publication() {
     let directory = Directory::new(folder.path()).unwrap();
     directory.publish(&publication(0)).unwrap();
     let writer = directory.clone();
-    let publisher = std::thread::spawn(move || (0..300).for_each(|_| writer.publish(&publication(0)).unwrap()));
+    let publisher =
+        std::thread::spawn(move || (0..300).for_each(|_| writer.publish(&publication(0)).unwrap()));
     while !publisher.is_finished() {
         assert!(directory.read(0).unwrap().is_some());
     }

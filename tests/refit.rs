@@ -14,20 +14,28 @@ fn staged() -> TargetOptions {
 
 /// The same tensors with other values: every byte that is not padding changes.
 fn next_version(buffers: &Buffers) -> Buffers {
-    buffers.iter().map(|(name, bytes)| (name.clone(), bytes.iter().map(|byte| byte ^ 0x3c).collect())).collect()
+    buffers
+        .iter()
+        .map(|(name, bytes)| (name.clone(), bytes.iter().map(|byte| byte ^ 0x3c).collect()))
+        .collect()
 }
 
 #[test]
 fn a_warm_refit_moves_bytes_and_does_nothing_else() {
-    for (source_tp, target_tp, options) in
-        [(1, 1, TargetOptions::default()), (4, 2, TargetOptions::default()), (2, 4, staged()), (1, 2, staged())]
-    {
+    for (source_tp, target_tp, options) in [
+        (1, 1, TargetOptions::default()),
+        (4, 2, TargetOptions::default()),
+        (2, 4, staged()),
+        (1, 2, staged()),
+    ] {
         let network = Network::new();
         let trainer = ranks::agent(&network, "trainer");
         let engine = ranks::agent(&network, "engine");
         let layouts = models::source(&models::tiny(), source_tp, 1, 1);
-        let mut sources: Vec<_> = layouts.iter().map(|layout| ranks::source(&trainer, layout)).collect();
-        let published: Vec<_> = sources.iter().map(|source| source.publication().unwrap()).collect();
+        let mut sources: Vec<_> =
+            layouts.iter().map(|layout| ranks::source(&trainer, layout)).collect();
+        let published: Vec<_> =
+            sources.iter().map(|source| source.publication().unwrap()).collect();
         for layout in models::target(&models::tiny(), target_tp) {
             let wanted = oracle::buffers(&layout);
             let (target, pool, canaries) = ranks::target(&engine, &layout, options);
@@ -54,8 +62,12 @@ fn a_warm_refit_moves_bytes_and_does_nothing_else() {
             assert_eq!(after.hits, before.hits + 3);
 
             // The bytes of the last refit are those the source holds now.
-            let second: Vec<Buffers> = layouts.iter().map(|layout| next_version(&oracle::buffers(layout))).collect();
-            sources.iter_mut().zip(&second).for_each(|(source, buffers)| ranks::write(source, buffers));
+            let second: Vec<Buffers> =
+                layouts.iter().map(|layout| next_version(&oracle::buffers(layout))).collect();
+            sources
+                .iter_mut()
+                .zip(&second)
+                .for_each(|(source, buffers)| ranks::write(source, buffers));
             let (target, _) = ranks::refit(target, &published);
             let changed = ranks::held(&target);
             for name in wanted.keys() {
@@ -63,7 +75,10 @@ fn a_warm_refit_moves_bytes_and_does_nothing_else() {
                 assert!(fills > 0 || changed[name] == next_version(&wanted)[name], "{name}");
             }
             canaries.check();
-            layouts.iter().zip(&mut sources).for_each(|(layout, source)| ranks::write(source, &oracle::buffers(layout)));
+            layouts
+                .iter()
+                .zip(&mut sources)
+                .for_each(|(layout, source)| ranks::write(source, &oracle::buffers(layout)));
         }
     }
 }
@@ -75,16 +90,23 @@ fn every_pair_of_sizes_ends_with_the_oracle_s_bytes() {
         for pp in [1, 2] {
             for target_tp in [1, 2, 4] {
                 let network = Network::new();
-                let (trainer, engine) = (ranks::agent(&network, "trainer"), ranks::agent(&network, "engine"));
+                let (trainer, engine) =
+                    (ranks::agent(&network, "trainer"), ranks::agent(&network, "engine"));
                 let sources: Vec<_> = models::source(&config, source_tp, pp, 2)
                     .iter()
                     .map(|layout| ranks::source(&trainer, layout))
                     .collect();
-                let published: Vec<_> = sources.iter().map(|source| source.publication().unwrap()).collect();
+                let published: Vec<_> =
+                    sources.iter().map(|source| source.publication().unwrap()).collect();
                 for layout in models::target(&config, target_tp) {
-                    let (target, _, canaries) = ranks::target(&engine, &layout, TargetOptions::default());
+                    let (target, _, canaries) =
+                        ranks::target(&engine, &layout, TargetOptions::default());
                     let (target, report) = ranks::refit(target, &published);
-                    assert_eq!(ranks::held(&target), oracle::buffers(&layout), "TP{source_tp} PP{pp} -> TP{target_tp}");
+                    assert_eq!(
+                        ranks::held(&target),
+                        oracle::buffers(&layout),
+                        "TP{source_tp} PP{pp} -> TP{target_tp}"
+                    );
                     assert!(report.wire_bytes >= report.needed_bytes);
                     canaries.check();
                 }
@@ -128,9 +150,11 @@ fn a_restarted_source_costs_a_binding_and_no_plan() {
 fn other_element_types_are_cast_on_the_way() {
     for (from, into) in [(Dtype::F32, Dtype::Bf16), (Dtype::Bf16, Dtype::F32)] {
         let network = Network::new();
-        let (trainer, engine) = (ranks::agent(&network, "trainer"), ranks::agent(&network, "engine"));
+        let (trainer, engine) =
+            (ranks::agent(&network, "trainer"), ranks::agent(&network, "engine"));
         let source = ranks::source(&trainer, &whole(0, from));
-        let (target, _, canaries) = ranks::target(&engine, &whole(0, into), TargetOptions::default());
+        let (target, _, canaries) =
+            ranks::target(&engine, &whole(0, into), TargetOptions::default());
         let (target, report) = ranks::refit(target, &[source.publication().unwrap()]);
         assert_eq!(ranks::held(&target), oracle::buffers(&whole(0, into)));
         assert_eq!(report.allocations, 1, "a cast lands from staging");
@@ -142,8 +166,10 @@ fn other_element_types_are_cast_on_the_way() {
 fn a_missing_rank_leaves_the_target_as_it_was() {
     let network = Network::new();
     let (trainer, engine) = (ranks::agent(&network, "trainer"), ranks::agent(&network, "engine"));
-    let sources: Vec<_> =
-        models::source(&models::tiny(), 2, 1, 1).iter().map(|layout| ranks::source(&trainer, layout)).collect();
+    let sources: Vec<_> = models::source(&models::tiny(), 2, 1, 1)
+        .iter()
+        .map(|layout| ranks::source(&trainer, layout))
+        .collect();
     let published: Vec<_> = sources.iter().map(|source| source.publication().unwrap()).collect();
     let layout = models::target(&models::tiny(), 1).remove(0);
     let (target, _, _) = ranks::target(&engine, &layout, TargetOptions::default());
@@ -156,7 +182,9 @@ fn a_missing_rank_leaves_the_target_as_it_was() {
 }
 
 /// A source that goes away after the target has prepared.
-fn source_that_leaves(options: TargetOptions) -> (Unfinished<impl refit::transport::Transport>, Buffers, Buffers) {
+fn source_that_leaves(
+    options: TargetOptions,
+) -> (Unfinished<impl refit::transport::Transport>, Buffers, Buffers) {
     let network = Network::new();
     let engine = ranks::agent(&network, "engine");
     let trainer = ranks::agent(&network, "trainer-1");
@@ -180,12 +208,17 @@ fn source_that_leaves(options: TargetOptions) -> (Unfinished<impl refit::transpo
     let prepared = match failed.state {
         Unfinished::Invalid(target) => target.prepare(&published).unwrap(),
         Unfinished::Whole(target) => {
-            assert_eq!(ranks::held(&target), before, "a staged pull that failed wrote live parameters");
+            assert_eq!(
+                ranks::held(&target),
+                before,
+                "a staged pull that failed wrote live parameters"
+            );
             return (Unfinished::Whole(target), before, oracle::buffers(&layout));
         }
         Unfinished::Pulling(_) | Unfinished::Lost => panic!("the reads have settled"),
     };
-    let (target, _) = prepared.pull().unwrap().wait(ranks::soon()).unwrap().land().unwrap().install();
+    let (target, _) =
+        prepared.pull().unwrap().wait(ranks::soon()).unwrap().land().unwrap().install();
     let held = ranks::held(&target);
     (Unfinished::Whole(target), held, oracle::buffers(&layout))
 }
@@ -229,7 +262,9 @@ fn memory_and_layout_must_agree() {
     let trainer = ranks::agent(&network, "trainer");
     let pool = ranks::pool(&trainer);
     let layout = whole(3, Dtype::Bf16);
-    let new = |params| Source::new(trainer.clone(), &pool, layout.clone(), params).map(|_| ()).unwrap_err();
+    let new = |params| {
+        Source::new(trainer.clone(), &pool, layout.clone(), params).map(|_| ()).unwrap_err()
+    };
 
     let (params, _) = ranks::memory(&whole(3, Dtype::F32));
     assert!(matches!(new(params), RefitError::Size { rank: 3, memory: 960, layout: 480, .. }));

@@ -47,7 +47,9 @@ pub fn source(config: &ModelConfig, tp: u32, pp: u32, dp: u32) -> Vec<RankLayout
 /// Every engine rank of this size.
 #[must_use]
 pub fn target(config: &ModelConfig, tp: u32) -> Vec<RankLayout> {
-    let layout = |rank: &TargetRank| vllm::layout(config, rank, &vllm::expected(config, rank).unwrap()).unwrap();
+    let layout = |rank: &TargetRank| {
+        vllm::layout(config, rank, &vllm::expected(config, rank).unwrap()).unwrap()
+    };
     TargetRank::grid(tp).unwrap().iter().map(layout).collect()
 }
 

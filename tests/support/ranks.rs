@@ -54,14 +54,19 @@ pub fn agent(network: &Network, name: &str) -> Arc<LocalTransport> {
 /// A pool over an agent, without a budget.
 #[must_use]
 pub fn pool<T: Transport>(transport: &Arc<T>) -> TransportPool<T> {
-    TransportPool::new(HostAllocator, TransportRegistrar::new(transport.clone()), PoolOptions::default())
+    TransportPool::new(
+        HostAllocator,
+        TransportRegistrar::new(transport.clone()),
+        PoolOptions::default(),
+    )
 }
 
 /// A source rank that holds what the oracle says.
 #[must_use]
 pub fn source<T: Transport>(transport: &Arc<T>, layout: &RankLayout) -> Source<T> {
     let (params, _) = memory(layout);
-    let mut source = Source::new(transport.clone(), &pool(transport), layout.clone(), params).unwrap();
+    let mut source =
+        Source::new(transport.clone(), &pool(transport), layout.clone(), params).unwrap();
     write(&mut source, &oracle::buffers(layout));
     source
 }
@@ -82,7 +87,8 @@ pub fn target<T: Transport>(
 ) -> (Target<T>, TransportPool<T>, Canaries) {
     let (params, canaries) = memory(layout);
     let pool = pool(transport);
-    let target = Target::new(transport.clone(), pool.clone(), layout.clone(), params, options).unwrap();
+    let target =
+        Target::new(transport.clone(), pool.clone(), layout.clone(), params, options).unwrap();
     (target, pool, canaries)
 }
 
@@ -102,5 +108,8 @@ pub fn soon() -> Instant {
 /// What a target holds.
 #[must_use]
 pub fn held<T: Transport>(target: &Target<T>) -> Buffers {
-    target.params().map(|(name, memory)| (name.to_owned(), memory.host_bytes().unwrap().to_vec())).collect()
+    target
+        .params()
+        .map(|(name, memory)| (name.to_owned(), memory.host_bytes().unwrap().to_vec()))
+        .collect()
 }
