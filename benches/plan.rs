@@ -10,7 +10,8 @@ fn planning(criterion: &mut Criterion) {
     let config = qwen3_4b(36);
     let mut group = criterion.benchmark_group("plan/qwen3-4b");
     for (from, to) in [(1, 1), (2, 2), (4, 2), (2, 4), (8, 1)] {
-        let source = SourceLayout::new(source_layouts(&config, from)).unwrap_or_else(|error| panic!("{error}"));
+        let source = SourceLayout::new(source_layouts(&config, from))
+            .unwrap_or_else(|error| panic!("{error}"));
         let target = target_layout(&config, 0, to);
         group.bench_function(format!("tp{from}-to-tp{to}"), |bencher| {
             bencher.iter(|| plan(black_box(&source), &target, &PlanOptions::default()));
@@ -20,7 +21,8 @@ fn planning(criterion: &mut Criterion) {
 
     let layouts = source_layouts(&config, 4);
     criterion.bench_function("source-layout/qwen3-4b/tp4", |bencher| {
-        bencher.iter_with_setup(|| layouts.clone(), |layouts| SourceLayout::new(black_box(layouts)));
+        bencher
+            .iter_with_setup(|| layouts.clone(), |layouts| SourceLayout::new(black_box(layouts)));
     });
 }
 

@@ -17,7 +17,8 @@ fn refits(criterion: &mut Criterion) {
         group.bench_function(format!("tp{from}-to-tp{to}"), |bencher| {
             bencher.iter(|| {
                 let target = slot.take().unwrap_or_else(|| panic!("an earlier refit failed"));
-                let prepared = target.prepare(&published).unwrap_or_else(|failed| panic!("{failed}"));
+                let prepared =
+                    target.prepare(&published).unwrap_or_else(|failed| panic!("{failed}"));
                 let pulling = prepared.pull().unwrap_or_else(|failed| panic!("{failed}"));
                 let pulled = pulling.wait(Instant::now() + Duration::from_secs(60));
                 let landed = pulled.unwrap_or_else(|failed| panic!("{failed}")).land();

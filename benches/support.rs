@@ -1,21 +1,29 @@
 //! Shared by the benches: the layouts of a Qwen3-4B-shaped model, and agents in one process.
 
-#![allow(clippy::missing_panics_doc, clippy::unwrap_used, reason = "a panic here is a broken bench")]
+#![allow(
+    clippy::missing_panics_doc,
+    clippy::unwrap_used,
+    reason = "a panic here is a broken bench"
+)]
 
 use std::sync::Arc;
 
 use refit::planner::{Capabilities, Plan, PlanOptions, RankLayout, SourceLayout, plan};
 use refit::pool::{HostAllocator, PoolOptions};
-use refit::transport::{TransportPool, TransportRegistrar};
-use refit::transport::local::{LocalTransport, Network};
 use refit::translate::megatron::{self, SourceRank, TrainerOptions};
 use refit::translate::vllm::{self, TargetRank};
 use refit::translate::{Family, ModelConfig};
+use refit::transport::local::{LocalTransport, Network};
+use refit::transport::{TransportPool, TransportRegistrar};
 use refit::{Publication, Source, Target, TargetOptions, allocate};
 
 /// NIXL over host memory, as its transport describes itself.
-pub const CAPABILITIES: Capabilities =
-    Capabilities { strided_reads: false, bytes_per_us: 2_000, ns_per_read: 5_000, max_reads: u64::MAX };
+pub const CAPABILITIES: Capabilities = Capabilities {
+    strided_reads: false,
+    bytes_per_us: 2_000,
+    ns_per_read: 5_000,
+    max_reads: u64::MAX,
+};
 
 /// Qwen3-4B with this many layers.
 #[must_use]
@@ -73,7 +81,11 @@ pub fn pair(config: &ModelConfig, source_tp: u32, target_tp: u32) -> Pair {
     let network = Network::new();
     let agent = |name: &str| Arc::new(LocalTransport::new(&network, name).unwrap());
     let trainer = agent("trainer");
-    let pool = TransportPool::new(HostAllocator, TransportRegistrar::new(trainer.clone()), PoolOptions::default());
+    let pool = TransportPool::new(
+        HostAllocator,
+        TransportRegistrar::new(trainer.clone()),
+        PoolOptions::default(),
+    );
     let sources: Vec<_> = source_layouts(config, source_tp)
         .into_iter()
         .map(|layout| {
@@ -83,7 +95,11 @@ pub fn pair(config: &ModelConfig, source_tp: u32, target_tp: u32) -> Pair {
         .collect();
     let published = sources.iter().map(|source| source.publication().unwrap()).collect();
     let engine = agent("engine");
-    let pool = TransportPool::new(HostAllocator, TransportRegistrar::new(engine.clone()), PoolOptions::default());
+    let pool = TransportPool::new(
+        HostAllocator,
+        TransportRegistrar::new(engine.clone()),
+        PoolOptions::default(),
+    );
     let layout = target_layout(config, 0, target_tp);
     let params = allocate(&layout, &HostAllocator).unwrap();
     let target = Target::new(engine, pool, layout, params, TargetOptions::default()).unwrap();

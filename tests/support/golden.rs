@@ -4,13 +4,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use refit::planner::Dtype;
-use refit_translate::TensorSpec;
-use safetensors::SafeTensors;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use crate::oracle::Buffers;
+pub use refit_cli::case::{Case, CaseError, Tensors};
 
 /// Why golden data cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -32,32 +29,6 @@ pub enum GoldenError {
         line: usize,
         /// What the parser says.
         source: serde_json::Error,
-    },
-    /// A case of another format.
-    #[error("{}: schema {found}, this reader knows 1", path.display())]
-    Schema {
-        /// The file.
-        path: PathBuf,
-        /// Its schema.
-        found: u32,
-    },
-    /// A file that is not safetensors.
-    #[error("{}: {source}", path.display())]
-    Tensors {
-        /// The file.
-        path: PathBuf,
-        /// What the parser says.
-        source: safetensors::SafeTensorError,
-    },
-    /// A tensor of an element type that the planner does not have.
-    #[error("{}: `{tensor}` has element type {dtype}", path.display())]
-    Dtype {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        tensor: String,
-        /// Its element type.
-        dtype: String,
     },
 }
 
@@ -111,128 +82,12 @@ pub fn roles(root: &Path) -> Result<Vec<String>, GoldenError> {
     Ok(names.iter().filter_map(|name| name.strip_suffix(".jsonl")).map(Into::into).collect())
 }
 
-/// The names of all model cases, sorted.
+/// The folders of all model cases, sorted.
 ///
 /// # Errors
-/// [`GoldenError::Io`].
-pub fn cases(root: &Path) -> Result<Vec<String>, GoldenError> {
-    entries(&root.join("models"))
-}
-
-/// A whole tiny model on both sides, its tensors not read yet.
-#[derive(Debug)]
-pub struct Case {
-    folder: PathBuf,
-    /// The text of `config.json`.
-    pub config: String,
-    /// Sizes and files of the trainer.
-    pub source: Source,
-    /// Sizes and files of the engine.
-    pub target: Target,
-}
-
-/// The trainer of a case.
-#[derive(Debug, Deserialize)]
-pub struct Source {
-    /// The layer spec: `te` or `local`.
-    pub spec: String,
-    /// Tensor-parallel size.
-    pub tp: u32,
-    /// Pipeline stages.
-    pub pp: u32,
-    /// Its ranks.
-    pub ranks: Vec<SourceFile>,
-}
-
-/// A trainer rank of a case.
-#[derive(Debug, Deserialize)]
-pub struct SourceFile {
-    /// Unique among trainer ranks.
-    pub rank: u32,
-    /// Tensor-parallel rank.
-    pub tp: u32,
-    /// Pipeline stage.
-    pub pp: u32,
-    /// Global index of each local layer.
-    pub layers: Vec<u32>,
-    /// Its tensors, relative to the case.
-    pub file: String,
-}
-
-/// The engine of a case.
-#[derive(Debug, Deserialize)]
-pub struct Target {
-    /// Tensor-parallel size.
-    pub tp: u32,
-    /// Its ranks.
-    pub ranks: Vec<TargetFile>,
-}
-
-/// An engine rank of a case.
-#[derive(Debug, Deserialize)]
-pub struct TargetFile {
-    /// Unique among engine ranks.
-    pub rank: u32,
-    /// Tensor-parallel rank.
-    pub tp: u32,
-    /// Its tensors, relative to the case.
-    pub file: String,
-}
-
-/// The tensors of one rank.
-#[derive(Debug)]
-pub struct Tensors {
-    /// Names, element types and shapes, sorted by name.
-    pub specs: Vec<TensorSpec>,
-    /// Bytes, by name.
-    pub bytes: Buffers,
-}
-
-impl Case {
-    /// Reads `models/<name>/case.json` and `config.json`.
-    ///
-    /// # Errors
-    /// [`GoldenError::Io`], [`GoldenError::Json`], [`GoldenError::Schema`].
-    pub fn open(root: &Path, name: &str) -> Result<Self, GoldenError> {
-        #[derive(Deserialize)]
-        struct File {
-            schema: u32,
-            source: Source,
-            target: Target,
-        }
-        let folder = root.join("models").join(name);
-        let path = folder.join("case.json");
-        let File { schema, source, target } = json(&path, 1, &read_text(&path)?)?;
-        if schema != 1 {
-            return Err(GoldenError::Schema { path, found: schema });
-        }
-        let config = read_text(&folder.join("config.json"))?;
-        Ok(Self { folder, config, source, target })
-    }
-
-    /// Reads a rank's file.
-    ///
-    /// # Errors
-    /// [`GoldenError::Io`], [`GoldenError::Tensors`], [`GoldenError::Dtype`].
-    pub fn tensors(&self, file: &str) -> Result<Tensors, GoldenError> {
-        let path = self.folder.join(file);
-        let raw =
-            fs::read(&path).map_err(|source| GoldenError::Io { path: path.clone(), source })?;
-        let tensors = SafeTensors::deserialize(&raw)
-            .map_err(|source| GoldenError::Tensors { path: path.clone(), source })?;
-        let (mut specs, mut bytes) = (Vec::new(), Buffers::new());
-        for (name, view) in tensors.iter() {
-            let dtype = view.dtype().to_string();
-            let Some(dtype) = Dtype::from_name(&dtype) else {
-                return Err(GoldenError::Dtype { path, tensor: name.into(), dtype });
-            };
-            let shape: Vec<u64> = view.shape().iter().map(|&extent| extent as u64).collect();
-            specs.push(TensorSpec::new(name, dtype, shape));
-            bytes.insert(name.into(), view.data().to_vec());
-        }
-        specs.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(Tensors { specs, bytes })
-    }
+/// [`CaseError::Io`], and [`CaseError::NoCase`] when there is none.
+pub fn cases(root: &Path) -> Result<Vec<PathBuf>, CaseError> {
+    refit_cli::case::find(root)
 }
 
 fn read_text(path: &Path) -> Result<String, GoldenError> {

@@ -92,8 +92,9 @@ fn check(case: &Case, config: &ModelConfig) {
 fn every_dense_case_is_reproduced() {
     let root = golden::root();
     let mut covered = 0;
-    for name in golden::cases(&root).unwrap() {
-        let case = Case::open(&root, &name).unwrap();
+    for folder in golden::cases(&root).unwrap() {
+        let case = Case::open(&folder).unwrap();
+        let name = case.name();
         match config_of(&case) {
             Some(config) => {
                 println!("model {name}");
@@ -110,8 +111,9 @@ fn every_dense_case_is_reproduced() {
 #[test]
 fn expected_tensors_are_those_of_real_ranks() {
     let root = golden::root();
-    for name in golden::cases(&root).unwrap() {
-        let case = Case::open(&root, &name).unwrap();
+    for folder in golden::cases(&root).unwrap() {
+        let case = Case::open(&folder).unwrap();
+        let name = case.name();
         let Some(config) = config_of(&case) else { continue };
         for (rank, file) in source_ranks(&case).iter().zip(&case.source.ranks) {
             let held = case.tensors(&file.file).unwrap().specs;

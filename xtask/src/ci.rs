@@ -8,13 +8,13 @@ use std::{
 
 use crate::{cargo, failure::Failure, setup, tidy};
 
-/// Runs each step in order and stops at the first that fails.
+/// Runs every step, so that one run shows everything that is wrong, and fails if one of them did.
 pub(crate) fn run(root: &Path, test: bool) -> Result<(), Failure> {
     let mut steps = Steps::default();
     let clippy = |args: &[&str], features: &[String]| {
         let mut command = locked(root, "clippy");
         command.args(args).arg("--all-targets").args(features).args(["--", "--deny", "warnings"]);
-        command
+        cargo::status(command)
     };
     let nixl = cargo::nixl_features(&[]);
 
@@ -22,31 +22,33 @@ pub(crate) fn run(root: &Path, test: bool) -> Result<(), Failure> {
         let mut command = cargo::cargo(root);
         command.current_dir(root).args(["fmt", "--all", "--check"]);
         cargo::status(command)
-    })?;
+    });
+    steps.run("tidy", || tidy::run(root));
     // By themselves, since in the workspace other crates turn features of theirs on, `serde` and `std` among them.
     steps.run("clippy, pure crates alone", || {
-        cargo::status(clippy(&["--package", "refit-planner", "--package", "refit-translate"], &[]))
-    })?;
-    steps.run("clippy, default features", || cargo::status(clippy(&["--workspace"], &[])))?;
-    steps.run("setup", || setup::run(root).map_err(|why| Failure::new(why.to_string())))?;
-    steps.run("clippy, with NIXL", || cargo::status(clippy(&["--workspace"], &nixl)))?;
-    steps.run("docs", || {
-        let mut command = locked(root, "doc");
-        command.args(["--workspace", "--no-deps", "--document-private-items"]).args(&nixl);
-        command.env("RUSTDOCFLAGS", "--deny warnings");
-        cargo::status(command)
-    })?;
-    steps.run("tidy", || tidy::run(root))?;
-    if test {
-        // The command of the README, not a shortcut to it.
-        steps.run("cargo xtask test", || {
-            let mut command = cargo::cargo(root);
-            command.current_dir(root).args(["xtask", "test"]).env("REFIT_REQUIRE_NIXL", "1");
+        clippy(&["--package", "refit-planner", "--package", "refit-translate"], &[])
+    });
+    steps.run("clippy, default features", || clippy(&["--workspace"], &[]));
+    // What follows needs NIXL, and would only say the same again without.
+    if steps.run("setup", || setup::run(root).map_err(|why| Failure::new(why.to_string()))) {
+        steps.run("clippy, with NIXL", || clippy(&["--workspace"], &nixl));
+        // As readers will see them: without private items, and with no link to one.
+        steps.run("docs", || {
+            let mut command = locked(root, "doc");
+            command.args(["--workspace", "--no-deps"]).args(&nixl);
+            command.env("RUSTDOCFLAGS", "--deny warnings");
             cargo::status(command)
-        })?;
+        });
+        if test {
+            // The command of the README, not a shortcut to it.
+            steps.run("cargo xtask test", || {
+                let mut command = cargo::cargo(root);
+                command.current_dir(root).args(["xtask", "test"]).env("REFIT_REQUIRE_NIXL", "1");
+                cargo::status(command)
+            });
+        }
     }
-    steps.print();
-    Ok(())
+    steps.finish()
 }
 
 fn locked(root: &Path, subcommand: &str) -> Command {
@@ -55,32 +57,40 @@ fn locked(root: &Path, subcommand: &str) -> Command {
     command
 }
 
-/// How long each step took.
+/// What was run: name, duration, and whether it passed.
 #[derive(Default)]
-struct Steps(Vec<(&'static str, Duration)>);
+struct Steps(Vec<(&'static str, Duration, bool)>);
 
 impl Steps {
-    fn run(
-        &mut self,
-        name: &'static str,
-        step: impl FnOnce() -> Result<(), Failure>,
-    ) -> Result<(), Failure> {
+    /// Runs a step and says whether it passed.
+    fn run(&mut self, name: &'static str, step: impl FnOnce() -> Result<(), Failure>) -> bool {
         println!("== {name}");
         let start = Instant::now();
-        let done = step();
-        let took = start.elapsed();
-        if done.is_err() {
-            println!("== {name}: failed after {:.1} s", took.as_secs_f64());
-        }
-        self.0.push((name, took));
-        done
+        let passed = match step() {
+            Ok(()) => true,
+            Err(failure) => {
+                failure.report();
+                false
+            }
+        };
+        self.0.push((name, start.elapsed(), passed));
+        passed
     }
 
-    fn print(&self) {
-        let total: Duration = self.0.iter().map(|(_, took)| *took).sum();
-        for (name, took) in &self.0 {
-            println!("{:>7.1} s  {name}", took.as_secs_f64());
+    fn finish(self) -> Result<(), Failure> {
+        println!("== ci");
+        for (name, took, passed) in &self.0 {
+            let mark = if *passed { "ok" } else { "FAILED" };
+            println!("{:>7.1} s  {mark:<6}  {name}", took.as_secs_f64());
         }
+        let total: Duration = self.0.iter().map(|(_, took, _)| *took).sum();
         println!("{:>7.1} s  in all", total.as_secs_f64());
+        let failed: Vec<_> =
+            self.0.iter().filter(|(_, _, passed)| !passed).map(|(name, _, _)| *name).collect();
+        if failed.is_empty() {
+            Ok(())
+        } else {
+            Err(Failure::new(format!("ci: failed: {}", failed.join("; "))))
+        }
     }
 }

@@ -95,7 +95,8 @@ stand, features, leftovers, file sizes, paths of one machine. Prints every findi
 const CI: &str = "\
 cargo xtask ci [--no-test]
 
-Runs what CI runs: formatting, clippy, docs, tidy, then the tests. NIXL is required.
+Runs what CI runs: formatting, tidy, clippy, docs, then the tests. NIXL is required.
+A step that fails does not keep the next from running.
 
   --no-test  only the checks
 ";

@@ -204,8 +204,12 @@ impl Wheel {
 
     fn put_in_place(&self, setup: &Path, temp: &Path) -> Result<(), Unavailable> {
         let place = setup.join(self.folder);
+        if self.is_installed(setup) {
+            // Another run was faster, and may be using it already.
+            return Ok(());
+        }
         if place.exists() {
-            // An older version, or what another run has just put there.
+            // An older version.
             let _ = fs::rename(&place, temp.join("old"));
         }
         match fs::rename(temp.join("tree"), &place) {

@@ -78,6 +78,8 @@ pub struct Case {
 /// The trainer of a case.
 #[derive(Debug, Deserialize)]
 pub struct Source {
+    /// The layer spec: `te` or `local`.
+    pub spec: String,
     /// Tensor-parallel size.
     pub tp: u32,
     /// Pipeline stages.
@@ -213,7 +215,9 @@ pub fn find(path: &Path) -> Result<Vec<PathBuf>, CaseError> {
 
 /// What a person calls a case.
 pub(crate) fn name(folder: &Path) -> String {
-    folder.file_name().map_or_else(|| folder.display().to_string(), |name| name.to_string_lossy().into_owned())
+    folder
+        .file_name()
+        .map_or_else(|| folder.display().to_string(), |name| name.to_string_lossy().into_owned())
 }
 
 fn read_text(path: &Path) -> Result<String, CaseError> {

@@ -23,7 +23,10 @@ pub(crate) enum CliError {
     #[error("{0}")]
     Usage(String),
     #[error("NIXL cannot be used: {0}")]
-    #[cfg_attr(not(feature = "nixl"), allow(dead_code, reason = "only a build with NIXL can fail to load it"))]
+    #[cfg_attr(
+        not(feature = "nixl"),
+        allow(dead_code, reason = "only a build with NIXL can fail to load it")
+    )]
     Nixl(String),
     #[error("{role} rank {rank}: {reason}")]
     Rank { role: &'static str, rank: u32, reason: String },

@@ -34,7 +34,8 @@ pub(crate) fn config(name_or_path: &str) -> Result<ModelConfig, CliError> {
         }
         CliError::Read { path: path.to_path_buf(), source }
     })?;
-    ModelConfig::from_json(&text).map_err(|source| CliError::Config { path: path.to_path_buf(), source })
+    ModelConfig::from_json(&text)
+        .map_err(|source| CliError::Config { path: path.to_path_buf(), source })
 }
 
 /// The layout of every trainer rank of these sizes.

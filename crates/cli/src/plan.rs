@@ -127,18 +127,20 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
 
 fn describe(plan: &Plan, program: &Program, plan_s: f64, lower_s: f64) -> Rank {
     let reads = |direct: bool| {
-        let choices = program.choices().iter().filter(|choice| (choice.method == Method::Direct) == direct);
+        let choices =
+            program.choices().iter().filter(|choice| (choice.method == Method::Direct) == direct);
         choices.map(|choice| choice.reads).sum()
     };
     let mut wire = std::collections::BTreeMap::<u32, u64>::new();
     for read in program.reads() {
         *wire.entry(program.sources()[read.source as usize].rank).or_default() += read.bytes();
     }
-    let bytes_by_source = plan.bytes_by_source().into_iter().map(|(source, needed_bytes)| FromSource {
-        source,
-        needed_bytes,
-        wire_bytes: wire.get(&source).copied().unwrap_or_default(),
-    });
+    let bytes_by_source =
+        plan.bytes_by_source().into_iter().map(|(source, needed_bytes)| FromSource {
+            source,
+            needed_bytes,
+            wire_bytes: wire.get(&source).copied().unwrap_or_default(),
+        });
     Rank {
         rank: plan.target_rank(),
         params: plan.targets().len(),
@@ -171,7 +173,16 @@ fn print(output: &Output) {
     println!("{} -> {}", output.source, output.target);
     println!(
         "{:>6} {:>7} {:>9} {:>9} {:>8} {:>8} {:>6} {:>10} {:>8}  {:<8}",
-        "target", "params", "needed MB", "wire MB", "ampl", "reads", "staged", "staging MB", "plan ms", "plan"
+        "target",
+        "params",
+        "needed MB",
+        "wire MB",
+        "ampl",
+        "reads",
+        "staged",
+        "staging MB",
+        "plan ms",
+        "plan"
     );
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
     for rank in &output.ranks {

@@ -16,8 +16,9 @@ impl FromStr for Sizes {
     fn from_str(text: &str) -> Result<Self, String> {
         let mut sizes = Self { tp: 1, pp: 1 };
         for part in text.split(',') {
-            let (name, size) =
-                part.split_once('=').ok_or_else(|| format!("`{part}` is not name=size, as in tp=4,pp=2"))?;
+            let (name, size) = part
+                .split_once('=')
+                .ok_or_else(|| format!("`{part}` is not name=size, as in tp=4,pp=2"))?;
             let size: u32 = size
                 .trim()
                 .parse()

@@ -30,9 +30,12 @@ impl TransportName {
 
 /// A NIXL agent whose name starts with `name`.
 #[cfg(feature = "nixl")]
-pub(crate) fn nixl(name: &str) -> Result<Arc<refit::transport::nixl::NixlTransport>, crate::error::CliError> {
+pub(crate) fn nixl(
+    name: &str,
+) -> Result<Arc<refit::transport::nixl::NixlTransport>, crate::error::CliError> {
     use refit::transport::nixl::{NixlLibrary, NixlOptions, NixlTransport};
-    let library = NixlLibrary::load(&[]).map_err(|error| crate::error::CliError::Nixl(error.to_string()))?;
+    let library =
+        NixlLibrary::load(&[]).map_err(|error| crate::error::CliError::Nixl(error.to_string()))?;
     let transport = NixlTransport::new(library, NixlOptions::new(name))
         .map_err(|error| crate::error::CliError::Nixl(error.to_string()))?;
     Ok(Arc::new(transport))
@@ -41,6 +44,7 @@ pub(crate) fn nixl(name: &str) -> Result<Arc<refit::transport::nixl::NixlTranspo
 /// What a build without NIXL says.
 #[cfg(not(feature = "nixl"))]
 pub(crate) fn without_nixl() -> crate::error::CliError {
-    let advice = "this build has no NIXL; run `cargo xtask refit -- ...`, or build with `--features nixl`";
+    let advice =
+        "this build has no NIXL; run `cargo xtask refit -- ...`, or build with `--features nixl`";
     crate::error::CliError::Usage(advice.to_owned())
 }

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use refit::pool::{HostAllocator, PoolOptions};
-use refit::transport::{Transport, TransportPool, TransportRegistrar, local};
 use refit::translate::megatron::{self, SourceRank};
 use refit::translate::vllm::{self, TargetRank};
 use refit::translate::{ModelConfig, TranslateError};
+use refit::transport::{Transport, TransportPool, TransportRegistrar, local};
 use refit::{Publication, RefitError, Source, Target, TargetOptions, allocate};
 
 use crate::case::{self, Case, CaseError, Tensors};
@@ -52,7 +52,9 @@ enum Failure {
     #[error("{0}")]
     Transport(String),
     /// A byte is wrong.
-    #[error("target rank {rank}: `{tensor}` is wrong from byte {byte} on: {got:#04x} instead of {want:#04x}")]
+    #[error(
+        "target rank {rank}: `{tensor}` is wrong from byte {byte} on: {got:#04x} instead of {want:#04x}"
+    )]
     Wrong { rank: u32, tensor: String, byte: usize, got: u8, want: u8 },
     /// A rank of the case holds other tensors than the plan writes.
     #[error("target rank {rank}: {reason}")]
@@ -94,7 +96,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
             match replay(&folder, args.transport) {
                 Ok(Passed { ranks, tensors, bytes, reads }) => {
                     passed += 1;
-                    println!("ok     {name}: {ranks} target ranks, {tensors} tensors, {bytes} bytes, {reads} reads");
+                    println!(
+                        "ok     {name}: {ranks} target ranks, {tensors} tensors, {bytes} bytes, {reads} reads"
+                    );
                 }
                 Err(Failure::Broken(error)) => {
                     broken += 1;
@@ -131,7 +135,8 @@ fn replay(folder: &Path, transport: TransportName) -> Result<Passed, Failure> {
 
 #[cfg(feature = "nixl")]
 fn replay_over_nixl(case: &Case) -> Result<Passed, Failure> {
-    let agent = |name| crate::transports::nixl(name).map_err(|error| Failure::Transport(error.to_string()));
+    let agent =
+        |name| crate::transports::nixl(name).map_err(|error| Failure::Transport(error.to_string()));
     replay_over(case, agent("source")?, agent("target")?)
 }
 
@@ -141,9 +146,17 @@ fn replay_over_nixl(_: &Case) -> Result<Passed, Failure> {
 }
 
 /// Publishes every source rank of a case from one agent and pulls every target rank of it from another.
-fn replay_over<T: Transport>(case: &Case, publisher: Arc<T>, puller: Arc<T>) -> Result<Passed, Failure> {
+fn replay_over<T: Transport>(
+    case: &Case,
+    publisher: Arc<T>,
+    puller: Arc<T>,
+) -> Result<Passed, Failure> {
     let config = ModelConfig::from_json(&case.config)?;
-    let pool = TransportPool::new(HostAllocator, TransportRegistrar::new(publisher.clone()), PoolOptions::default());
+    let pool = TransportPool::new(
+        HostAllocator,
+        TransportRegistrar::new(publisher.clone()),
+        PoolOptions::default(),
+    );
     let mut sources = Vec::new();
     for rank in &case.source.ranks {
         let tensors = case.tensors(&rank.file)?;
@@ -159,18 +172,28 @@ fn replay_over<T: Transport>(case: &Case, publisher: Arc<T>, puller: Arc<T>) -> 
         sources.push(Source::new(publisher.clone(), &pool, layout, params)?);
     }
     // Only now: what an agent publishes about itself must include every registration.
-    let published: Vec<Publication> = sources.iter().map(Source::publication).collect::<Result<_, _>>()?;
+    let published: Vec<Publication> =
+        sources.iter().map(Source::publication).collect::<Result<_, _>>()?;
 
-    let pool = TransportPool::new(HostAllocator, TransportRegistrar::new(puller.clone()), PoolOptions::default());
+    let pool = TransportPool::new(
+        HostAllocator,
+        TransportRegistrar::new(puller.clone()),
+        PoolOptions::default(),
+    );
     let mut passed = Passed::default();
     for rank in &case.target.ranks {
         let wanted = case.tensors(&rank.file)?;
-        let layout = vllm::layout(&config, &TargetRank::new(rank.rank, rank.tp, case.target.tp), &wanted.specs)?;
+        let layout = vllm::layout(
+            &config,
+            &TargetRank::new(rank.rank, rank.tp, case.target.tp),
+            &wanted.specs,
+        )?;
         let mut params = allocate(&layout, &HostAllocator)?;
         for (name, memory) in &mut params {
             host_bytes(memory, name)?.fill(POISON);
         }
-        let target = Target::new(puller.clone(), pool.clone(), layout, params, TargetOptions::default())?;
+        let target =
+            Target::new(puller.clone(), pool.clone(), layout, params, TargetOptions::default())?;
         let pulling = target.prepare(&published)?.pull()?;
         let (target, report) = pulling.wait(Instant::now() + PATIENCE)?.land()?.install();
         compare(rank.rank, &target, &wanted)?;
@@ -182,7 +205,10 @@ fn replay_over<T: Transport>(case: &Case, publisher: Arc<T>, puller: Arc<T>) -> 
     Ok(passed)
 }
 
-fn host_bytes<'a>(memory: &'a mut refit::pool::Memory, param: &str) -> Result<&'a mut [u8], RefitError> {
+fn host_bytes<'a>(
+    memory: &'a mut refit::pool::Memory,
+    param: &str,
+) -> Result<&'a mut [u8], RefitError> {
     memory.host_bytes_mut().ok_or_else(|| RefitError::NotHost { param: param.to_owned() })
 }
 

@@ -42,7 +42,9 @@ pub(crate) fn bind(
     staging: Option<&Region>,
     registered: &[Region],
 ) -> Result<Batches, RefitError> {
-    let local = Pieces::new(registered.iter().map(|region| (region.kind(), region.address(), region.len())));
+    let local = Pieces::new(
+        registered.iter().map(|region| (region.kind(), region.address(), region.len())),
+    );
     let mut batches = Batches::new();
     for of_source in program.reads().chunk_by(|a, b| a.source == b.source) {
         let source = &program.sources()[of_source[0].source as usize];
@@ -50,7 +52,8 @@ pub(crate) fn bind(
             .iter()
             .find(|publication| publication.rank() == source.rank)
             .ok_or(RefitError::MissingPublication { rank: source.rank })?;
-        let unknown = || RefitError::UnknownSourceParam { rank: source.rank, param: source.name.to_string() };
+        let unknown =
+            || RefitError::UnknownSourceParam { rank: source.rank, param: source.name.to_string() };
         let place = publication.place(&source.name).ok_or_else(unknown)?;
         let reads = batches.entry(source.rank).or_default();
         for read in of_source {
@@ -63,7 +66,11 @@ pub(crate) fn bind(
                     let arena = staging.ok_or(RefitError::NoStaging)?;
                     (arena.address() + offset, arena.kind())
                 }
-                _ => return Err(RefitError::Unsupported { what: "a read destination that this release does not know" }),
+                _ => {
+                    return Err(RefitError::Unsupported {
+                        what: "a read destination that this release does not know",
+                    });
+                }
             };
             reads.push(ReadOp {
                 from: RemoteRange {
@@ -80,7 +87,8 @@ pub(crate) fn bind(
     for (rank, reads) in &mut batches {
         let publication = publications.iter().find(|publication| publication.rank() == *rank);
         let regions = publication.map_or(&[][..], Publication::regions);
-        let remote = Pieces::new(regions.iter().map(|region| (kind(region), region.address, region.len)));
+        let remote =
+            Pieces::new(regions.iter().map(|region| (kind(region), region.address, region.len)));
         join(reads);
         *reads = cut(std::mem::take(reads), &local, &remote)?;
     }
@@ -140,7 +148,11 @@ fn cut(reads: Vec<ReadOp>, local: &Pieces, remote: &Pieces) -> Result<Vec<ReadOp
 }
 
 fn room(read: &ReadOp, local: &Pieces, remote: &Pieces) -> Result<(u64, u64), RefitError> {
-    let near = local.left(read.into.kind, read.into.address).ok_or(RefitError::NotRegistered { side: "target" })?;
-    let far = remote.left(read.from.kind, read.from.address).ok_or(RefitError::NotRegistered { side: "source" })?;
+    let near = local
+        .left(read.into.kind, read.into.address)
+        .ok_or(RefitError::NotRegistered { side: "target" })?;
+    let far = remote
+        .left(read.from.kind, read.from.address)
+        .ok_or(RefitError::NotRegistered { side: "source" })?;
     Ok((near, far))
 }

@@ -21,7 +21,9 @@ pub struct Directory {
 #[non_exhaustive]
 pub enum DirectoryError {
     /// The file system refused.
-    #[error("cannot {action} {path}: {source}; every rank must be able to write and read this directory")]
+    #[error(
+        "cannot {action} {path}: {source}; every rank must be able to write and read this directory"
+    )]
     Io {
         /// What was tried.
         action: &'static str,
@@ -78,7 +80,8 @@ impl Directory {
     pub fn publish(&self, publication: &Publication) -> Result<(), DirectoryError> {
         let path = self.file(publication.rank());
         let draft = path.with_extension(format!("draft-{}", std::process::id()));
-        fs::write(&draft, publication.encode()).map_err(|source| io_error("write", &draft, source))?;
+        fs::write(&draft, publication.encode())
+            .map_err(|source| io_error("write", &draft, source))?;
         fs::rename(&draft, &path).map_err(|source| io_error("rename to", &path, source))
     }
 
@@ -89,7 +92,9 @@ impl Directory {
     pub fn withdraw(&self, rank: u32) -> Result<(), DirectoryError> {
         let path = self.file(rank);
         match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", &path, error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(io_error("remove", &path, error))
+            }
             _ => Ok(()),
         }
     }
@@ -119,7 +124,11 @@ impl Directory {
             Err(source) => return Err(DirectoryError::Publication { path, source }),
         };
         if publication.rank() != rank {
-            return Err(DirectoryError::WrongRank { path, expected: rank, found: publication.rank() });
+            return Err(DirectoryError::WrongRank {
+                path,
+                expected: rank,
+                found: publication.rank(),
+            });
         }
         Ok(Some(publication))
     }

@@ -63,7 +63,9 @@ pub enum RefitError {
         param: String,
     },
     /// Memory was given for a name the layout does not have, or twice.
-    #[error("rank {rank}: memory was given for `{param}`, which the layout does not have or which was given already")]
+    #[error(
+        "rank {rank}: memory was given for `{param}`, which the layout does not have or which was given already"
+    )]
     StrayMemory {
         /// The rank.
         rank: u32,
@@ -85,7 +87,9 @@ pub enum RefitError {
         param: String,
     },
     /// A read would leave registered memory.
-    #[error("a read would leave the registered memory of the {side}; register whole allocations before publishing")]
+    #[error(
+        "a read would leave the registered memory of the {side}; register whole allocations before publishing"
+    )]
     NotRegistered {
         /// `source` or `target`.
         side: &'static str,
@@ -94,7 +98,9 @@ pub enum RefitError {
     #[error("the program stages bytes but its lease has no staging memory")]
     NoStaging,
     /// Landing needs memory that the processor can write.
-    #[error("`{param}` is not in host memory; landing it needs a device, which this build does not have")]
+    #[error(
+        "`{param}` is not in host memory; landing it needs a device, which this build does not have"
+    )]
     NotHost {
         /// The parameter.
         param: String,
@@ -111,7 +117,9 @@ pub enum RefitError {
         waited: Duration,
     },
     /// A batch of reads would write memory that the target does not hold: an error of this project.
-    #[error("batch {batch} of reads would write {len} bytes that the target does not hold; please report this")]
+    #[error(
+        "batch {batch} of reads would write {len} bytes that the target does not hold; please report this"
+    )]
     NotOwned {
         /// Number of the batch.
         batch: usize,

@@ -79,4 +79,7 @@ pub use memory::allocate;
 pub use publication::{MAX_ENCODED_BYTES, Place, Publication, PublicationError, PublishedRegion};
 pub use report::Report;
 pub use source::Source;
-pub use target::{Cancelled, Failed, InvalidTarget, Landed, Prepared, Pulled, Pulling, Target, TargetOptions, Unfinished};
+pub use target::{
+    Cancelled, Failed, InvalidTarget, Landed, Prepared, Pulled, Pulling, Target, TargetOptions,
+    Unfinished,
+};

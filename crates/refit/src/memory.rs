@@ -23,8 +23,9 @@ pub(crate) fn in_layout_order(
     let mut ordered = Vec::with_capacity(layout.params().len());
     for param in layout.params() {
         let name = || param.name().to_string();
-        let memory =
-            by_name.remove(param.name().as_ref()).ok_or_else(|| RefitError::NoMemory { rank, param: name() })?;
+        let memory = by_name
+            .remove(param.name().as_ref())
+            .ok_or_else(|| RefitError::NoMemory { rank, param: name() })?;
         if memory.len() as u64 != param.bytes() {
             let (memory, layout) = (memory.len() as u64, param.bytes());
             return Err(RefitError::Size { rank, param: name(), memory, layout });
@@ -37,7 +38,6 @@ pub(crate) fn in_layout_order(
     }
 }
 
-
 /// Parameters start at multiples of this, as CUDA's own allocations do.
 const PARAM_ALIGN: u64 = 256;
 
@@ -45,10 +45,16 @@ const PARAM_ALIGN: u64 = 256;
 ///
 /// # Errors
 /// [`RefitError::Pool`] with what the allocator says.
-pub fn allocate(layout: &RankLayout, allocator: &dyn Allocator) -> Result<Vec<(String, Memory)>, RefitError> {
+pub fn allocate(
+    layout: &RankLayout,
+    allocator: &dyn Allocator,
+) -> Result<Vec<(String, Memory)>, RefitError> {
     let mut arena = ArenaPlan::new();
-    let parts: Vec<(u64, u64)> =
-        layout.params().iter().map(|param| (arena.push(param.bytes(), PARAM_ALIGN), param.bytes())).collect();
+    let parts: Vec<(u64, u64)> = layout
+        .params()
+        .iter()
+        .map(|param| (arena.push(param.bytes(), PARAM_ALIGN), param.bytes()))
+        .collect();
     let bytes = usize::try_from(arena.bytes()).unwrap_or(usize::MAX);
     let memory = allocator.allocate(bytes).map_err(refit_pool::PoolError::from)?;
     let carved = memory.carve(&parts)?;

@@ -66,7 +66,9 @@ struct Body {
 #[non_exhaustive]
 pub enum PublicationError {
     /// Too short, or not ours, or of another format version.
-    #[error("not a publication of this format version: the first bytes differ; both sides must run the same release")]
+    #[error(
+        "not a publication of this format version: the first bytes differ; both sides must run the same release"
+    )]
     Magic,
     /// Larger than any publication can be.
     #[error("{bytes} bytes are more than a publication may have ({MAX_ENCODED_BYTES})")]
@@ -153,7 +155,8 @@ impl Publication {
     #[must_use]
     pub fn place(&self, param: &str) -> Option<Place> {
         let params = self.body.layout.params();
-        let index = params.binary_search_by(|candidate| candidate.name().as_ref().cmp(param)).ok()?;
+        let index =
+            params.binary_search_by(|candidate| candidate.name().as_ref().cmp(param)).ok()?;
         self.body.places.get(index).copied()
     }
 
@@ -195,8 +198,8 @@ impl Publication {
         if blake3::hash(body).as_bytes() != digest {
             return Err(PublicationError::Damaged);
         }
-        let body =
-            postcard::from_bytes(body).map_err(|error| PublicationError::Malformed { reason: error.to_string() })?;
+        let body = postcard::from_bytes(body)
+            .map_err(|error| PublicationError::Malformed { reason: error.to_string() })?;
         Self::check(body)
     }
 
@@ -219,7 +222,10 @@ impl Publication {
         }
         for (param, place) in body.layout.params().iter().zip(&body.places) {
             if !covered(&body.regions, *place, param.bytes()) {
-                return Err(PublicationError::Unregistered { rank, param: param.name().to_string() });
+                return Err(PublicationError::Unregistered {
+                    rank,
+                    param: param.name().to_string(),
+                });
             }
         }
         let digest = *blake3::hash(&encoded(&body)).as_bytes();

@@ -56,7 +56,10 @@ impl<T: Transport> Source<T> {
     /// # Errors
     /// [`RefitError::Transport`] when the agent cannot describe itself.
     pub fn publication(&self) -> Result<Publication, RefitError> {
-        let places = self.params.iter().map(|memory| Place { address: memory.address(), cuda: cuda(memory.kind()) });
+        let places = self
+            .params
+            .iter()
+            .map(|memory| Place { address: memory.address(), cuda: cuda(memory.kind()) });
         let regions = self.lease.registered().iter().map(|region| PublishedRegion {
             address: region.address(),
             len: region.len(),
@@ -64,7 +67,13 @@ impl<T: Transport> Source<T> {
         });
         let agent = self.transport.agent().to_owned();
         let metadata = self.transport.metadata()?;
-        Ok(Publication::new(agent, metadata, self.layout.clone(), places.collect(), regions.collect())?)
+        Ok(Publication::new(
+            agent,
+            metadata,
+            self.layout.clone(),
+            places.collect(),
+            regions.collect(),
+        )?)
     }
 
     /// Every parameter's memory, for the trainer to change between refits.

@@ -10,7 +10,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use refit_planner::{LowerOptions, Mode, PlanOptions, Program, RankLayout, SourceLayout, lower, plan};
+use refit_planner::{
+    LowerOptions, Mode, PlanOptions, Program, RankLayout, SourceLayout, lower, plan,
+};
 use refit_pool::Memory;
 use refit_translate::host;
 use refit_transport::{
@@ -168,7 +170,15 @@ impl<T: Transport> Target<T> {
         options: TargetOptions,
     ) -> Result<Self, RefitError> {
         let live = in_layout_order(&layout, params)?;
-        Ok(Self(Box::new(Inner { transport, pool, layout, options, live, peers: BTreeMap::new(), planned: Vec::new() })))
+        Ok(Self(Box::new(Inner {
+            transport,
+            pool,
+            layout,
+            options,
+            live,
+            peers: BTreeMap::new(),
+            planned: Vec::new(),
+        })))
     }
 
     /// The rank's layout.
@@ -204,7 +214,8 @@ impl<T: Transport> Target<T> {
     /// [`RefitError`] for layouts that cannot be joined, peers that cannot be reached and memory that cannot be had;
     /// the target comes back as it was.
     pub fn prepare(self, publications: &[Publication]) -> Result<Prepared<T>, Failed<Self>> {
-        prepare(self.0, publications, false).map_err(|(error, inner)| Failed { error, state: Self(inner) })
+        prepare(self.0, publications, false)
+            .map_err(|(error, inner)| Failed { error, state: Self(inner) })
     }
 }
 
@@ -214,7 +225,8 @@ impl<T: Transport> InvalidTarget<T> {
     /// # Errors
     /// As [`Target::prepare`]; the target stays invalid.
     pub fn prepare(self, publications: &[Publication]) -> Result<Prepared<T>, Failed<Self>> {
-        prepare(self.0, publications, true).map_err(|(error, inner)| Failed { error, state: Self(inner) })
+        prepare(self.0, publications, true)
+            .map_err(|(error, inner)| Failed { error, state: Self(inner) })
     }
 
     /// Declares the parameters whole after the engine has loaded every one of them by other means.
@@ -249,7 +261,11 @@ impl<T: Transport> Prepared<T> {
     #[must_use]
     pub fn cancel(self) -> Cancelled<T> {
         let Refit { inner, invalid, .. } = self.refit;
-        if invalid { Cancelled::Invalid(InvalidTarget(inner)) } else { Cancelled::Whole(Target(inner)) }
+        if invalid {
+            Cancelled::Invalid(InvalidTarget(inner))
+        } else {
+            Cancelled::Whole(Target(inner))
+        }
     }
 
     /// Posts every read. In [`Mode::Direct`] live parameters change from here on.
@@ -327,19 +343,35 @@ fn unfinished<T: Transport>(
     started: Instant,
 ) -> Failed<Unfinished<T>> {
     let first = |errors: Vec<TransportError>| {
-        errors.into_iter().next().map_or(RefitError::Unsupported { what: "a pull that failed for no reason" }, Into::into)
+        errors.into_iter().next().map_or(
+            RefitError::Unsupported { what: "a pull that failed for no reason" },
+            Into::into,
+        )
     };
     let (error, live, touched) = match error {
         PullError::Deadline { pull } => {
-            let error = RefitError::Deadline { agent: refit.inner.transport.agent().to_owned(), waited: started.elapsed() };
-            return Failed { error, state: Unfinished::Pulling(Pulling { pull: *pull, refit, started }) };
+            let error = RefitError::Deadline {
+                agent: refit.inner.transport.agent().to_owned(),
+                waited: started.elapsed(),
+            };
+            return Failed {
+                error,
+                state: Unfinished::Pulling(Pulling { pull: *pull, refit, started }),
+            };
         }
-        PullError::Lost { errors, bytes: _ } => return Failed { error: first(errors), state: Unfinished::Lost },
+        PullError::Lost { errors, bytes: _ } => {
+            return Failed { error: first(errors), state: Unfinished::Lost };
+        }
         PullError::Failed { errors, live, .. } => (first(errors), live, true),
-        PullError::NotOwned { batch, len, live, .. } => (RefitError::NotOwned { batch, len }, live, false),
-        PullError::Overlap { first, second, live, .. } => (RefitError::Overlap { first, second }, live, false),
+        PullError::NotOwned { batch, len, live, .. } => {
+            (RefitError::NotOwned { batch, len }, live, false)
+        }
+        PullError::Overlap { first, second, live, .. } => {
+            (RefitError::Overlap { first, second }, live, false)
+        }
         _ => {
-            let error = RefitError::Unsupported { what: "a pull error that this release does not know" };
+            let error =
+                RefitError::Unsupported { what: "a pull error that this release does not know" };
             return Failed { error, state: Unfinished::Lost };
         }
     };
@@ -353,15 +385,25 @@ fn unfinished<T: Transport>(
     Failed { error, state }
 }
 
-fn land<T: Transport>(program: &Program, lease: &TransportLease<T>, live: &mut [Memory]) -> Result<(), RefitError> {
+fn land<T: Transport>(
+    program: &Program,
+    lease: &TransportLease<T>,
+    live: &mut [Memory],
+) -> Result<(), RefitError> {
     let name = |target: u32| program.targets()[target as usize].name.to_string();
     let staging = match lease.arenas() {
         [] => &[][..],
-        [arena, ..] => arena.host_bytes().ok_or_else(|| RefitError::NotHost { param: "staging".to_owned() })?,
+        [arena, ..] => {
+            arena.host_bytes().ok_or_else(|| RefitError::NotHost { param: "staging".to_owned() })?
+        }
     };
     for landing in program.landings() {
         let param = live[landing.target as usize].host_bytes_mut();
-        host::land(landing, staging, param.ok_or_else(|| RefitError::NotHost { param: name(landing.target) })?)?;
+        host::land(
+            landing,
+            staging,
+            param.ok_or_else(|| RefitError::NotHost { param: name(landing.target) })?,
+        )?;
     }
     for fill in program.fills() {
         let param = live[fill.target as usize].host_bytes_mut();
@@ -413,7 +455,8 @@ impl<T: Transport> Inner<T> {
             };
             build.register(live.iter().map(Memory::allocation))?;
             let started = Instant::now();
-            let batches = bind::bind(&program, publications, live, arena.as_ref(), build.registered())?;
+            let batches =
+                bind::bind(&program, publications, live, arena.as_ref(), build.registered())?;
             let mut prepared = Vec::with_capacity(batches.len());
             for (rank, reads) in batches {
                 let (_, peer) = peers.get(&rank).ok_or(RefitError::MissingPublication { rank })?;
@@ -441,16 +484,21 @@ impl<T: Transport> Inner<T> {
         report: &mut Report,
     ) -> Result<(Arc<Program>, [u8; 32]), RefitError> {
         let layouts = digest("refit layouts v1", publications, Publication::layout_digest);
-        let known = |planned: &Planned| planned.layouts == layouts && planned.options == self.options;
+        let known =
+            |planned: &Planned| planned.layouts == layouts && planned.options == self.options;
         match self.planned.iter().position(known) {
             Some(index) => self.planned[..=index].rotate_right(1),
             None => {
-                let source = SourceLayout::new(publications.iter().map(|each| each.layout().clone()).collect())?;
+                let source = SourceLayout::new(
+                    publications.iter().map(|each| each.layout().clone()).collect(),
+                )?;
                 let plan = plan(&source, &self.layout, &self.options.plan)?;
-                let program = Arc::new(lower(&plan, &self.transport.capabilities(), &self.options.lower)?);
+                let program =
+                    Arc::new(lower(&plan, &self.transport.capabilities(), &self.options.lower)?);
                 report.plans += 1;
                 self.planned.truncate(PLANS_KEPT - 1);
-                self.planned.insert(0, Planned { layouts, options: self.options, program, bound: None });
+                self.planned
+                    .insert(0, Planned { layouts, options: self.options, program, bound: None });
             }
         }
         let planned = &mut self.planned[0];
@@ -467,11 +515,16 @@ impl<T: Transport> Inner<T> {
     }
 
     /// Meets every agent that the program reads from and that is not known yet, or not under this description.
-    fn connect(&mut self, publications: &[Publication], program: &Program) -> Result<(), RefitError> {
+    fn connect(
+        &mut self,
+        publications: &[Publication],
+        program: &Program,
+    ) -> Result<(), RefitError> {
         for source in program.sources().chunk_by(|a, b| a.rank == b.rank) {
             let rank = source[0].rank;
             let missing = RefitError::MissingPublication { rank };
-            let publication = publications.iter().find(|each| each.rank() == rank).ok_or(missing)?;
+            let publication =
+                publications.iter().find(|each| each.rank() == rank).ok_or(missing)?;
             let met = self.peers.get(&rank);
             if met.is_some_and(|(digest, _)| digest == publication.digest()) {
                 continue;

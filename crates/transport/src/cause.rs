@@ -10,6 +10,17 @@ pub enum Cause {
         /// Its answer.
         status: String,
     },
+    /// A call of the backend failed while it read from a peer.
+    #[error(
+        "{call} answered `{status}`: most likely the peer has ended, and if so connect to its next incarnation and \
+         prepare again"
+    )]
+    Connection {
+        /// The backend's function.
+        call: &'static str,
+        /// Its answer.
+        status: String,
+    },
     /// A name that backends or logs could not carry.
     #[error("agent names are 1 to {max} characters of A-Z a-z 0-9 . _ -")]
     Name {

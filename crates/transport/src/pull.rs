@@ -101,11 +101,11 @@ impl<T: Transport> Pull<T> {
             Ok(bytes) => bytes,
             Err(Refusal::NotOwned { batch, len }) => {
                 let Owned { lease, live } = owned;
-                return Err(PullError::NotOwned { batch, len, lease, live });
+                return Err(PullError::NotOwned { batch, len, lease: Box::new(lease), live });
             }
             Err(Refusal::Overlap { first, second }) => {
                 let Owned { lease, live } = owned;
-                return Err(PullError::Overlap { first, second, lease, live });
+                return Err(PullError::Overlap { first, second, lease: Box::new(lease), live });
             }
         };
         let batches = owned.lease.prepared().len();
@@ -204,7 +204,9 @@ impl<T: Transport> Pull<T> {
             return PullError::Lost { errors, bytes: self.stats.bytes };
         }
         match self.owned.take() {
-            Some(Owned { lease, live }) => PullError::Failed { errors, lease, live },
+            Some(Owned { lease, live }) => {
+                PullError::Failed { errors, lease: Box::new(lease), live }
+            }
             None => unreachable!("the memory is given back by the methods that take the pull"),
         }
     }

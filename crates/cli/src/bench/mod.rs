@@ -162,7 +162,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
     run.print_summary();
     if let Some(path) = &args.json {
         let json = serde_json::to_string_pretty(&run.json()).unwrap_or_default();
-        std::fs::write(path, json + "\n").map_err(|source| CliError::Write { path: path.clone(), source })?;
+        std::fs::write(path, json + "\n")
+            .map_err(|source| CliError::Write { path: path.clone(), source })?;
         println!("every number: {}", path.display());
     }
     Ok(ExitCode::SUCCESS)
@@ -222,7 +223,9 @@ fn pair(
             bar.inc(1);
             let reports: Vec<RankReport> = replies
                 .into_iter()
-                .filter_map(|reply| if let Reply::Refit(report) = reply { Some(*report) } else { None })
+                .filter_map(
+                    |reply| if let Reply::Refit(report) = reply { Some(*report) } else { None },
+                )
                 .collect();
             result.cycles.push(Cycle::new(source, target, mode, round, reports));
         }
@@ -248,7 +251,11 @@ fn start(
 }
 
 /// Tells every worker, then waits for every answer: they work at the same time.
-fn all(workers: &mut [Worker], patience: Duration, command: Option<&Command>) -> Result<Vec<Reply>, CliError> {
+fn all(
+    workers: &mut [Worker],
+    patience: Duration,
+    command: Option<&Command>,
+) -> Result<Vec<Reply>, CliError> {
     if let Some(command) = command {
         for worker in workers.iter_mut() {
             worker.tell(command)?;
@@ -272,7 +279,9 @@ fn rate(replies: &[Reply]) -> f64 {
 
 fn progress(steps: u64, prefix: String) -> ProgressBar {
     let style = ProgressStyle::with_template("{prefix:>12} [{bar:30}] {pos}/{len} {elapsed} {msg}");
-    ProgressBar::new(steps).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())).with_prefix(prefix)
+    ProgressBar::new(steps)
+        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+        .with_prefix(prefix)
 }
 
 /// Runs one rank: commands from standard input, answers to standard output.
@@ -300,7 +309,8 @@ fn serve(args: &RankArgs, setup: &RankSetup) -> Result<(), CliError> {
     if args.transport != TransportName::Nixl {
         return Err(CliError::Usage("ranks in processes of their own need NIXL".to_owned()));
     }
-    let commands = std::io::stdin().lock().lines().map_while(|line| serde_json::from_str(&line.ok()?).ok());
+    let commands =
+        std::io::stdin().lock().lines().map_while(|line| serde_json::from_str(&line.ok()?).ok());
     let transport = crate::transports::nixl(&format!("{}-{}", args.role.name(), args.rank))?;
     match args.role {
         Role::Source => rank::source(setup, transport, commands, |reply| say(&reply)),

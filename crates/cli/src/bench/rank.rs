@@ -8,7 +8,8 @@ use refit::planner::{Band, Dtype, LayoutBuilder, LowerOptions, Param, Policy, Ra
 use refit::pool::{HostAllocator, PoolOptions};
 use refit::transport::{Transport, TransportPool, TransportRegistrar};
 use refit::{
-    Directory, Place, Publication, PublishedRegion, RefitError, Report, Source, Target, TargetOptions, allocate,
+    Directory, Place, Publication, PublishedRegion, RefitError, Report, Source, Target,
+    TargetOptions, allocate,
 };
 
 use super::protocol::{Command, Mode, RankReport, Reply};
@@ -53,8 +54,13 @@ pub(crate) fn source<T: Transport>(
     mut answer: impl FnMut(Reply),
 ) -> Result<(), CliError> {
     let layout = setup.layout(model::source(&setup.model()?, setup.source)?)?;
-    let pool = TransportPool::new(HostAllocator, TransportRegistrar::new(transport.clone()), PoolOptions::default());
-    let mut source = Source::new(transport, &pool, layout.clone(), allocate(&layout, &HostAllocator)?)?;
+    let pool = TransportPool::new(
+        HostAllocator,
+        TransportRegistrar::new(transport.clone()),
+        PoolOptions::default(),
+    );
+    let mut source =
+        Source::new(transport, &pool, layout.clone(), allocate(&layout, &HostAllocator)?)?;
     values::fill(&layout, source.params_mut(), 0)?;
     let directory = Directory::new(&setup.directory).map_err(RefitError::from)?;
     directory.publish(&source.publication()?).map_err(RefitError::from)?;
@@ -82,13 +88,31 @@ pub(crate) fn target<T: Transport>(
     let sources = 0..setup.source.tp * setup.source.pp;
     let published = directory.wait(sources, setup.patience).map_err(RefitError::from)?;
 
-    let pool = TransportPool::new(HostAllocator, TransportRegistrar::new(transport.clone()), PoolOptions::default());
+    let pool = TransportPool::new(
+        HostAllocator,
+        TransportRegistrar::new(transport.clone()),
+        PoolOptions::default(),
+    );
     let mut params = allocate(&layout, &HostAllocator)?;
     for (_, memory) in &mut params {
         memory.host_bytes_mut().into_iter().for_each(|bytes| bytes.fill(values::POISON));
     }
-    let target = Target::new(transport.clone(), pool.clone(), layout.clone(), params, TargetOptions::default())?;
-    let mut bench = TargetBench { setup, published, pool, transport, layout, target: Some(target), ceiling: None };
+    let target = Target::new(
+        transport.clone(),
+        pool.clone(),
+        layout.clone(),
+        params,
+        TargetOptions::default(),
+    )?;
+    let mut bench = TargetBench {
+        setup,
+        published,
+        pool,
+        transport,
+        layout,
+        target: Some(target),
+        ceiling: None,
+    };
     answer(Reply::Ready);
     for command in commands {
         let reply = match command {
@@ -130,7 +154,9 @@ impl<T: Transport> TargetBench<'_, T> {
     fn refit(&mut self, mode: Mode) -> Result<RankReport, CliError> {
         let mut target = self.target.take().ok_or_else(lost)?;
         let policy = if mode == Mode::ReadPerRun { Policy::ReadPerRun } else { Policy::Cheapest };
-        target.set_options(TargetOptions::default().with_lower(LowerOptions::default().with_policy(policy)));
+        target.set_options(
+            TargetOptions::default().with_lower(LowerOptions::default().with_policy(policy)),
+        );
         if mode == Mode::Uncached {
             target.forget_plans();
             self.pool.clear();
@@ -158,12 +184,16 @@ impl<T: Transport> TargetBench<'_, T> {
         self.ceiling.as_mut().ok_or_else(lost)
     }
 
-    fn build_ceiling(&self, bytes: &std::collections::BTreeMap<u32, u64>) -> Result<Ceiling<T>, CliError> {
+    fn build_ceiling(
+        &self,
+        bytes: &std::collections::BTreeMap<u32, u64>,
+    ) -> Result<Ceiling<T>, CliError> {
         let mut wanted = LayoutBuilder::new(self.setup.rank);
         let mut published = Vec::new();
         for publication in &self.published {
             let Some(&bytes) = bytes.get(&publication.rank()) else { continue };
-            let largest = publication.regions().iter().max_by_key(|region| region.len).ok_or_else(lost)?;
+            let largest =
+                publication.regions().iter().max_by_key(|region| region.len).ok_or_else(lost)?;
             let name = format!("arena.{}", publication.rank());
             let whole = |layout: &mut LayoutBuilder, held: u64| {
                 let tensor = layout.tensor(&name, largest.len, 1)?;
@@ -184,9 +214,14 @@ impl<T: Transport> TargetBench<'_, T> {
             published.push(published_arena.map_err(RefitError::from)?);
         }
         let wanted = wanted.build();
-        let pool = TransportPool::new(HostAllocator, TransportRegistrar::new(self.transport.clone()), PoolOptions::default());
+        let pool = TransportPool::new(
+            HostAllocator,
+            TransportRegistrar::new(self.transport.clone()),
+            PoolOptions::default(),
+        );
         let params = allocate(&wanted, &HostAllocator)?;
-        let target = Target::new(self.transport.clone(), pool, wanted, params, TargetOptions::default())?;
+        let target =
+            Target::new(self.transport.clone(), pool, wanted, params, TargetOptions::default())?;
         // The first read touches the memory and builds the read; it is not counted.
         let (target, _) = cycle(target, &published, self.setup.patience)?;
         Ok(Ceiling { target: Some(target), published })
@@ -233,7 +268,8 @@ fn lost() -> CliError {
 
 /// `VmHWM`: the most memory this process ever had resident.
 fn peak_rss() -> Result<u64, CliError> {
-    let status = std::fs::read_to_string("/proc/self/status").map_err(CliError::system("read /proc/self/status"))?;
+    let status = std::fs::read_to_string("/proc/self/status")
+        .map_err(CliError::system("read /proc/self/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     let kilobytes = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
     Ok(kilobytes.unwrap_or_default() * 1024)

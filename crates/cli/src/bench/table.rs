@@ -59,12 +59,21 @@ pub(crate) struct Cycle {
 
 impl Cycle {
     #[allow(clippy::cast_precision_loss, reason = "rates for people")]
-    pub(crate) fn new(source: Sizes, target: Sizes, mode: Mode, cycle: u32, ranks: Vec<RankReport>) -> Self {
+    pub(crate) fn new(
+        source: Sizes,
+        target: Sizes,
+        mode: Mode,
+        cycle: u32,
+        ranks: Vec<RankReport>,
+    ) -> Self {
         let slowest = |time: fn(&RankReport) -> f64| ranks.iter().map(time).fold(0.0, f64::max);
         let sum = |count: fn(&RankReport) -> u64| ranks.iter().map(count).sum::<u64>();
-        let (wire_bytes, needed_bytes) = (sum(|rank| rank.wire_bytes), sum(|rank| rank.needed_bytes));
+        let (wire_bytes, needed_bytes) =
+            (sum(|rank| rank.wire_bytes), sum(|rank| rank.needed_bytes));
         let (pull_s, total_s) = (slowest(|rank| rank.pull_s), slowest(|rank| rank.total_s));
-        let rate = |bytes: u64, seconds: f64| if seconds > 0.0 { bytes as f64 / seconds / 1e9 } else { 0.0 };
+        let rate = |bytes: u64, seconds: f64| {
+            if seconds > 0.0 { bytes as f64 / seconds / 1e9 } else { 0.0 }
+        };
         Self {
             source: source.to_string(),
             target: target.to_string(),
@@ -112,7 +121,13 @@ struct Ratios {
 
 impl PairResult {
     pub(crate) fn new(source: Sizes, target: Sizes) -> Self {
-        Self { source, target, cycles: Vec::new(), memcpy_gbps: Vec::new(), big_read_gbps: Vec::new() }
+        Self {
+            source,
+            target,
+            cycles: Vec::new(),
+            memcpy_gbps: Vec::new(),
+            big_read_gbps: Vec::new(),
+        }
     }
 
     fn median_of(&self, mode: Mode, value: impl Fn(&Cycle) -> f64) -> Option<f64> {
@@ -123,13 +138,16 @@ impl PairResult {
         let ceiling = median(self.big_read_gbps.clone()).unwrap_or_default();
         let of_ceiling = |rate: Option<f64>| rate.map(|rate| rate / ceiling);
         let cached = |value: fn(&Cycle) -> f64| self.median_of(Mode::Cached, value);
-        let setup = |cycle: &Cycle| (cycle.alloc_s + cycle.register_s + cycle.prepare_s) / cycle.pull_s;
+        let setup =
+            |cycle: &Cycle| (cycle.alloc_s + cycle.register_s + cycle.prepare_s) / cycle.pull_s;
         Ratios {
             pull_of_big_read: of_ceiling(cached(|cycle| cycle.pull_gbps)).unwrap_or_default(),
             refit_of_big_read: of_ceiling(cached(|cycle| cycle.refit_gbps)).unwrap_or_default(),
             total_of_pull: cached(|cycle| cycle.total_s / cycle.pull_s).unwrap_or_default(),
             cold_setup_of_pull: self.median_of(Mode::Uncached, setup).unwrap_or_default(),
-            read_per_row_of_big_read: of_ceiling(self.median_of(Mode::ReadPerRun, |cycle| cycle.pull_gbps)),
+            read_per_row_of_big_read: of_ceiling(
+                self.median_of(Mode::ReadPerRun, |cycle| cycle.pull_gbps),
+            ),
         }
     }
 
@@ -143,11 +161,30 @@ impl PairResult {
         let ranks = self.cycles.first().map_or(0, |cycle| cycle.ranks.len());
         let plural = if ranks == 1 { "" } else { "s" };
         let needed = self.cycles.first().map_or(0, |cycle| cycle.needed_bytes);
-        println!("\n{} -> {}: {ranks} target rank{plural}, {}", self.source, self.target, bytes(needed));
+        println!(
+            "\n{} -> {}: {ranks} target rank{plural}, {}",
+            self.source,
+            self.target,
+            bytes(needed)
+        );
         println!(
             "{:>5} {:<12} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8} {:>7} {:>9} {:>6} {:>6} {:>5} {:>6}",
-            "cycle", "buffers", "plan", "alloc", "register", "connect", "prepare", "pull", "land", "total",
-            "reads", "wire", "ampl", "allocs", "regs", "GB/s"
+            "cycle",
+            "buffers",
+            "plan",
+            "alloc",
+            "register",
+            "connect",
+            "prepare",
+            "pull",
+            "land",
+            "total",
+            "reads",
+            "wire",
+            "ampl",
+            "allocs",
+            "regs",
+            "GB/s"
         );
         for cycle in &self.cycles {
             row(&cycle.cycle.to_string(), cycle);
@@ -157,7 +194,9 @@ impl PairResult {
         }
         let memcpy = median(self.memcpy_gbps.clone()).unwrap_or_default();
         let big = median(self.big_read_gbps.clone()).unwrap_or_default();
-        println!("ceilings of the same run: memcpy {memcpy:.2} GB/s, one big read from each source {big:.2} GB/s");
+        println!(
+            "ceilings of the same run: memcpy {memcpy:.2} GB/s, one big read from each source {big:.2} GB/s"
+        );
         let ratios = self.ratios();
         println!(
             "cached: pull {:.2}x of one big read, whole refit {:.2}x, total {:.3}x of its pull; \
@@ -167,8 +206,13 @@ impl PairResult {
             ratios.total_of_pull,
             ratios.cold_setup_of_pull * 100.0
         );
-        let peak = self.cycles.iter().flat_map(|cycle| &cycle.ranks).take(2 * ranks).collect::<Vec<_>>();
-        if let Some(rank) = peak.iter().max_by_key(|rank| rank.peak_rss_bytes).filter(|rank| rank.peak_rss_bytes > 0) {
+        let peak =
+            self.cycles.iter().flat_map(|cycle| &cycle.ranks).take(2 * ranks).collect::<Vec<_>>();
+        if let Some(rank) = peak
+            .iter()
+            .max_by_key(|rank| rank.peak_rss_bytes)
+            .filter(|rank| rank.peak_rss_bytes > 0)
+        {
             let expected = rank.param_bytes + rank.staging_bytes;
             println!(
                 "peak memory of a target: {}, {} over its parameters and staging",
@@ -182,8 +226,9 @@ impl PairResult {
     fn median_cycle(&self, mode: Mode) -> Cycle {
         let of = |value: fn(&Cycle) -> f64| self.median_of(mode, value).unwrap_or_default();
         let last = self.cycles.iter().rfind(|cycle| cycle.mode == mode);
-        let mut cycle =
-            last.cloned().unwrap_or_else(|| Cycle::new(self.source, self.target, mode, 0, Vec::new()));
+        let mut cycle = last
+            .cloned()
+            .unwrap_or_else(|| Cycle::new(self.source, self.target, mode, 0, Vec::new()));
         cycle.plan_s = of(|cycle| cycle.plan_s);
         cycle.alloc_s = of(|cycle| cycle.alloc_s);
         cycle.register_s = of(|cycle| cycle.register_s);
@@ -198,7 +243,12 @@ impl PairResult {
 }
 
 impl Run {
-    pub(crate) fn new(config: String, layers: u32, of_layers: u32, transport: &'static str) -> Self {
+    pub(crate) fn new(
+        config: String,
+        layers: u32,
+        of_layers: u32,
+        transport: &'static str,
+    ) -> Self {
         Self { config, layers, of_layers, transport, pairs: Vec::new() }
     }
 
@@ -211,14 +261,26 @@ impl Run {
                 bytes(free)
             );
         }
-        println!("times in seconds, of the slowest rank; bytes and counts of all target ranks together; every byte verified");
+        println!(
+            "times in seconds, of the slowest rank; bytes and counts of all target ranks together; every byte verified"
+        );
     }
 
     pub(crate) fn print_summary(&self) {
-        println!("\n{:<16} {:>16} {:>12} {:>14} {:>18} {:>16}", "cached", "pull/big read", "refit/big", "total/pull", "cold setup/pull", "read per row/big");
+        println!(
+            "\n{:<16} {:>16} {:>12} {:>14} {:>18} {:>16}",
+            "cached",
+            "pull/big read",
+            "refit/big",
+            "total/pull",
+            "cold setup/pull",
+            "read per row/big"
+        );
         for pair in &self.pairs {
             let ratios = pair.ratios();
-            let per_row = ratios.read_per_row_of_big_read.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
+            let per_row = ratios
+                .read_per_row_of_big_read
+                .map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
             println!(
                 "{:<16} {:>16.2} {:>12.2} {:>14.3} {:>17.2}% {:>16}",
                 format!("{} -> {}", pair.source, pair.target),
@@ -234,7 +296,9 @@ impl Run {
     /// `cycles[]` and `ceilings` of the whole run, and the same for every pair under `pairs[]`.
     pub(crate) fn json(&self) -> serde_json::Value {
         let ceilings = |pairs: &[PairResult]| {
-            let all = |rates: fn(&PairResult) -> &Vec<f64>| median(pairs.iter().flat_map(rates).copied().collect());
+            let all = |rates: fn(&PairResult) -> &Vec<f64>| {
+                median(pairs.iter().flat_map(rates).copied().collect())
+            };
             json!({
                 "memcpy_gbps": all(|pair| &pair.memcpy_gbps),
                 "big_read_gbps": all(|pair| &pair.big_read_gbps),

@@ -54,9 +54,10 @@ pub(crate) fn verify<'a>(
         for (row, at) in rows(param, band) {
             let (seed, width) = (seed(tensor, row, cycle), width(band));
             let held = &buffer[at..at + width];
-            let wrong = held.chunks_exact(2).zip(values(seed, band)).fold(0, |wrong, (two, value)| {
-                wrong | (u16::from_le_bytes([two[0], two[1]]) ^ value)
-            });
+            let wrong =
+                held.chunks_exact(2).zip(values(seed, band)).fold(0, |wrong, (two, value)| {
+                    wrong | (u16::from_le_bytes([two[0], two[1]]) ^ value)
+                });
             if wrong != 0 {
                 let places = held.chunks_exact(2).zip(values(seed, band));
                 let first = places.take_while(|(two, value)| **two == value.to_le_bytes()).count();
@@ -79,7 +80,9 @@ pub(crate) fn verify<'a>(
     }
     if verified != layout.bytes() {
         let bytes = layout.bytes();
-        return Err(CliError::Mismatch(format!("only {verified} of {bytes} bytes could be verified")));
+        return Err(CliError::Mismatch(format!(
+            "only {verified} of {bytes} bytes could be verified"
+        )));
     }
     Ok(verified)
 }
@@ -96,7 +99,8 @@ fn check(param: &Param) -> Result<(), CliError> {
 fn rows<'a>(param: &'a Param, band: &'a Band) -> impl Iterator<Item = (u64, usize)> + 'a {
     let (at_row, at_col) = band.origin();
     let first = band.logical_rows().start;
-    band.logical_rows().map(move |row| (row, index(param, at_row + (row - first) * band.step(), at_col)))
+    band.logical_rows()
+        .map(move |row| (row, index(param, at_row + (row - first) * band.step(), at_col)))
 }
 
 /// Byte index of a local element. Fits: the parameter is in memory.
@@ -120,7 +124,10 @@ fn values(seed: u32, band: &Band) -> impl Iterator<Item = u16> {
 
 /// A row's own starting point, from its tensor, number and cycle (splitmix64).
 fn seed(tensor: &Tensor, row: u64, cycle: u64) -> u32 {
-    let name = tensor.name.bytes().fold(cycle, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    let name = tensor
+        .name
+        .bytes()
+        .fold(cycle, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
     let mut hash = name ^ row.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     hash = (hash ^ (hash >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

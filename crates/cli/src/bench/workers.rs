@@ -47,7 +47,11 @@ impl Launcher {
     }
 
     pub(crate) fn start(&self, role: Role, setup: &RankSetup) -> Result<Worker, CliError> {
-        if self.own_processes() { process(role, setup, self.transport) } else { Ok(self.thread(role, setup)) }
+        if self.own_processes() {
+            process(role, setup, self.transport)
+        } else {
+            Ok(self.thread(role, setup))
+        }
     }
 
     fn thread(&self, role: Role, setup: &RankSetup) -> Worker {
@@ -55,9 +59,13 @@ impl Launcher {
         let (outbox, replies) = mpsc::channel();
         let (setup, network) = (setup.clone(), self.network.clone());
         let rank = setup.rank;
-        let thread = std::thread::spawn(move || {
-            let answer = |reply| drop(outbox.send(reply));
-            let served = local::LocalTransport::new(&network, &format!("{}-{}", role.name(), setup.rank))
+        let thread =
+            std::thread::spawn(move || {
+                let answer = |reply| drop(outbox.send(reply));
+                let served = local::LocalTransport::new(
+                    &network,
+                    &format!("{}-{}", role.name(), setup.rank),
+                )
                 .map_err(|error| CliError::Refit(error.into()))
                 .and_then(|transport| {
                     let transport = std::sync::Arc::new(transport);
@@ -66,10 +74,10 @@ impl Launcher {
                         Role::Target => rank::target(&setup, transport, inbox.into_iter(), answer),
                     }
                 });
-            if let Err(error) = served {
-                drop(outbox.send(Reply::Failed { reason: error.to_string() }));
-            }
-        });
+                if let Err(error) = served {
+                    drop(outbox.send(Reply::Failed { reason: error.to_string() }));
+                }
+            });
         let link = Link::Thread { commands: Some(commands), thread: Some(thread) };
         Worker { role, rank, replies, link }
     }
@@ -126,7 +134,9 @@ impl Worker {
             Ok(Reply::Failed { reason }) => reason,
             Ok(reply) => return Ok(reply),
             Err(mpsc::RecvTimeoutError::Timeout) => format!("did not answer within {patience:?}"),
-            Err(mpsc::RecvTimeoutError::Disconnected) => "ended without a word; its output is above".to_owned(),
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                "ended without a word; its output is above".to_owned()
+            }
         };
         Err(CliError::Rank { role: self.role.name(), rank: self.rank, reason })
     }

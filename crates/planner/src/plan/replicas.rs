@@ -14,8 +14,14 @@ use crate::source::Replica;
 /// A copy of the wanted element type comes first. Under [`Replicas::Spread`], shards that few ranks hold choose
 /// before those that many hold, and the latter keep to ranks that hold some of the former: a norm that every rank has
 /// is no reason to meet another peer. Among those, the rank that was asked least is read.
-pub(super) fn choose(cuts: &[Cut<'_>], source: &SourceLayout, rule: Replicas, turn: u32) -> Vec<Replica> {
-    let casts = |cut: &Cut<'_>, replica: &Replica| source.param_of(*replica).dtype != cut.target().dtype;
+pub(super) fn choose(
+    cuts: &[Cut<'_>],
+    source: &SourceLayout,
+    rule: Replicas,
+    turn: u32,
+) -> Vec<Replica> {
+    let casts =
+        |cut: &Cut<'_>, replica: &Replica| source.param_of(*replica).dtype != cut.target().dtype;
     if rule == Replicas::Lowest {
         let lowest = |cut: &Cut<'_>| best(cut, |replica, _| casts(cut, replica));
         return cuts.iter().map(lowest).collect();
@@ -51,6 +57,7 @@ pub(super) fn choose(cuts: &[Cut<'_>], source: &SourceLayout, rule: Replicas, tu
 fn best<K: Ord>(cut: &Cut<'_>, key: impl Fn(&Replica, usize) -> K) -> Replica {
     let places = 1..cut.replicas.len();
     let first = (key(&cut.replicas[0], 0), 0);
-    let (_, place) = places.map(|place| (key(&cut.replicas[place], place), place)).fold(first, Ord::min);
+    let (_, place) =
+        places.map(|place| (key(&cut.replicas[place], place), place)).fold(first, Ord::min);
     cut.replicas[place]
 }

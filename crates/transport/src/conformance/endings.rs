@@ -16,9 +16,8 @@ pub fn disconnected_peers<H: Harness>(harness: &H) -> Verdict {
     let lease = world.lease(1, 4096, &[&chunks])?;
     let peer = world.sources[0].peer.clone();
     world.target.disconnect(&peer)?;
-    let error = match world.pull(lease, Vec::new()) {
-        Ok(_) => return Err(Failure("read from a peer that was disconnected".into())),
-        Err(error) => error,
+    let Err(error) = world.pull(lease, Vec::new()) else {
+        return Err(Failure("read from a peer that was disconnected".into()));
     };
     ensure!(matches!(error, PullError::Failed { .. }), "failed with the wrong error: {error:?}");
     drop(error);

@@ -266,9 +266,8 @@ pub fn memory_that_the_pull_does_not_own<H: Harness>(harness: &H) -> Verdict {
         )?])
     })?;
     let (half, _rest) = live.split_at(4096);
-    let error = match Pull::start(Arc::clone(&world.target), lease, vec![half]) {
-        Ok(_) => return Err(Failure("a pull into memory that it does not own was started".into())),
-        Err(error) => error,
+    let Err(error) = Pull::start(Arc::clone(&world.target), lease, vec![half]) else {
+        return Err(Failure("a pull into memory that it does not own was started".into()));
     };
     let PullError::NotOwned { batch: 0, len: 200, live, .. } = error else {
         return Err(Failure(format!("refused with the wrong error: {error:?}")));

@@ -87,11 +87,6 @@ impl Agent {
         self.handle.make_connection(peer, None).map_err(call("nixl_capi_agent_make_connection"))
     }
 
-    /// Whether NIXL still knows the peer. It forgets one whose connection broke.
-    pub(super) fn knows(&self, peer: &str) -> bool {
-        self.handle.check_remote_metadata(peer, None)
-    }
-
     pub(super) fn forget(&self, peer: &str) -> Result<(), Cause> {
         self.handle.invalidate_remote_md(peer).map_err(call("nixl_capi_invalidate_remote_md"))
     }
@@ -137,7 +132,7 @@ impl Agent {
             Err(error) => {
                 // A peer that NIXL no longer knows is looked up before the backend is asked.
                 let untouched = matches!(error, NixlError::NotFound);
-                Err(PostError { cause: call("nixl_capi_post_xfer_req")(error), untouched })
+                Err(PostError { cause: broken("nixl_capi_post_xfer_req", error), untouched })
             }
         }
     }
@@ -150,7 +145,7 @@ impl Agent {
             Ok(XferStatus::InProgress) => Ok(Status::Pending),
             Err(error) => {
                 let settled = matches!(error, NixlError::BackendError);
-                Err((call("nixl_capi_get_xfer_status")(error), settled))
+                Err((broken("nixl_capi_get_xfer_status", error), settled))
             }
         }
     }
@@ -167,6 +162,15 @@ pub(super) fn place(kind: MemoryKind) -> Result<(MemType, u64), Cause> {
 
 fn call(call: &'static str) -> impl Fn(NixlError) -> Cause {
     move |error| Cause::Call { call, status: error.to_string() }
+}
+
+/// For the calls that fail because of a peer.
+fn broken(call: &'static str, error: NixlError) -> Cause {
+    match error {
+        NixlError::BackendError => Cause::Connection { call, status: error.to_string() },
+        NixlError::NotFound => Cause::PeerGone,
+        other => Cause::Call { call, status: other.to_string() },
+    }
 }
 
 /// 128 random bits, so that an agent that restarts is never taken for its predecessor.

@@ -140,12 +140,7 @@ impl NixlReads {
         Ok(Status::Done)
     }
 
-    fn end(&mut self, mut failure: Failure) -> Failure {
-        if !self.parts.agent.knows(&self.parts.peer.name) {
-            // NIXL's answer is the same for every failure of a backend; this is how it shows a broken connection.
-            self.parts.peer.close();
-            failure.cause = Cause::PeerGone;
-        }
+    fn end(&mut self, failure: Failure) -> Failure {
         if failure.settled {
             self.state = State::Idle;
             self.parts.peer.settled();

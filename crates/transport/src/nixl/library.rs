@@ -24,7 +24,6 @@ const RTLD_NOLOAD: i32 = 4;
 /// that is missing, so all are looked up first.
 const REQUIRED: &[&str] = &[
     "nixl_capi_agent_make_connection",
-    "nixl_capi_check_remote_md",
     "nixl_capi_create_backend",
     "nixl_capi_create_configured_agent",
     "nixl_capi_create_opt_args",

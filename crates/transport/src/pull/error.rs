@@ -14,7 +14,7 @@ pub enum PullError<T: Transport> {
         /// Bytes of the range that lies outside.
         len: u64,
         /// The lease, untouched.
-        lease: TransportLease<T>,
+        lease: Box<TransportLease<T>>,
         /// Live memory, untouched.
         live: Vec<Memory>,
     },
@@ -25,7 +25,7 @@ pub enum PullError<T: Transport> {
         /// Index of another.
         second: usize,
         /// The lease, untouched.
-        lease: TransportLease<T>,
+        lease: Box<TransportLease<T>>,
         /// Live memory, untouched.
         live: Vec<Memory>,
     },
@@ -34,7 +34,7 @@ pub enum PullError<T: Transport> {
         /// What went wrong, at least one.
         errors: Vec<TransportError>,
         /// The lease.
-        lease: TransportLease<T>,
+        lease: Box<TransportLease<T>>,
         /// Live memory.
         live: Vec<Memory>,
     },

@@ -1,0 +1,234 @@
+//! The command as a person runs it: what it prints, where it exits, and what it says to the obvious mistakes.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn refit(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_refit")).args(arguments).output().unwrap()
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+fn golden(case: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/models").join(case)
+}
+
+fn golden_text(case: &str) -> String {
+    golden(case).display().to_string()
+}
+
+/// A copy of a case that a test may break.
+fn copy(case: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for part in ["", "source", "target"] {
+        fs::create_dir_all(folder.path().join(part)).unwrap();
+        for entry in fs::read_dir(golden(case).join(part)).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_file() {
+                fs::copy(&path, folder.path().join(part).join(path.file_name().unwrap())).unwrap();
+            }
+        }
+    }
+    folder
+}
+
+#[test]
+fn verify_replays_golden_cases() {
+    let output = refit(&[
+        "verify",
+        &golden_text("qwen3_tp4_to_tp2"),
+        &golden_text("qwen2_pp2_tied_to_tp2_te"),
+    ]);
+    let text = stdout(&output);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    assert_eq!(text.lines().filter(|line| line.starts_with("ok ")).count(), 2, "{text}");
+    assert_eq!(text.lines().last(), Some("2 passed, 0 failed"));
+}
+
+#[test]
+fn verify_finds_every_case_of_a_folder() {
+    let output = refit(&["verify", &golden_text("..")]);
+    let text = stdout(&output);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    assert!(text.lines().last().unwrap().ends_with("passed, 0 failed"), "{text}");
+}
+
+#[test]
+fn verify_names_the_first_wrong_byte() {
+    let case = copy("qwen3_tp4_to_tp2");
+    let file = case.path().join("target/rank1.safetensors");
+    let mut bytes = fs::read(&file).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&file, bytes).unwrap();
+    let output =
+        refit(&["verify", case.path().to_str().unwrap(), &golden_text("qwen3_tp4_to_tp2")]);
+    let text = stdout(&output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(
+        text.contains("target rank 1: `model.norm.weight` is wrong from byte 127 on"),
+        "{text}"
+    );
+    assert_eq!(text.lines().last(), Some("1 passed, 1 failed"));
+}
+
+#[test]
+fn verify_says_which_file_is_broken() {
+    type Break = fn(&Path);
+    let breaks: [(&str, Break); 6] = [
+        ("rank2.safetensors", |case| {
+            let file = case.join("source/rank2.safetensors");
+            let bytes = fs::read(&file).unwrap();
+            fs::write(&file, &bytes[..bytes.len() / 2]).unwrap();
+        }),
+        ("rank0.safetensors", |case| {
+            fs::write(case.join("target/rank0.safetensors"), b"").unwrap()
+        }),
+        ("case.json", |case| fs::write(case.join("case.json"), "{\"schema\": 1").unwrap()),
+        ("schema 2", |case| fs::write(case.join("case.json"), "{\"schema\": 2}").unwrap()),
+        ("config.json", |case| fs::remove_file(case.join("config.json")).unwrap()),
+        ("neither a case", |case| fs::remove_file(case.join("case.json")).unwrap()),
+    ];
+    for (named, break_it) in breaks {
+        let case = copy("qwen3_tp4_to_tp2");
+        break_it(case.path());
+        let output = refit(&["verify", case.path().to_str().unwrap()]);
+        let text = stdout(&output);
+        assert_eq!(output.status.code(), Some(2), "{named}: {text}");
+        assert!(text.contains(named), "{named}: {text}");
+        assert!(!stderr(&output).contains("panicked"), "{}", stderr(&output));
+        assert_eq!(text.lines().last(), Some("0 passed, 1 failed"));
+    }
+}
+
+#[test]
+fn verify_refuses_tensors_of_another_model() {
+    let case = copy("qwen3_tp4_to_tp2");
+    let config = fs::read_to_string(case.path().join("config.json")).unwrap();
+    let smaller = config.replace("\"intermediate_size\": 176", "\"intermediate_size\": 160");
+    assert_ne!(config, smaller);
+    fs::write(case.path().join("config.json"), smaller).unwrap();
+    let output = refit(&["verify", case.path().to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stdout(&output).contains("linear_fc1.weight"), "{}", stdout(&output));
+}
+
+#[test]
+fn plan_prints_json() {
+    let output = refit(&["plan", "--source", "tp=4,pp=2", "--target", "tp=2", "--json"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(plan["ranks"].as_array().unwrap().len(), 2);
+    for rank in plan["ranks"].as_array().unwrap() {
+        assert_eq!(rank["amplification"], 1.0);
+        assert_eq!(rank["wire_bytes"], rank["needed_bytes"]);
+        assert_eq!(rank["plan_hash"].as_str().unwrap().len(), 64);
+        assert!(rank["reads"].as_u64().unwrap() < 1000);
+    }
+}
+
+#[test]
+fn mistakes_are_one_line_and_status_2() {
+    let mistakes: [(&[&str], &str); 9] = [
+        (&["plan", "--config", "no-such-model"], "bundled are: qwen3-4b"),
+        (&["plan", "--source", "tp=3"], "megatron tp_size = 3"),
+        (&["plan", "--source", "tp=0"], "between 1 and 4096"),
+        (&["plan", "--source", "4"], "name=size"),
+        (&["plan", "--target", "tp=2,ep=2"], "`ep` is not a size"),
+        (&["plan", "--target", "tp=2,pp=2"], "pipeline stages"),
+        (&["plan", "--source", "pp=5"], "pp_size = 5"),
+        (&["bench", "--layers", "40"], "the model has 36"),
+        (&["bench", "--source", "tp=7", "--layers", "1"], "tp_size = 7"),
+    ];
+    for (arguments, named) in mistakes {
+        let output = refit(arguments);
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {text}");
+        assert!(text.contains(named), "{arguments:?}: {text}");
+        assert!(!text.contains("panicked"), "{text}");
+    }
+}
+
+/// A bench small enough for a test, as JSON.
+fn bench(transport: &str) -> serde_json::Value {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("config.json");
+    let tiny = r#"{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": "bfloat16",
+        "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 1000, "tie_word_embeddings": false}"#;
+    fs::write(&config, tiny).unwrap();
+    let json = folder.path().join("out.json");
+    let output = refit(&[
+        "bench",
+        "--config",
+        config.to_str().unwrap(),
+        "--layers=2",
+        "--source=tp=4",
+        "--target=tp=2",
+        "--cycles=2",
+        "--read-per-row",
+        "--transport",
+        transport,
+        "--json",
+        json.to_str().unwrap(),
+    ]);
+    assert_eq!(output.status.code(), Some(0), "{}{}", stdout(&output), stderr(&output));
+    serde_json::from_slice(&fs::read(json).unwrap()).unwrap()
+}
+
+fn check_bench(result: &serde_json::Value) {
+    let cycles = result["cycles"].as_array().unwrap();
+    let modes: Vec<&str> = cycles.iter().map(|cycle| cycle["mode"].as_str().unwrap()).collect();
+    assert_eq!(modes, ["uncached", "cached", "read_per_run", "uncached", "cached", "read_per_run"]);
+    for cycle in cycles {
+        let times = ["plan_s", "alloc_s", "register_s", "prepare_s", "pull_s", "land_s", "total_s"];
+        assert!(times.iter().all(|name| cycle[name].is_f64()), "{cycle}");
+        assert_eq!(cycle["wire_bytes"], cycle["needed_bytes"]);
+        let done = ["plans", "allocations", "registrations", "prepared_reads"];
+        let idle = done.iter().all(|name| cycle[name] == 0);
+        assert_eq!(idle, cycle["mode"] == "cached", "{cycle}");
+        // Two ranks: parameters and staging each.
+        assert!(cycle["registrations"].as_u64().unwrap() <= 4, "{cycle}");
+    }
+    for ceiling in ["memcpy_gbps", "big_read_gbps"] {
+        assert!(result["ceilings"][ceiling].as_f64().unwrap() > 0.0);
+    }
+}
+
+#[test]
+fn bench_verifies_every_byte_in_one_process() {
+    check_bench(&bench("local"));
+}
+
+#[cfg(feature = "nixl")]
+#[test]
+fn bench_verifies_every_byte_between_processes_over_nixl() {
+    check_bench(&bench("nixl"));
+}
+
+#[cfg(feature = "nixl")]
+#[test]
+fn verify_replays_over_nixl() {
+    let output =
+        refit(&["verify", "--transport", "nixl", &golden_text("qwen3_fp32norm_tp2_to_tp1")]);
+    assert_eq!(stdout(&output).lines().last(), Some("1 passed, 0 failed"), "{}", stderr(&output));
+}
+
+#[cfg(not(feature = "nixl"))]
+#[test]
+fn a_build_without_nixl_says_so() {
+    for arguments in
+        [["verify", "--transport", "nixl", "x"], ["bench", "--transport", "nixl", "--layers=1"]]
+    {
+        let output = refit(&arguments);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(stderr(&output).contains("no NIXL"), "{}", stderr(&output));
+    }
+}

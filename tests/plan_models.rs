@@ -1,0 +1,164 @@
+//! Plans of whole models: how large they are, whom they ask, and that they stay what they were.
+
+use std::collections::BTreeMap;
+
+use refit::planner::{
+    Capabilities, LowerOptions, Mode, Plan, PlanOptions, Policy, RankLayout, SourceLayout, lower,
+    plan,
+};
+use refit_tests::models::{self, plan_of, qwen3_4b};
+
+const HOST: Capabilities = Capabilities {
+    strided_reads: false,
+    bytes_per_us: 2_000,
+    ns_per_read: 5_000,
+    max_reads: u64::MAX,
+};
+
+/// Row-parallel tensors are what other planners explode: 369,149 reads of 512 bytes for this very pair.
+#[test]
+fn a_gathered_model_takes_few_reads_and_no_byte_too_many() {
+    for rank in [0, 1] {
+        let plan = plan_of(&qwen3_4b(), 4, 2, rank);
+        assert!(plan.segments().len() < 700, "{} segments", plan.segments().len());
+        let program = lower(&plan, &HOST, &LowerOptions::default()).unwrap();
+        assert_eq!(program.wire_bytes(), program.needed_bytes());
+        assert!(program.reads().len() < 1_000, "{} reads", program.reads().len());
+        let per_run =
+            lower(&plan, &HOST, &LowerOptions::default().with_policy(Policy::ReadPerRun)).unwrap();
+        assert!(per_run.reads().len() > 360_000, "{} reads", per_run.reads().len());
+        assert_eq!(per_run.wire_bytes(), program.wire_bytes());
+    }
+}
+
+#[test]
+fn only_an_engine_with_more_ranks_may_pay_for_bytes_it_does_not_need() {
+    for (source, target) in [(1, 1), (2, 2), (2, 1), (4, 1), (8, 2)] {
+        let program =
+            lower(&plan_of(&qwen3_4b(), source, target, 0), &HOST, &LowerOptions::default())
+                .unwrap();
+        assert_eq!(program.wire_bytes(), program.needed_bytes(), "TP{source} -> TP{target}");
+    }
+    let plan = plan_of(&qwen3_4b(), 2, 4, 0);
+    let cheapest = lower(&plan, &HOST, &LowerOptions::default()).unwrap();
+    assert!(cheapest.wire_bytes() > cheapest.needed_bytes() && cheapest.reads().len() < 1_000);
+    let exact =
+        lower(&plan, &HOST, &LowerOptions::default().with_policy(Policy::ExactWire)).unwrap();
+    assert_eq!(exact.wire_bytes(), exact.needed_bytes());
+    // A transport that takes strides needs neither staging nor a byte too many.
+    let strided = Capabilities { strided_reads: true, ..HOST };
+    let program = lower(&plan, &strided, &LowerOptions::default()).unwrap();
+    assert_eq!((program.wire_bytes(), program.staging_bytes()), (program.needed_bytes(), 0));
+    assert_eq!(program.reads().len(), plan.segments().len());
+}
+
+#[test]
+fn a_limit_on_reads_is_kept_or_refused() {
+    let plan = plan_of(&qwen3_4b(), 2, 4, 0);
+    let limited = Capabilities { max_reads: 400, ns_per_read: 0, ..HOST };
+    let program = lower(&plan, &limited, &LowerOptions::default()).unwrap();
+    assert!(program.reads().len() <= 400);
+    let error =
+        lower(&plan, &Capabilities { max_reads: 3, ..HOST }, &LowerOptions::default()).unwrap_err();
+    assert!(error.to_string().contains("at most 3"), "{error}");
+}
+
+/// A norm that every rank holds is no reason to meet one more peer.
+#[test]
+fn replicated_tensors_add_no_peer() {
+    for (source, target, peers) in [(4, 2, 2), (8, 2, 4), (8, 4, 2), (2, 4, 1), (4, 4, 1)] {
+        for rank in 0..target {
+            let plan = plan_of(&models::tiny(), source, target, rank as usize);
+            // KV heads and the vocabulary may reach into the neighbour's shard.
+            let asked = plan.bytes_by_source().len();
+            assert!(
+                asked <= peers + 2 && asked < source.max(2) as usize + 1,
+                "TP{source} -> TP{target}: {asked}"
+            );
+        }
+    }
+    assert_eq!(plan_of(&qwen3_4b(), 4, 2, 0).bytes_by_source().len(), 2);
+}
+
+#[test]
+fn data_parallel_copies_share_the_load() {
+    let config = qwen3_4b();
+    let copies = 3;
+    let source = SourceLayout::new(models::source(&config, 2, 1, copies)).unwrap();
+    for target in models::target(&config, 2) {
+        let plan = plan(&source, &target, &PlanOptions::default()).unwrap();
+        let loads = plan.bytes_by_source();
+        let largest = target.params().iter().map(refit::planner::Param::bytes).max().unwrap();
+        let (most, least) = (loads.values().max().unwrap(), loads.values().min().unwrap());
+        assert_eq!(loads.len(), copies as usize, "{loads:?}");
+        assert!(most - least <= largest, "{loads:?}");
+    }
+}
+
+/// Plans are cache keys in other people's stores: another hash for the same input is a break, and needs another
+/// format version in `plan.rs` or `lower.rs`.
+#[test]
+fn hashes_are_what_they_were() {
+    let mut hashes = String::new();
+    for (source, target) in [(1, 1), (4, 2), (2, 4), (8, 1)] {
+        let plan = plan_of(&qwen3_4b(), source, target, 0);
+        let program = lower(&plan, &HOST, &LowerOptions::default()).unwrap();
+        let staged = lower(&plan, &HOST, &LowerOptions::default().with_mode(Mode::Staged)).unwrap();
+        hashes += &format!(
+            "tp{source}-to-tp{target} {} {} {}\n",
+            plan.hash(),
+            program.hash(),
+            staged.hash()
+        );
+    }
+    let golden = include_str!("golden/hashes.txt");
+    assert_eq!(
+        hashes, golden,
+        "if this is meant, change the format version and golden/hashes.txt together"
+    );
+}
+
+fn sums(plan: &Plan) -> BTreeMap<u32, u64> {
+    plan.bytes_by_source()
+}
+
+#[test]
+fn a_change_that_moves_a_byte_changes_the_hash() {
+    let base = plan_of(&models::tiny(), 4, 2, 0);
+    let variants: Vec<Plan> = [
+        {
+            let mut config = models::tiny();
+            config.vocab_size += 1;
+            config
+        },
+        {
+            let mut config = models::tiny();
+            config.num_kv_heads = 8;
+            config
+        },
+        {
+            let mut config = models::tiny();
+            config.tied = true;
+            config
+        },
+    ]
+    .iter()
+    .map(|config| plan_of(config, 4, 2, 0))
+    .chain([plan_of(&models::tiny(), 4, 2, 1), plan_of(&models::tiny(), 2, 2, 0)])
+    .collect();
+    for (index, variant) in variants.iter().enumerate() {
+        assert_ne!(variant.hash(), base.hash(), "variant {index}");
+        assert!(
+            sums(variant) != sums(&base) || variant.segments() != base.segments(),
+            "variant {index}"
+        );
+    }
+    let renumbered: Vec<RankLayout> =
+        models::source(&models::tiny(), 4, 1, 1).into_iter().rev().collect();
+    let again = plan(
+        &SourceLayout::new(renumbered).unwrap(),
+        &models::target(&models::tiny(), 2)[0],
+        &PlanOptions::default(),
+    );
+    assert_eq!(again.unwrap().hash(), base.hash());
+}
