@@ -3,6 +3,12 @@
 //! Every test runs in a process of its own, one at a time: the guard decides once per process, environment variables
 //! choose what UCX uses, a crash is the crash of one test, and NIXL does not like to be tested in parallel.
 
+#![allow(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "the lint spares test functions, not what they call"
+)]
+
 #[path = "nixl/guard.rs"]
 mod guard;
 #[path = "nixl/isolated.rs"]

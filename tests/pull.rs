@@ -1,5 +1,7 @@
 //! What a pull makes of everything a transport can do wrong: batches that play a script.
 
+#![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
+
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
