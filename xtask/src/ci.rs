@@ -13,7 +13,11 @@ pub(crate) fn run(root: &Path, test: bool) -> Result<(), Failure> {
     let mut steps = Steps::default();
     let clippy = |args: &[&str], features: &[String]| {
         let mut command = locked(root, "clippy");
-        command.args(args).arg("--all-targets").args(features).args(["--", "--deny", "warnings"]);
+        command
+            .args(args)
+            .args(["--all-targets", "--keep-going"])
+            .args(features)
+            .args(["--", "--deny", "warnings"]);
         cargo::status(command)
     };
     let nixl = cargo::nixl_features(&[]);
