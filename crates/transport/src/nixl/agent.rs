@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
+use std::time::Duration;
 
 use nixl_sys::{
     Agent as Handle, AgentConfig, Backend, MemType, MemoryRegion, NixlDescriptor, NixlError,
@@ -58,6 +59,7 @@ impl Agent {
             enable_listen_thread: false,
             // `nixl_sys` lets calls that build requests run side by side; NIXL's own lock keeps them apart.
             thread_sync: ThreadSync::Strict,
+            pthr_delay_us: microseconds(options.progress_interval),
             ..AgentConfig::default()
         };
         let handle = Handle::new_configured(&name, &config)
@@ -208,4 +210,9 @@ impl NixlDescriptor for Descriptor {
     fn device_id(&self) -> u64 {
         self.device
     }
+}
+
+/// Rounded up: 0 would make NIXL's thread spin.
+fn microseconds(interval: Duration) -> u64 {
+    u64::try_from(interval.as_nanos().div_ceil(1_000)).unwrap_or(u64::MAX)
 }

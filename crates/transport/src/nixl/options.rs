@@ -18,6 +18,11 @@ pub struct NixlOptions {
     /// Without it an agent answers only while it calls NIXL itself: peers that connect to an idle source wait for
     /// ever. Turn it off for agents that only read and are polled.
     pub progress_thread: bool,
+    /// How long that thread sleeps when nothing has happened; what arrives wakes it.
+    ///
+    /// At zero, which is NIXL's own default, it spins: one core for every agent. On a host with fewer cores than
+    /// agents that halves the rate of everything, the transfers included.
+    pub progress_interval: Duration,
     /// What the transport says it can do. NIXL takes no strided reads, so `strided_reads` stays off.
     pub capabilities: Capabilities,
     /// Most bytes of a peer's metadata that are read.
@@ -28,7 +33,7 @@ pub struct NixlOptions {
 }
 
 impl NixlOptions {
-    /// UCX with a progress thread, the costs of host memory between processes of one host, 16 MiB of metadata, 10
+    /// UCX with a progress thread that sleeps a millisecond at a time, the costs of host memory between processes of one host, 16 MiB of metadata, 10
     /// seconds for the first byte.
     #[must_use]
     pub fn new(prefix: impl Into<String>) -> Self {
@@ -44,6 +49,7 @@ impl NixlOptions {
             plugin: "UCX".into(),
             params: Vec::new(),
             progress_thread: true,
+            progress_interval: Duration::from_millis(1),
             capabilities,
             max_metadata: 16 << 20,
             first_byte: Duration::from_secs(10),
@@ -61,6 +67,13 @@ impl NixlOptions {
     #[must_use]
     pub fn with_progress_thread(mut self, progress_thread: bool) -> Self {
         self.progress_thread = progress_thread;
+        self
+    }
+
+    /// These options with another sleep of the progress thread.
+    #[must_use]
+    pub fn with_progress_interval(mut self, interval: Duration) -> Self {
+        self.progress_interval = interval;
         self
     }
 
