@@ -55,6 +55,10 @@ pub(crate) fn test(root: &Path, nixl: &Nixl, args: &[String]) -> Result<(), Fail
     let mut command = cargo(root);
     // The default members: all but the benches, which have no tests and would cost the compilation of criterion.
     command.current_dir(root).arg("test");
+    if !args.iter().any(|arg| arg == "--no-fail-fast") {
+        // "Every test": cargo would stop after the first binary with a failure.
+        command.arg("--no-fail-fast");
+    }
     if nixl.is_ready() {
         command.args(nixl_features(&packages(args))).env("REFIT_REQUIRE_NIXL", "1");
     }

@@ -267,6 +267,10 @@ fn cover<V>(
 
 #[cfg(test)]
 mod tests {
+    use std::ptr::NonNull;
+
+    use refit_pool::Memory;
+
     use super::*;
 
     const HOST: MemoryKind = MemoryKind::Host;
@@ -301,5 +305,62 @@ mod tests {
         assert!(ranges.push(HOST, u64::MAX, 5).is_none());
         assert!(ranges.push(HOST, 200, 0).is_none());
         assert!(ranges.push(MemoryKind::Cuda(1), 10, 5).is_some());
+    }
+
+    /// Says when a registration and its memory go.
+    struct Goes(&'static str, Arc<Mutex<Vec<&'static str>>>);
+
+    impl Drop for Goes {
+        fn drop(&mut self) {
+            self.1.lock().push(self.0);
+        }
+    }
+
+    #[test]
+    fn registrations_go_after_their_last_user_and_before_their_memory() {
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let registry = Registry::new();
+        let bytes: &'static mut [u8] = Box::leak(Box::new([0; 64]));
+        let owner = Arc::new(Goes("memory", Arc::clone(&log)));
+        // SAFETY: the bytes are leaked, and used through this alone.
+        let memory = unsafe { Memory::adopt(NonNull::from(bytes).cast(), 64, HOST, owner) };
+        let make = |_: &Region| Ok(Goes("registration", Arc::clone(&log)));
+        let handle = registry.register(memory.allocation(), make).unwrap();
+        let shared =
+            registry.register(memory.allocation(), |_| unreachable!("it is registered")).unwrap();
+        let address = memory.address();
+        let hold = || registry.hold([(HOST, address, 8), (HOST, address + 56, 8)].into_iter());
+        let batch = hold().unwrap();
+        drop((memory, handle));
+        assert!(registry.ranges().cover(HOST, address, 64, |_| {}));
+        drop(shared);
+        // Nothing new may use it, but the batch does.
+        assert_eq!(registry.ranges().iter().len(), 0);
+        assert_eq!(hold().unwrap_err(), 0);
+        assert!(registry.share(HOST, address, 8).is_none());
+        assert!(log.lock().is_empty());
+        drop(batch);
+        assert_eq!(*log.lock(), ["registration", "memory"]);
+    }
+
+    #[test]
+    fn regions_across_a_border_are_refused_and_the_registration_stays() {
+        let registry = Registry::new();
+        let bytes: &'static mut [u8] = Box::leak(Box::new([0; 64]));
+        let region = |start: usize, len: usize| {
+            // SAFETY: nothing is read or written, here or by the registry.
+            unsafe { Memory::adopt(NonNull::from(&bytes[start]), len, HOST, Arc::new(())) }
+        };
+        let _middle = registry.register(region(16, 32).allocation(), |_| Ok(())).unwrap();
+        for (start, len) in [(0, 17), (0, 64), (47, 2), (16, 33)] {
+            let refused =
+                registry.register(region(start, len).allocation(), |_| Ok(())).unwrap_err();
+            assert_eq!(refused, Cause::RegisteredInPart, "{start} + {len}");
+        }
+        let empty = registry.register(region(0, 0).allocation(), |_| Ok(())).unwrap_err();
+        assert_eq!(empty, Cause::Empty);
+        for (start, len) in [(0, 16), (48, 16), (20, 4)] {
+            registry.register(region(start, len).allocation(), |_| Ok(())).unwrap();
+        }
     }
 }
