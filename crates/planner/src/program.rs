@@ -141,13 +141,13 @@ impl Program {
         &self.reads
     }
 
-    /// The landing copies, to run after every read has settled.
+    /// The landing copies, sorted by target, to run after every read has settled.
     #[must_use]
     pub fn landings(&self) -> &[Landing] {
         &self.landings
     }
 
-    /// The fills; they depend on nothing.
+    /// The fills, sorted by target; they depend on nothing.
     #[must_use]
     pub fn fills(&self) -> &[Fill] {
         &self.fills

@@ -62,6 +62,7 @@
 mod bind;
 mod directory;
 mod error;
+mod land;
 mod memory;
 mod publication;
 mod report;

@@ -14,13 +14,13 @@ use refit_planner::{
     LowerOptions, Mode, PlanOptions, Program, RankLayout, SourceLayout, lower, plan,
 };
 use refit_pool::Memory;
-use refit_translate::host;
 use refit_transport::{
     Peer, Progress, Pull, PullError, Transport, TransportError, TransportLease, TransportPool,
 };
 
 use crate::bind;
 use crate::error::RefitError;
+use crate::land;
 use crate::memory::in_layout_order;
 use crate::publication::Publication;
 use crate::report::Report;
@@ -390,26 +390,13 @@ fn land<T: Transport>(
     lease: &TransportLease<T>,
     live: &mut [Memory],
 ) -> Result<(), RefitError> {
-    let name = |target: u32| program.targets()[target as usize].name.to_string();
     let staging = match lease.arenas() {
         [] => &[][..],
         [arena, ..] => {
             arena.host_bytes().ok_or_else(|| RefitError::NotHost { param: "staging".to_owned() })?
         }
     };
-    for landing in program.landings() {
-        let param = live[landing.target as usize].host_bytes_mut();
-        host::land(
-            landing,
-            staging,
-            param.ok_or_else(|| RefitError::NotHost { param: name(landing.target) })?,
-        )?;
-    }
-    for fill in program.fills() {
-        let param = live[fill.target as usize].host_bytes_mut();
-        host::fill(fill, param.ok_or_else(|| RefitError::NotHost { param: name(fill.target) })?)?;
-    }
-    Ok(())
+    land::land(program, staging, live)
 }
 
 type Refused<T> = (RefitError, Box<Inner<T>>);
