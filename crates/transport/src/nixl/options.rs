@@ -16,7 +16,8 @@ pub struct NixlOptions {
     /// Whether a thread of NIXL's drives transfers and answers peers.
     ///
     /// Without it an agent answers only while it calls NIXL itself: peers that connect to an idle source wait for
-    /// ever. Turn it off for agents that only read and are polled.
+    /// ever. Agents that only read can do without, and where cores are few they then read a little faster: the
+    /// thread competes with the one that copies.
     pub progress_thread: bool,
     /// How long that thread sleeps when nothing has happened; what arrives wakes it.
     ///
