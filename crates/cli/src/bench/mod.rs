@@ -137,7 +137,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
     let pairs: Vec<(Sizes, Sizes)> = if all {
         PAIRS.iter().map(|&(source, target)| (size(source), size(target))).collect()
     } else {
-        vec![(args.source.unwrap_or(size(1)), args.target.unwrap_or(size(1)))]
+        vec![(args.source.unwrap_or_else(|| size(1)), args.target.unwrap_or_else(|| size(1)))]
     };
     let free = sizing::free_memory()?;
     let layers = match args.layers {
