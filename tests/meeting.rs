@@ -1,5 +1,7 @@
 //! Publications and the directory they meet in: what comes from outside is checked, whole or refused.
 
+#![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
+
 use std::fs;
 use std::time::{Duration, Instant};
 

@@ -1,5 +1,7 @@
 //! Plans of whole models: how large they are, whom they ask, and that they stay what they were.
 
+#![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
+
 use std::collections::BTreeMap;
 
 use refit::planner::{

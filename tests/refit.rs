@@ -1,5 +1,7 @@
 //! The glue: typestates, warm and cold, restarts and failures, over the in-process transport.
 
+#![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
+
 use std::time::{Duration, Instant};
 
 use refit::planner::{Dtype, LayoutBuilder, LowerOptions, Mode, Param, RankLayout};

@@ -1,5 +1,7 @@
 //! The command as a person runs it: what it prints, where it exits, and what it says to the obvious mistakes.
 
+#![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

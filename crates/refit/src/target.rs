@@ -109,7 +109,7 @@ impl<S: std::fmt::Debug> std::error::Error for Failed<S> {
 #[derive(Debug)]
 pub enum Unfinished<T: Transport> {
     /// The deadline passed; the reads are still out and can be waited on again.
-    Pulling(Pulling<T>),
+    Pulling(Box<Pulling<T>>),
     /// The reads settled, some with errors, and had written live parameters.
     Invalid(InvalidTarget<T>),
     /// The reads settled, some with errors, but only staging memory was written.
@@ -356,7 +356,7 @@ fn unfinished<T: Transport>(
             };
             return Failed {
                 error,
-                state: Unfinished::Pulling(Pulling { pull: *pull, refit, started }),
+                state: Unfinished::Pulling(Box::new(Pulling { pull: *pull, refit, started })),
             };
         }
         PullError::Lost { errors, bytes: _ } => {

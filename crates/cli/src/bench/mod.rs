@@ -37,13 +37,13 @@ pub(crate) struct Args {
     /// A Hugging Face config.json, or a bundled model: qwen3-4b, llama-3.1-8b, qwen2.5-7b
     #[arg(long, default_value = "qwen3-4b")]
     config: String,
-    /// Decoder layers to keep of the model
+    /// Decoder layers to keep of the model (default: as many as half of the free memory holds)
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     layers: Option<u32>,
-    /// Trainer sizes
+    /// Trainer sizes (with neither side given: TP 1 -> 1, 2 -> 2, 2 -> 1 and 4 -> 2 in turn)
     #[arg(long, value_name = "tp=N,pp=N")]
     source: Option<Sizes>,
-    /// Engine sizes
+    /// Engine sizes (default, where the trainer's are given: tp=1)
     #[arg(long, value_name = "tp=N")]
     target: Option<Sizes>,
     /// Rounds; each has a cycle of every kind and a measurement of every ceiling
@@ -52,7 +52,7 @@ pub(crate) struct Args {
     /// How bytes move
     #[arg(long, value_enum, default_value_t = TransportName::preferred())]
     transport: TransportName,
-    /// Print a third kind of cycle: the same plan with one read per contiguous run (on by default where it differs
+    /// Print a third kind of cycle: the same plan with one read per contiguous run (on by itself where it differs
     /// and no sizes are given)
     #[arg(long)]
     read_per_row: bool,
@@ -137,7 +137,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
     let pairs: Vec<(Sizes, Sizes)> = if all {
         PAIRS.iter().map(|&(source, target)| (size(source), size(target))).collect()
     } else {
-        vec![(args.source.unwrap_or(size(1)), args.target.unwrap_or(size(1)))]
+        vec![(args.source.unwrap_or_else(|| size(1)), args.target.unwrap_or_else(|| size(1)))]
     };
     let free = sizing::free_memory()?;
     let layers = match args.layers {
