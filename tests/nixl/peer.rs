@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{ChildStdin, ChildStdout, Stdio};
+use std::time::Duration;
 
 use refit_pool::{Allocator, HostAllocator};
 use refit_transport::Transport;
@@ -66,8 +67,18 @@ impl Remote {
         assert_eq!(self.reply(), "filled");
     }
 
+    /// Returns when every thread has stopped: the signal alone returns before that.
     pub(crate) fn pause(&mut self) {
         self.signal(Signal::STOP);
+        let tasks = format!("/proc/{}/task", self.child.0.id());
+        let stopped = |task: std::fs::DirEntry| {
+            let stat = std::fs::read_to_string(task.path().join("stat")).unwrap();
+            // The state follows the name, which stands in parentheses.
+            stat.rsplit_once(") ").unwrap().1.starts_with('T')
+        };
+        while !std::fs::read_dir(&tasks).unwrap().all(|task| stopped(task.unwrap())) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     pub(crate) fn resume(&mut self) {

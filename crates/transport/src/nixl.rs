@@ -9,6 +9,9 @@
 //!   batch that is dropped in flight is therefore leaked with everything it points at.
 //! - A post that fails half-way leaves the reads it had started running and unobservable: that is
 //!   [`TransportError::Lost`](crate::TransportError::Lost), not `Failed`.
+//! - Without hardware that reads memory, UCX emulates: over TCP the *source's* threads answer each read from its
+//!   memory, registered or not. A source that frees memory while a peer, even one that gave up, still reads it is
+//!   killed by that. Keep published memory until its readers are done or gone.
 //! - Its metadata loader is safe only for what NIXL itself wrote. The envelope's digest keeps damage away from it;
 //!   against forgery, whoever carries metadata must authenticate it.
 //! - One poll can take as long as the bytes that are ready to move (host memory is copied by the polling thread).

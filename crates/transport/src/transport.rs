@@ -98,6 +98,10 @@ pub trait Transport: Debug + Send + Sync + 'static {
 
     /// Undoes a registration and says whether that worked, which a drop cannot.
     ///
+    /// This does not stop peers that are reading: their reads fail where hardware checks them, and where they are
+    /// emulated (UCX over TCP) this process goes on reading for them and crashes if the memory is freed. Whoever
+    /// publishes memory keeps it until every reader is done with it, or is known to be gone.
+    ///
     /// # Errors
     /// [`TransportError::Register`] when the backend refuses; the registration is gone all the same.
     fn deregister(&self, registration: Self::Registration) -> Result<(), TransportError>;
