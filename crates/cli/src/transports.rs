@@ -28,16 +28,18 @@ impl TransportName {
     }
 }
 
-/// A NIXL agent whose name starts with `name`.
+/// A NIXL agent whose name starts with `name`. One that only reads needs no thread to answer peers.
 #[cfg(feature = "nixl")]
 pub(crate) fn nixl(
     name: &str,
+    answers_peers: bool,
 ) -> Result<Arc<refit::transport::nixl::NixlTransport>, crate::error::CliError> {
     use refit::transport::nixl::{NixlLibrary, NixlOptions, NixlTransport};
     let library =
         NixlLibrary::load(&[]).map_err(|error| crate::error::CliError::Nixl(error.to_string()))?;
-    let transport = NixlTransport::new(library, NixlOptions::new(name))
-        .map_err(|error| crate::error::CliError::Nixl(error.to_string()))?;
+    let transport =
+        NixlTransport::new(library, NixlOptions::new(name).with_progress_thread(answers_peers))
+            .map_err(|error| crate::error::CliError::Nixl(error.to_string()))?;
     Ok(Arc::new(transport))
 }
 

@@ -135,9 +135,11 @@ fn replay(folder: &Path, transport: TransportName) -> Result<Passed, Failure> {
 
 #[cfg(feature = "nixl")]
 fn replay_over_nixl(case: &Case) -> Result<Passed, Failure> {
-    let agent =
-        |name| crate::transports::nixl(name).map_err(|error| Failure::Transport(error.to_string()));
-    replay_over(case, agent("source")?, agent("target")?)
+    let agent = |name, answers| {
+        crate::transports::nixl(name, answers)
+            .map_err(|error| Failure::Transport(error.to_string()))
+    };
+    replay_over(case, agent("source", true)?, agent("target", false)?)
 }
 
 #[cfg(not(feature = "nixl"))]

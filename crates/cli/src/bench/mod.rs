@@ -311,7 +311,10 @@ fn serve(args: &RankArgs, setup: &RankSetup) -> Result<(), CliError> {
     }
     let commands =
         std::io::stdin().lock().lines().map_while(|line| serde_json::from_str(&line.ok()?).ok());
-    let transport = crate::transports::nixl(&format!("{}-{}", args.role.name(), args.rank))?;
+    let transport = crate::transports::nixl(
+        &format!("{}-{}", args.role.name(), args.rank),
+        args.role == Role::Source,
+    )?;
     match args.role {
         Role::Source => rank::source(setup, transport, commands, |reply| say(&reply)),
         Role::Target => rank::target(setup, transport, commands, |reply| say(&reply)),
