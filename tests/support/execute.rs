@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use refit::planner::{Destination, Dims, Dtype, Fill, Plan, Program, Transform};
+use refit::planner::{Destination, Dtype, Fill, Plan, Program, Transform};
 
 use crate::oracle::{Buffers, POISON};
 
@@ -147,10 +147,4 @@ pub fn transformed(transform: Transform, run: &[u8]) -> Vec<u8> {
             .collect(),
         other => panic!("no reference for {other:?}"),
     }
-}
-
-/// The number of contiguous runs of a pattern, counted one by one.
-#[must_use]
-pub fn count_runs(dims: &Dims) -> usize {
-    dims.offsets().count()
 }
