@@ -60,7 +60,7 @@ pub enum LandError {
 /// [`LandError::OutsideStaging`], [`LandError::OutsideParam`], [`LandError::Overlap`], [`LandError::Ragged`],
 /// [`LandError::Unsupported`]; nothing has been written then.
 pub fn land(landing: &Landing, staging: &[u8], param: &mut [u8]) -> Result<(), LandError> {
-    let Landing { staging_offset, offset, run, ref dims, transform, .. } = *landing;
+    let Landing { run, transform, .. } = *landing;
     let cast = match transform {
         Transform::Copy => None,
         transform => Some(Cast::new(transform).ok_or(LandError::Unsupported { transform })?),
@@ -70,25 +70,39 @@ pub fn land(landing: &Landing, staging: &[u8], param: &mut [u8]) -> Result<(), L
     {
         return Err(LandError::Ragged { run, from: cast.from });
     }
-    let target_run = transform.target_bytes(run);
+    let (staged, held) = (length(staging), length(param));
+    each_run(landing, staged, held, |from, into| {
+        // Sizes of runs that were found inside the slices.
+        let (run, target_run) = (index(run), index(transform.target_bytes(run)));
+        let (from, into) = (&staging[from..from + run], &mut param[into..into + target_run]);
+        match cast {
+            None => into.copy_from_slice(from),
+            Some(cast) => cast.run(from, into),
+        }
+    })
+}
+
+/// Calls `visit` with the place of every run of a landing copy, in a staging area of `staged` bytes and in a parameter
+/// of `held` bytes: for executors that copy in ways of their own. Every run lies inside both.
+///
+/// # Errors
+/// [`LandError::OutsideStaging`], [`LandError::OutsideParam`], [`LandError::Overlap`]; nothing has been visited then.
+pub fn each_run(
+    landing: &Landing,
+    staged: u64,
+    held: u64,
+    mut visit: impl FnMut(usize, usize),
+) -> Result<(), LandError> {
+    let Landing { staging_offset, offset, run, ref dims, transform, .. } = *landing;
     if run == 0 || dims.runs() == 0 {
         return Ok(());
     }
     let end = staging_offset.saturating_add(dims.source_extent(run));
-    if end > length(staging) {
-        return Err(LandError::OutsideStaging { end, len: length(staging) });
+    if end > staged {
+        return Err(LandError::OutsideStaging { end, len: staged });
     }
-    check_target(offset, target_run, dims, param)?;
-
-    let (run, target_run) = (index(run), index(target_run));
-    match cast {
-        None => walk(dims.as_slice(), staging_offset, offset, &mut |from, into| {
-            param[into..into + run].copy_from_slice(&staging[from..from + run]);
-        }),
-        Some(cast) => walk(dims.as_slice(), staging_offset, offset, &mut |from, into| {
-            cast.run(&staging[from..from + run], &mut param[into..into + target_run]);
-        }),
-    }
+    check_target(offset, transform.target_bytes(run), dims, held)?;
+    walk(dims.as_slice(), staging_offset, offset, &mut visit);
     Ok(())
 }
 
@@ -101,7 +115,7 @@ pub fn fill(fill: &Fill, param: &mut [u8]) -> Result<(), LandError> {
     if run == 0 || dims.runs() == 0 {
         return Ok(());
     }
-    check_target(offset, run, dims, param)?;
+    check_target(offset, run, dims, length(param))?;
     let run = index(run);
     walk(dims.as_slice(), 0, offset, &mut |_, into| param[into..into + run].fill(0));
     Ok(())
@@ -109,11 +123,11 @@ pub fn fill(fill: &Fill, param: &mut [u8]) -> Result<(), LandError> {
 
 /// Bounds, and that no more is written than fits: it also bounds the time taken and, as every dimension that counts
 /// at least doubles the bytes, the depth of [`walk`].
-fn check_target(offset: u64, run: u64, dims: &Dims, param: &[u8]) -> Result<(), LandError> {
+fn check_target(offset: u64, run: u64, dims: &Dims, held: u64) -> Result<(), LandError> {
     let extent = dims.target_extent(run);
     let end = offset.saturating_add(extent);
-    if end > length(param) {
-        return Err(LandError::OutsideParam { end, len: length(param) });
+    if end > held {
+        return Err(LandError::OutsideParam { end, len: held });
     }
     let written = run.saturating_mul(dims.runs());
     if written > extent {
