@@ -146,7 +146,7 @@ impl Target {
                 .collect();
             Ok::<_, TransportError>(vec![self.transport.prepare(&peer, &reads)?])
         });
-        Pull::start(Arc::clone(&self.transport), lease.unwrap(), Vec::new())
+        Pull::start(Arc::clone(&self.transport), lease.unwrap(), Vec::new(), ..)
     }
 
     fn pull(&self, patience: Duration) -> Result<Settled<NixlTransport>, PullError<NixlTransport>> {

@@ -24,6 +24,7 @@ fn a_gathered_model_takes_few_reads_and_no_byte_too_many() {
         let program = lower(&plan, &HOST, &LowerOptions::default()).unwrap();
         assert_eq!(program.wire_bytes(), program.needed_bytes());
         assert!(program.reads().len() < 1_000, "{} reads", program.reads().len());
+        assert!(program.staging_bytes() <= LowerOptions::default().wave_bytes);
         let per_run =
             lower(&plan, &HOST, &LowerOptions::default().with_policy(Policy::ReadPerRun)).unwrap();
         assert!(per_run.reads().len() > 360_000, "{} reads", per_run.reads().len());

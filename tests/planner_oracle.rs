@@ -33,14 +33,17 @@ fn every_option() -> impl Strategy<Value = (Capabilities, LowerOptions)> {
         });
     let modes = prop_oneof![Just(Mode::Direct), Just(Mode::Staged)];
     let policies = prop_oneof![Just(Policy::Cheapest), Just(Policy::ExactWire)];
-    (capabilities, modes, policies, 1u64..10_000).prop_map(
-        |(capabilities, mode, policy, landing)| {
+    // Waves of less than a row, of a few tensors, and of everything.
+    let waves = prop_oneof![0u64..64, 64u64..4_096, Just(u64::MAX)];
+    (capabilities, modes, policies, 1u64..10_000, waves).prop_map(
+        |(capabilities, mode, policy, landing, wave)| {
             (
                 capabilities,
                 LowerOptions::default()
                     .with_mode(mode)
                     .with_policy(policy)
-                    .with_landing_rate(landing),
+                    .with_landing_rate(landing)
+                    .with_wave_bytes(wave),
             )
         },
     )
@@ -71,6 +74,12 @@ proptest! {
             prop_assert_eq!(execute::program(&program, &sources), oracle::buffers(target));
             if options.policy == Policy::ExactWire {
                 prop_assert!(program.wire_bytes() <= program.needed_bytes());
+            }
+            let choices = program.choices();
+            prop_assert_eq!(choices.iter().map(|choice| choice.reads).sum::<u64>(), program.reads().len() as u64);
+            prop_assert_eq!(choices.iter().map(|choice| choice.wire_bytes).sum::<u64>(), program.wire_bytes());
+            if options.mode == Mode::Staged {
+                prop_assert_eq!(program.waves().len(), 1);
             }
             let live = program.reads().iter().any(|read| matches!(read.destination, Destination::Live { .. }));
             prop_assert!(!(live && options.mode == Mode::Staged), "a staged program writes live parameters");

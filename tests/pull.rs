@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
 
 use std::collections::VecDeque;
+use std::ops::RangeBounds;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -132,6 +133,14 @@ impl World {
     }
 
     fn start(&mut self, scripts: &[&[Step]]) -> Result<Pull<Scripted>, PullError<Scripted>> {
+        self.start_some(scripts, ..)
+    }
+
+    fn start_some(
+        &mut self,
+        scripts: &[&[Step]],
+        batches: impl RangeBounds<usize>,
+    ) -> Result<Pull<Scripted>, PullError<Scripted>> {
         let bytes = 4096 * scripts.len() as u64;
         let lease = self.pool.lease(Key::from([0; 32]), |build| {
             let arena = build.arena(bytes).unwrap();
@@ -153,7 +162,7 @@ impl World {
         ));
         // SAFETY: the mapping lives as long as its owner, and nobody else uses it.
         let live = unsafe { Memory::adopt(start.unwrap(), 4096, owner.kind(), owner) };
-        Pull::start(Arc::clone(&self.transport), lease.unwrap(), vec![live])
+        Pull::start(Arc::clone(&self.transport), lease.unwrap(), vec![live], batches)
     }
 
     fn suspects(&self) -> usize {
@@ -186,6 +195,36 @@ fn every_peer_is_posted_before_any_is_waited_for() {
     assert_eq!(settled.live.len(), 1);
     drop(settled);
     world.check(0, false, 0);
+}
+
+#[test]
+fn a_pull_is_about_its_own_batches_and_the_next_about_others() {
+    let mut world = World::new();
+    let first = world.start_some(&[&[Done], &[Pending, Done], &[Pending, Done]], 1..2).unwrap();
+    assert_eq!(world.posted.load(Ordering::Relaxed), 1);
+    let settled = first.wait(soon()).unwrap();
+    assert_eq!((settled.stats.batches, settled.stats.bytes), (1, 4096));
+    let (lease, live) = (settled.lease, settled.live);
+    let rest = Pull::start(Arc::clone(&world.transport), lease, live, 2..).unwrap();
+    assert_eq!(world.posted.load(Ordering::Relaxed), 2);
+    // The first batch was never posted: dropping what is left of the third is what leaks.
+    drop(rest);
+    world.check(3 * 4096, true, 1);
+}
+
+#[test]
+fn batches_that_are_not_there_are_refused_and_none_beside_them_posted() {
+    let mut world = World::new();
+    // One past the last is a pull of no batch, as it is an empty slice.
+    drop(world.start_some(&[&[Done]], 1..).unwrap().wait(soon()).unwrap());
+    for wrong in [0..2, 2..2, 1..usize::MAX] {
+        let error = world.start_some(&[&[Done]], wrong).unwrap_err();
+        assert!(matches!(&error, PullError::NoBatch { live, .. } if live.len() == 1), "{error:?}");
+        assert!(error.to_string().contains("1 batches"), "{error}");
+        drop(error);
+    }
+    assert!(world.start_some(&[&[Done]], ..=usize::MAX).is_err());
+    assert_eq!(world.posted.load(Ordering::Relaxed), 0);
 }
 
 #[test]

@@ -5,13 +5,26 @@
 use std::time::{Duration, Instant};
 
 use refit::planner::{Dtype, LayoutBuilder, LowerOptions, Mode, Param, RankLayout};
+use refit::transport::Progress;
 use refit::transport::local::Network;
 use refit::{RefitError, Source, TargetOptions, Unfinished};
 use refit_tests::oracle::{self, Buffers};
 use refit_tests::{models, ranks};
+use refit_translate::megatron::TrainerOptions;
 
 fn staged() -> TargetOptions {
     TargetOptions::default().with_lower(LowerOptions::default().with_mode(Mode::Staged))
+}
+
+/// A trainer that keeps fp32: everything is cast, so everything is staged, whatever strides a transport takes.
+fn fp32_source(tp: u32) -> Vec<RankLayout> {
+    let options = TrainerOptions::default().with_dtype(Dtype::F32);
+    models::source_with(&models::tiny(), tp, 1, 1, &options)
+}
+
+/// Waves of less than most of the staged tensors.
+fn in_waves() -> TargetOptions {
+    TargetOptions::default().with_lower(LowerOptions::default().with_wave_bytes(1_000))
 }
 
 /// The same tensors with other values: every byte that is not padding changes.
@@ -115,6 +128,73 @@ fn every_pair_of_sizes_ends_with_the_oracle_s_bytes() {
             }
         }
     }
+}
+
+#[test]
+fn waves_end_with_the_same_bytes_and_need_less_memory() {
+    let network = Network::new();
+    let (trainer, engine) = (ranks::agent(&network, "trainer"), ranks::agent(&network, "engine"));
+    let sources: Vec<_> =
+        fp32_source(4).iter().map(|layout| ranks::source(&trainer, layout)).collect();
+    let published: Vec<_> = sources.iter().map(|source| source.publication().unwrap()).collect();
+    for layout in models::target(&models::tiny(), 2) {
+        let wanted = oracle::buffers(&layout);
+        let (target, _, canaries) = ranks::target(&engine, &layout, TargetOptions::default());
+        let (mut target, at_once) = ranks::refit(target, &published);
+        target.set_options(in_waves());
+        let prepared = target.prepare(&published).unwrap();
+        let waves = prepared.program().waves().len();
+        assert!(waves > 10, "{waves} waves");
+        // Driven by polls, as an event loop would.
+        let mut pulling = prepared.pull().unwrap();
+        let mut polls = 1;
+        while pulling.poll() == Progress::Pending {
+            polls += 1;
+        }
+        assert!(polls >= waves, "{polls} polls for {waves} waves: one lands at most one");
+        let (target, report) = pulling.wait(ranks::soon()).unwrap().land().unwrap().install();
+        assert_eq!(ranks::held(&target), wanted);
+        assert!(report.staging_bytes <= 1_000 && at_once.staging_bytes > 10_000);
+        assert_eq!(report.wire_bytes, at_once.wire_bytes);
+        assert!(report.land > Duration::ZERO && report.total >= report.pull + report.land);
+        canaries.check();
+
+        let (_, warm) = ranks::refit(target, &published);
+        assert_eq!(
+            (warm.plans, warm.allocations, warm.registrations, warm.prepared_reads),
+            (0, 0, 0, 0)
+        );
+        assert_eq!((warm.reads, warm.wire_bytes), (report.reads, report.wire_bytes));
+    }
+}
+
+#[test]
+fn a_source_that_leaves_between_waves_leaves_an_invalid_target() {
+    let network = Network::new();
+    let engine = ranks::agent(&network, "engine");
+    let layout = models::target(&models::tiny(), 1).remove(0);
+    let publish = |name: &str| {
+        let trainer = ranks::agent(&network, name);
+        let sources: Vec<_> =
+            fp32_source(2).iter().map(|layout| ranks::source(&trainer, layout)).collect();
+        let published: Vec<_> =
+            sources.iter().map(|source| source.publication().unwrap()).collect();
+        (sources, published)
+    };
+    let (sources, published) = publish("trainer-1");
+    let (target, _, canaries) = ranks::target(&engine, &layout, in_waves());
+    let mut pulling = target.prepare(&published).unwrap().pull().unwrap();
+    assert_eq!(pulling.poll(), Progress::Pending);
+    drop(sources);
+    let failed = pulling.wait(ranks::soon()).unwrap_err();
+    assert!(matches!(failed.error, RefitError::Transport(_)), "{}", failed.error);
+    let Unfinished::Invalid(target) = failed.state else { panic!("some waves have landed") };
+
+    let (_sources, published) = publish("trainer-2");
+    let pulling = target.prepare(&published).unwrap().pull().unwrap();
+    let (target, _) = pulling.wait(ranks::soon()).unwrap().land().unwrap().install();
+    assert_eq!(ranks::held(&target), oracle::buffers(&layout));
+    canaries.check();
 }
 
 /// A layout of one tensor, held whole.

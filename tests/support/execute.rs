@@ -31,48 +31,60 @@ pub fn plan(plan: &Plan, sources: &Sources) -> Buffers {
     targets.finish()
 }
 
-/// Executes a program as a transport and a landing would: reads, then landing copies, then fills.
+/// Executes a program as a transport and a landing would: wave after wave of reads and landing copies, then fills.
+///
+/// Between waves staging is poisoned: nothing may land what another wave has brought.
 #[must_use]
 pub fn program(program: &Program, sources: &Sources) -> Buffers {
     let mut targets = Targets::new(
         program.targets().iter().map(|target| (target.name.to_string(), target.bytes)),
     );
-    let mut staging = vec![POISON; usize::try_from(program.staging_bytes()).unwrap()];
-    let mut staged = vec![false; staging.len()];
+    let staging_bytes = usize::try_from(program.staging_bytes()).unwrap();
     let mut wire = 0;
-    for read in program.reads() {
-        let source = &program.sources()[read.source as usize];
-        let bytes = &sources[&source.rank][source.name.as_ref()];
-        for (from, into) in read.dims.offsets() {
-            let run = slice(bytes, read.offset + from, read.run);
-            wire += read.run;
-            match read.destination {
-                Destination::Live { target, offset } => targets.write(target, offset + into, run),
-                Destination::Staging { offset } => {
-                    let at = usize::try_from(offset + into).unwrap();
-                    staging[at..at + run.len()].copy_from_slice(run);
-                    for seen in &mut staged[at..at + run.len()] {
-                        assert!(
-                            !std::mem::replace(seen, true),
-                            "two reads write the same staging byte"
-                        );
+    for (number, wave) in program.waves().enumerate() {
+        let mut staging = vec![POISON; staging_bytes];
+        let mut staged = vec![false; staging.len()];
+        for read in wave.reads {
+            let source = &program.sources()[read.source as usize];
+            let bytes = &sources[&source.rank][source.name.as_ref()];
+            for (from, into) in read.dims.offsets() {
+                let run = slice(bytes, read.offset + from, read.run);
+                wire += read.run;
+                match read.destination {
+                    Destination::Live { target, offset } => {
+                        assert_eq!(number, 0, "only the first wave writes live parameters");
+                        targets.write(target, offset + into, run);
                     }
+                    Destination::Staging { offset } => {
+                        let at = usize::try_from(offset + into).unwrap();
+                        staging[at..at + run.len()].copy_from_slice(run);
+                        for seen in &mut staged[at..at + run.len()] {
+                            assert!(
+                                !std::mem::replace(seen, true),
+                                "two reads of a wave write the same staging byte"
+                            );
+                        }
+                    }
+                    other => panic!("unknown destination {other:?}"),
                 }
-                other => panic!("unknown destination {other:?}"),
+            }
+        }
+        for landing in wave.landings {
+            for (from, into) in landing.dims.offsets() {
+                let from = landing.staging_offset + from;
+                let at = usize::try_from(from).unwrap();
+                let run = slice(&staging, from, landing.run);
+                let arrived = staged[at..at + run.len()].iter().all(|&staged| staged);
+                assert!(arrived, "a landing copies bytes that its wave has not brought");
+                targets.write(
+                    landing.target,
+                    landing.offset + into,
+                    &transformed(landing.transform, run),
+                );
             }
         }
     }
     assert_eq!(wire, program.wire_bytes(), "the program miscounts its wire bytes");
-    for landing in program.landings() {
-        for (from, into) in landing.dims.offsets() {
-            let run = slice(&staging, landing.staging_offset + from, landing.run);
-            targets.write(
-                landing.target,
-                landing.offset + into,
-                &transformed(landing.transform, run),
-            );
-        }
-    }
     targets.fill(program.fills());
     targets.finish()
 }

@@ -13,23 +13,25 @@ pub fn program(program: &Program, sources: &Sources) -> Buffers {
     let mut staging = poisoned(program.staging_bytes());
     let mut params: Vec<Vec<u8>> =
         program.targets().iter().map(|target| poisoned(target.bytes)).collect();
-    for read in program.reads() {
-        let source = &program.sources()[read.source as usize];
-        let bytes = &sources[&source.rank][source.name.as_ref()];
-        let (into, base) = match read.destination {
-            Destination::Live { target, offset } => (&mut params[target as usize], offset),
-            Destination::Staging { offset } => (&mut staging, offset),
-            other => panic!("unknown destination {other:?}"),
-        };
-        let run = usize::try_from(read.run).unwrap();
-        for (from, to) in read.dims.offsets() {
-            let from = usize::try_from(read.offset + from).unwrap();
-            let to = usize::try_from(base + to).unwrap();
-            into[to..to + run].copy_from_slice(&bytes[from..from + run]);
+    for wave in program.waves() {
+        for read in wave.reads {
+            let source = &program.sources()[read.source as usize];
+            let bytes = &sources[&source.rank][source.name.as_ref()];
+            let (into, base) = match read.destination {
+                Destination::Live { target, offset } => (&mut params[target as usize], offset),
+                Destination::Staging { offset } => (&mut staging, offset),
+                other => panic!("unknown destination {other:?}"),
+            };
+            let run = usize::try_from(read.run).unwrap();
+            for (from, to) in read.dims.offsets() {
+                let from = usize::try_from(read.offset + from).unwrap();
+                let to = usize::try_from(base + to).unwrap();
+                into[to..to + run].copy_from_slice(&bytes[from..from + run]);
+            }
         }
-    }
-    for landing in program.landings() {
-        host::land(landing, &staging, &mut params[landing.target as usize]).unwrap();
+        for landing in wave.landings {
+            host::land(landing, &staging, &mut params[landing.target as usize]).unwrap();
+        }
     }
     for fill in program.fills() {
         host::fill(fill, &mut params[fill.target as usize]).unwrap();

@@ -37,8 +37,20 @@ pub fn qwen3_4b() -> ModelConfig {
 /// Every trainer rank of these sizes.
 #[must_use]
 pub fn source(config: &ModelConfig, tp: u32, pp: u32, dp: u32) -> Vec<RankLayout> {
+    source_with(config, tp, pp, dp, &TrainerOptions::default())
+}
+
+/// Every trainer rank of these sizes and options.
+#[must_use]
+pub fn source_with(
+    config: &ModelConfig,
+    tp: u32,
+    pp: u32,
+    dp: u32,
+    options: &TrainerOptions,
+) -> Vec<RankLayout> {
     let layout = |rank: &SourceRank| {
-        let held = megatron::expected(config, rank, &TrainerOptions::default()).unwrap();
+        let held = megatron::expected(config, rank, options).unwrap();
         megatron::layout(config, rank, &held).unwrap()
     };
     SourceRank::grid(config.num_layers, tp, pp, dp).unwrap().iter().map(layout).collect()

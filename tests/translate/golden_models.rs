@@ -39,7 +39,7 @@ fn sorted(mut specs: Vec<TensorSpec>) -> Vec<TensorSpec> {
 }
 
 /// Every way to lower that changes which code moves the bytes.
-fn lowerings() -> [(Capabilities, LowerOptions); 4] {
+fn lowerings() -> [(Capabilities, LowerOptions); 5] {
     let plain = Capabilities {
         strided_reads: false,
         bytes_per_us: 2_000,
@@ -50,6 +50,7 @@ fn lowerings() -> [(Capabilities, LowerOptions); 4] {
     let options = LowerOptions::default();
     [
         (plain, options),
+        (plain, options.with_wave_bytes(1_000)),
         (plain, options.with_mode(Mode::Staged)),
         (plain, options.with_mode(Mode::Staged).with_policy(Policy::ExactWire)),
         (strided, options.with_mode(Mode::Staged).with_policy(Policy::ExactWire)),

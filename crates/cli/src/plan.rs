@@ -75,6 +75,7 @@ struct Rank {
     needed_bytes: u64,
     amplification: f64,
     staging_bytes: u64,
+    waves: usize,
     filled_bytes: u64,
     bytes_by_source: Vec<FromSource>,
     plan_s: f64,
@@ -153,6 +154,7 @@ fn describe(plan: &Plan, program: &Program, plan_s: f64, lower_s: f64) -> Rank {
         needed_bytes: program.needed_bytes(),
         amplification: amplification(program.wire_bytes(), program.needed_bytes()),
         staging_bytes: program.staging_bytes(),
+        waves: program.waves().len(),
         filled_bytes: plan.coverage().filled_bytes,
         bytes_by_source: bytes_by_source.collect(),
         plan_s,
@@ -172,7 +174,7 @@ pub(crate) fn amplification(wire: u64, needed: u64) -> f64 {
 fn print(output: &Output) {
     println!("{} -> {}", output.source, output.target);
     println!(
-        "{:>6} {:>7} {:>9} {:>9} {:>8} {:>8} {:>6} {:>10} {:>8}  {:<8}",
+        "{:>6} {:>7} {:>9} {:>9} {:>8} {:>8} {:>6} {:>10} {:>6} {:>8}  {:<8}",
         "target",
         "params",
         "needed MB",
@@ -181,13 +183,14 @@ fn print(output: &Output) {
         "reads",
         "staged",
         "staging MB",
+        "waves",
         "plan ms",
         "plan"
     );
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
     for rank in &output.ranks {
         println!(
-            "{:>6} {:>7} {:>9.1} {:>9.1} {:>7.2}x {:>8} {:>6} {:>10.1} {:>8.2}  {}",
+            "{:>6} {:>7} {:>9.1} {:>9.1} {:>7.2}x {:>8} {:>6} {:>10.1} {:>6} {:>8.2}  {}",
             rank.rank,
             rank.params,
             megabytes(rank.needed_bytes),
@@ -196,6 +199,7 @@ fn print(output: &Output) {
             rank.reads,
             rank.staged_reads,
             megabytes(rank.staging_bytes),
+            rank.waves,
             (rank.plan_s + rank.lower_s) * 1e3,
             &rank.plan_hash[..8],
         );

@@ -63,5 +63,5 @@ pub use lower::{Capabilities, LowerOptions, Mode, Policy, lower};
 pub use plan::{
     Coverage, Fill, Plan, PlanOptions, Replicas, Segment, SourceParam, TargetParam, Transform, plan,
 };
-pub use program::{Choice, Destination, Landing, Method, Program, Read};
+pub use program::{Choice, Destination, Landing, Method, Program, Read, Wave};
 pub use source::SourceLayout;

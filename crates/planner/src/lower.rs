@@ -1,12 +1,16 @@
 //! Choosing, per pair of parameters, the cheapest form a transport can execute.
 
+mod stage;
+
+use alloc::vec;
 use alloc::vec::Vec;
 
+use self::stage::{Form, Piece, Stager};
 use crate::encode::Encoder;
 use crate::program::{Choice, Destination, Landing, Method, Program, Read};
 use crate::{Dims, LowerError, Plan, Segment, Transform};
 
-const HASH_CONTEXT: &str = "refit-planner program v1";
+const HASH_CONTEXT: &str = "refit-planner program v2";
 
 /// Staged ranges start at multiples of this, so that any element type is aligned and rows share no cache line.
 const STAGING_ALIGN: u64 = 256;
@@ -59,12 +63,22 @@ pub struct LowerOptions {
     pub policy: Policy,
     /// Bytes per microsecond that a local landing copy reaches.
     pub landing_bytes_per_us: u64,
+    /// Bytes that a wave may stage in [`Mode::Direct`], before they are landed and the next wave uses the same memory.
+    /// A piece that cannot be cut smaller gets a wave of its own. Everything is one wave in [`Mode::Staged`], and where
+    /// waves would take more reads than the transport allows.
+    pub wave_bytes: u64,
 }
 
 impl Default for LowerOptions {
-    /// Direct, cheapest, and a landing rate of 4 GB/s: one ordinary core.
+    /// Direct, cheapest, a landing rate of 4 GB/s, which is one ordinary core, and waves of 8 MiB: small enough for a
+    /// cache, large enough that posting them costs nothing.
     fn default() -> Self {
-        Self { mode: Mode::default(), policy: Policy::default(), landing_bytes_per_us: 4_000 }
+        Self {
+            mode: Mode::default(),
+            policy: Policy::default(),
+            landing_bytes_per_us: 4_000,
+            wave_bytes: 8 << 20,
+        }
     }
 }
 
@@ -89,6 +103,21 @@ impl LowerOptions {
         self.landing_bytes_per_us = bytes_per_us;
         self
     }
+
+    /// These options with another size of waves, in bytes; `u64::MAX` stages everything at once.
+    #[must_use]
+    pub fn with_wave_bytes(mut self, bytes: u64) -> Self {
+        self.wave_bytes = bytes;
+        self
+    }
+
+    /// What a wave may stage: live parameters that must stay as they are until everything has arrived allow one only.
+    fn wave_limit(&self) -> u64 {
+        match self.mode {
+            Mode::Direct => self.wave_bytes,
+            Mode::Staged => u64::MAX,
+        }
+    }
 }
 
 /// Turns a plan into reads, landing copies and fills for a transport of these capabilities.
@@ -105,39 +134,59 @@ pub fn lower(
     options: &LowerOptions,
 ) -> Result<Program, LowerError> {
     let mut groups = group(plan, capabilities, options)?;
-    limit_reads(&mut groups, capabilities.max_reads)?;
+    match limit_reads(&mut groups, capabilities.max_reads) {
+        // Cutting to waves takes more reads: where they are too many, memory gives way.
+        Err(LowerError::TooManyReads { .. }) if options.wave_limit() != u64::MAX => {
+            return lower(plan, capabilities, &options.with_wave_bytes(u64::MAX));
+        }
+        result => result?,
+    }
 
     let mut out = Emitter {
         strided: capabilities.strided_reads,
-        reads: Vec::new(),
-        landings: Vec::new(),
-        staged: 0,
+        limit: options.wave_limit(),
+        stager: Stager::new(options.wave_limit()),
+        waves: vec![WaveParts::default()],
     };
-    for group in &groups {
-        out.emit(group)?;
+    for of_target in groups.chunk_by(|a, b| a.chosen().target == b.chosen().target) {
+        out.emit(of_target)?;
     }
-    // Grouped by source, in target order within one: a transport posts one batch per peer.
-    out.reads.sort_by_key(|read| read.source);
     let choices: Vec<Choice> = groups.iter().map(Group::chosen).collect();
+    let (mut reads, mut landings) = (Vec::new(), Vec::new());
+    let mut waves = Vec::with_capacity(out.waves.len());
+    for mut wave in out.waves {
+        // Grouped by source, in target order within one: a transport posts one batch per peer.
+        wave.reads.sort_by_key(|read| read.source);
+        reads.append(&mut wave.reads);
+        landings.append(&mut wave.landings);
+        waves.push((reads.len(), landings.len()));
+    }
     Ok(Program {
-        hash: hash(plan, capabilities, &choices),
+        hash: hash(plan, capabilities, options, &choices),
         plan_hash: plan.hash(),
         sources: plan.sources().clone(),
         targets: plan.targets().clone(),
-        wire_bytes: out.reads.iter().map(Read::bytes).sum(),
+        wire_bytes: reads.iter().map(Read::bytes).sum(),
         needed_bytes: plan.coverage().needed_bytes,
-        reads: out.reads,
-        landings: out.landings,
+        reads,
+        landings,
+        waves,
         fills: plan.fills().to_vec(),
         choices,
-        staging_bytes: out.staged,
+        staging_bytes: out.stager.most,
     })
 }
 
-fn hash(plan: &Plan, capabilities: &Capabilities, choices: &[Choice]) -> crate::Hash {
+fn hash(
+    plan: &Plan,
+    capabilities: &Capabilities,
+    options: &LowerOptions,
+    choices: &[Choice],
+) -> crate::Hash {
     let mut encoder = Encoder::new(HASH_CONTEXT);
     encoder.bytes(plan.hash().as_bytes());
     encoder.u64(u64::from(capabilities.strided_reads));
+    encoder.u64(options.wave_limit());
     encoder.len(choices.len());
     for choice in choices {
         encoder.u64(match choice.method {
@@ -152,21 +201,9 @@ fn hash(plan: &Plan, capabilities: &Capabilities, choices: &[Choice]) -> crate::
 /// The segments between one source and one target parameter, and the forms they may take, cheapest first.
 struct Group<'a> {
     segments: Vec<&'a Segment>,
-    spans: Vec<Span>,
+    /// What [`Method::Span`] reads, cut to waves.
+    spans: Vec<Piece>,
     forms: Vec<Choice>,
-}
-
-/// A contiguous range of a source parameter.
-#[derive(Clone, Copy)]
-struct Span {
-    start: u64,
-    end: u64,
-}
-
-impl Span {
-    fn bytes(self) -> u64 {
-        self.end - self.start
-    }
 }
 
 impl Group<'_> {
@@ -200,11 +237,9 @@ fn forms<'a>(
     options: &LowerOptions,
 ) -> Result<Group<'a>, LowerError> {
     let needed: u64 = segments.iter().map(|segment| segment.source_bytes()).sum();
-    let runs = segments.iter().fold(0, |runs: u64, segment| {
-        runs.saturating_add(if capabilities.strided_reads { 1 } else { segment.dims.runs() })
-    });
-    let spans = spans(&segments, capabilities);
-    let spanned = spans.iter().map(|span| span.bytes()).sum();
+    let limit = options.wave_limit();
+    let spans = spans(&segments, capabilities, limit);
+    let spanned = spans.iter().map(|span| Form::Span.bytes(span)).sum();
     let (source, target) = (segments[0].source, segments[0].target);
     let choice = |method, reads: u64, wire_bytes, landed| Choice {
         source,
@@ -219,13 +254,20 @@ fn forms<'a>(
             .saturating_add(nanoseconds(landed, options.landing_bytes_per_us)),
     };
 
+    let reads = |pieces: &[&Segment]| {
+        pieces.iter().fold(0, |reads: u64, segment| {
+            let each = if capabilities.strided_reads { 1 } else { segment.dims.runs() };
+            reads.saturating_add(each)
+        })
+    };
     let copies_only = segments.iter().all(|segment| segment.transform == Transform::Copy);
-    let mut forms = Vec::with_capacity(3);
+    let mut forms = Vec::with_capacity(2);
     if copies_only && options.mode == Mode::Direct {
-        forms.push(choice(Method::Direct, runs, needed, 0));
-    }
-    if options.policy != Policy::ReadPerRun || options.mode == Mode::Staged {
-        forms.push(choice(Method::Packed, runs, needed, needed));
+        forms.push(choice(Method::Direct, reads(&segments), needed, 0));
+    } else if options.policy != Policy::ReadPerRun || options.mode == Mode::Staged {
+        let pieces = packed(&segments, limit);
+        let pieces: Vec<&Segment> = pieces.iter().flatten().collect();
+        forms.push(choice(Method::Packed, reads(&pieces), needed, needed));
     }
     let span_allowed = match options.policy {
         Policy::Cheapest => true,
@@ -244,29 +286,37 @@ fn forms<'a>(
     Ok(Group { segments, spans, forms })
 }
 
-/// The source ranges that cover all segments, neighbours joined where reading the gap costs less than another read.
-fn spans(segments: &[&Segment], capabilities: &Capabilities) -> Vec<Span> {
-    let mut spans: Vec<Span> = segments
-        .iter()
-        .map(|segment| {
-            let start = segment.source_offset;
-            Span { start, end: start.saturating_add(segment.dims.source_extent(segment.run)) }
-        })
-        .collect();
-    spans.sort_by_key(|span| span.start);
-    let mut joined: Vec<Span> = Vec::with_capacity(spans.len());
-    for span in spans {
-        match joined.last_mut() {
-            Some(last)
-                if nanoseconds(span.start.saturating_sub(last.end), capabilities.bytes_per_us)
-                    <= capabilities.ns_per_read =>
-            {
-                last.end = last.end.max(span.end);
-            }
-            _ => joined.push(span),
+/// The source ranges that cover all segments, neighbours joined where reading the gap costs less than another read,
+/// cut to waves.
+fn spans(segments: &[&Segment], capabilities: &Capabilities, limit: u64) -> Vec<Piece> {
+    let mut sorted = segments.to_vec();
+    sorted.sort_by_key(|segment| segment.source_offset);
+    let mut spans: Vec<Piece> = Vec::new();
+    let mut end = 0;
+    for segment in sorted {
+        let (start, segment_end) = stage::range(core::slice::from_ref(segment));
+        let near = nanoseconds(start.saturating_sub(end), capabilities.bytes_per_us)
+            <= capabilities.ns_per_read;
+        match spans.last_mut() {
+            Some(last) if near => last.push(segment.clone()),
+            _ => spans.push(vec![segment.clone()]),
         }
+        end = segment_end.max(end);
     }
-    joined
+    let mut pieces = Vec::with_capacity(spans.len());
+    for span in spans {
+        stage::cut(span, Form::Span, limit, &mut pieces);
+    }
+    pieces
+}
+
+/// The segments one by one, cut to waves.
+fn packed(segments: &[&Segment], limit: u64) -> Vec<Piece> {
+    let mut pieces = Vec::with_capacity(segments.len());
+    for &segment in segments {
+        stage::cut(vec![segment.clone()], Form::Packed, limit, &mut pieces);
+    }
+    pieces
 }
 
 fn nanoseconds(bytes: u64, bytes_per_us: u64) -> u64 {
@@ -298,97 +348,120 @@ fn limit_reads(groups: &mut [Group<'_>], max: u64) -> Result<(), LowerError> {
     if reads <= max { Ok(()) } else { Err(LowerError::TooManyReads { reads, max }) }
 }
 
-struct Emitter {
-    strided: bool,
+#[derive(Default)]
+struct WaveParts {
     reads: Vec<Read>,
     landings: Vec<Landing>,
-    staged: u64,
+}
+
+struct Emitter {
+    strided: bool,
+    limit: u64,
+    stager: Stager,
+    /// Never empty.
+    waves: Vec<WaveParts>,
 }
 
 impl Emitter {
-    fn emit(&mut self, group: &Group<'_>) -> Result<(), LowerError> {
-        match group.chosen().method {
-            Method::Direct => {
-                for segment in &group.segments {
-                    let Segment {
-                        source, target, source_offset, target_offset, run, ref dims, ..
-                    } = **segment;
-                    let to = |offset| Destination::Live { target, offset: target_offset + offset };
-                    self.read(source, source_offset, run, dims, to);
+    /// Emits everything that one target parameter gets.
+    fn emit(&mut self, groups: &[Group<'_>]) -> Result<(), LowerError> {
+        let mut staged: Vec<(Form, Piece)> = Vec::new();
+        for group in groups {
+            match group.chosen().method {
+                Method::Direct => {
+                    for segment in &group.segments {
+                        let Segment { target, target_offset, .. } = **segment;
+                        let to =
+                            |offset| Destination::Live { target, offset: target_offset + offset };
+                        self.read(0, segment, &segment.dims, to);
+                    }
+                }
+                Method::Packed => {
+                    let pieces = packed(&group.segments, self.limit);
+                    staged.extend(pieces.into_iter().map(|piece| (Form::Packed, piece)));
+                }
+                Method::Span => {
+                    staged.extend(group.spans.iter().map(|piece| (Form::Span, piece.clone())));
                 }
             }
-            Method::Packed => {
-                for segment in &group.segments {
-                    let Segment { source, source_offset, run, ref dims, .. } = **segment;
-                    let base = self.reserve(segment.source_bytes())?;
+        }
+        // In the order of the target: what several sources bring to one place is landed together.
+        staged.sort_by_key(|(_, piece)| {
+            piece.iter().map(|segment| (segment.target_offset, segment.source)).min()
+        });
+        for (form, piece) in &staged {
+            self.stage(*form, piece)?;
+        }
+        Ok(())
+    }
+
+    fn stage(&mut self, form: Form, piece: &[Segment]) -> Result<(), LowerError> {
+        let (wave, base) = self.stager.place(form.bytes(piece))?;
+        if wave == self.waves.len() {
+            self.waves.push(WaveParts::default());
+        }
+        match form {
+            Form::Span => {
+                let (start, end) = stage::range(piece);
+                self.waves[wave].reads.push(Read {
+                    source: piece[0].source,
+                    offset: start,
+                    destination: Destination::Staging { offset: base },
+                    run: end - start,
+                    dims: Dims::none(),
+                });
+                for segment in piece {
+                    let from = base + (segment.source_offset - start);
+                    self.land(wave, segment, from, segment.dims.clone());
+                }
+            }
+            Form::Packed => {
+                for segment in piece {
                     // The runs lie in staging in order: the destination strides are those of a dense pattern.
-                    let packed = dims.packed_source(run);
-                    let into: Dims = dims
-                        .as_slice()
-                        .iter()
-                        .zip(packed.as_slice())
+                    let packed = segment.dims.packed_source(segment.run);
+                    let dense = segment.dims.as_slice().iter().zip(packed.as_slice());
+                    let into: Dims = dense
                         .map(|(dim, dense)| crate::Dim {
                             target_stride: dense.source_stride,
                             ..*dim
                         })
                         .collect();
-                    self.read(source, source_offset, run, &into, |offset| Destination::Staging {
+                    self.read(wave, segment, &into, |offset| Destination::Staging {
                         offset: base + offset,
                     });
-                    self.land(segment, base, packed);
-                }
-            }
-            Method::Span => {
-                for span in &group.spans {
-                    let base = self.reserve(span.bytes())?;
-                    let source = group.segments[0].source;
-                    self.reads.push(Read {
-                        source,
-                        offset: span.start,
-                        destination: Destination::Staging { offset: base },
-                        run: span.bytes(),
-                        dims: Dims::none(),
-                    });
-                    let inside = |segment: &&&Segment| {
-                        (span.start..span.end).contains(&segment.source_offset)
-                    };
-                    for segment in group.segments.iter().filter(inside) {
-                        self.land(
-                            segment,
-                            base + (segment.source_offset - span.start),
-                            segment.dims.clone(),
-                        );
-                    }
+                    self.land(wave, segment, base, packed);
                 }
             }
         }
         Ok(())
     }
 
-    /// One strided read where the transport takes it, else one per run.
+    /// One strided read where the transport takes it, else one per run. `dims` has the strides of the destination.
     fn read(
         &mut self,
-        source: u32,
-        offset: u64,
-        run: u64,
+        wave: usize,
+        segment: &Segment,
         dims: &Dims,
         to: impl Fn(u64) -> Destination,
     ) {
+        let Segment { source, source_offset, run, .. } = *segment;
+        let reads = &mut self.waves[wave].reads;
         if self.strided {
-            self.reads.push(Read { source, offset, destination: to(0), run, dims: dims.clone() });
+            let (destination, dims) = (to(0), dims.clone());
+            reads.push(Read { source, offset: source_offset, destination, run, dims });
             return;
         }
-        self.reads.extend(dims.offsets().map(|(from, into)| Read {
+        reads.extend(dims.offsets().map(|(from, into)| Read {
             source,
-            offset: offset + from,
+            offset: source_offset + from,
             destination: to(into),
             run,
             dims: Dims::none(),
         }));
     }
 
-    fn land(&mut self, segment: &Segment, staging_offset: u64, dims: Dims) {
-        self.landings.push(Landing {
+    fn land(&mut self, wave: usize, segment: &Segment, staging_offset: u64, dims: Dims) {
+        self.waves[wave].landings.push(Landing {
             staging_offset,
             target: segment.target,
             offset: segment.target_offset,
@@ -396,15 +469,5 @@ impl Emitter {
             dims,
             transform: segment.transform,
         });
-    }
-
-    fn reserve(&mut self, bytes: u64) -> Result<u64, LowerError> {
-        let base = self
-            .staged
-            .checked_next_multiple_of(STAGING_ALIGN)
-            .ok_or(LowerError::StagingTooLarge)?;
-        let end = base.checked_add(bytes).filter(|end| i64::try_from(*end).is_ok());
-        self.staged = end.ok_or(LowerError::StagingTooLarge)?;
-        Ok(base)
     }
 }

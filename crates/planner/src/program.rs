@@ -1,4 +1,4 @@
-//! What a target does in one refit: reads, then landing copies, then fills.
+//! What a target does in one refit: wave after wave of reads and the landing copies of what they brought, then fills.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -16,7 +16,7 @@ pub enum Destination {
         /// Byte offset in the parameter.
         offset: u64,
     },
-    /// In the staging area.
+    /// In the staging area, which every wave uses anew.
     Staging {
         /// Byte offset in the staging area.
         offset: u64,
@@ -94,6 +94,18 @@ pub struct Choice {
     pub cost_ns: u64,
 }
 
+/// Reads that are posted together, and the landing copies to run when all of them have settled, before the next wave's
+/// reads are posted: those use the same staging memory.
+///
+/// Reads into live parameters are all in the first wave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wave<'a> {
+    /// Grouped by source rank. No two of them write the same byte.
+    pub reads: &'a [Read],
+    /// Sorted by target. No two of them write the same byte, nor one that a read writes.
+    pub landings: &'a [Landing],
+}
+
 /// A plan in the form a transport executes. Offsets only: addresses enter when it is bound to registered regions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Program {
@@ -103,6 +115,8 @@ pub struct Program {
     pub(crate) targets: Arc<[TargetParam]>,
     pub(crate) reads: Vec<Read>,
     pub(crate) landings: Vec<Landing>,
+    /// Where each wave ends among the reads and among the landings. Never empty.
+    pub(crate) waves: Vec<(usize, usize)>,
     pub(crate) fills: Vec<Fill>,
     pub(crate) choices: Vec<Choice>,
     pub(crate) staging_bytes: u64,
@@ -135,13 +149,33 @@ impl Program {
         &self.targets
     }
 
-    /// The reads, grouped by source rank. No two of them write the same byte.
+    /// The waves, in the order in which they have to run; at least one.
+    pub fn waves(&self) -> impl ExactSizeIterator<Item = Wave<'_>> {
+        (0..self.waves.len()).map(|index| self.wave(index))
+    }
+
+    /// One wave.
+    ///
+    /// # Panics
+    /// When there are not so many.
+    #[must_use]
+    pub fn wave(&self, index: usize) -> Wave<'_> {
+        let (reads, landings) = self.waves[index];
+        let (first_read, first_landing) =
+            index.checked_sub(1).map_or((0, 0), |before| self.waves[before]);
+        Wave {
+            reads: &self.reads[first_read..reads],
+            landings: &self.landings[first_landing..landings],
+        }
+    }
+
+    /// The reads of all waves, one wave after the other.
     #[must_use]
     pub fn reads(&self) -> &[Read] {
         &self.reads
     }
 
-    /// The landing copies, sorted by target, to run after every read has settled.
+    /// The landing copies of all waves, one wave after the other.
     #[must_use]
     pub fn landings(&self) -> &[Landing] {
         &self.landings
@@ -159,7 +193,7 @@ impl Program {
         &self.choices
     }
 
-    /// Bytes of staging memory.
+    /// Bytes of staging memory: what the largest wave stages.
     #[must_use]
     pub fn staging_bytes(&self) -> u64 {
         self.staging_bytes

@@ -3,15 +3,26 @@
 
 use std::collections::BTreeMap;
 
-use refit_planner::{Destination, Dims, Program};
+use refit_planner::{Destination, Dims, Program, Read, Wave};
 use refit_pool::{Memory, MemoryKind, Region};
 use refit_transport::{LocalRange, ReadOp, RemoteRange};
 
 use crate::error::RefitError;
-use crate::publication::{Publication, PublishedRegion};
+use crate::publication::{Place, Publication, PublishedRegion};
 
-/// A program's reads, by source rank, ready to be prepared.
-pub(crate) type Batches = BTreeMap<u32, Vec<ReadOp>>;
+/// The reads from one source rank in one wave, ready to be prepared.
+#[derive(Debug)]
+pub(crate) struct Batch {
+    /// The source rank.
+    pub(crate) rank: u32,
+    pub(crate) reads: Vec<ReadOp>,
+}
+
+/// How many batches [`bind`] makes of a wave: one for every rank it reads from.
+pub(crate) fn batches_of(program: &Program, wave: Wave<'_>) -> usize {
+    let rank = |read: &Read| program.sources()[read.source as usize].rank;
+    wave.reads.chunk_by(|a, b| rank(a) == rank(b)).count()
+}
 
 /// Registered ranges on one side, to keep every read inside one of them.
 struct Pieces(Vec<(MemoryKind, u64, u64)>);
@@ -31,7 +42,8 @@ impl Pieces {
     }
 }
 
-/// Binds every read of `program`. `live` is in the order of the program's targets; `registered` are the local pieces.
+/// Binds every read of `program`, wave after wave and, in a wave, in the order of the ranks. `live` is in the order of
+/// the program's targets; `registered` are the local pieces.
 ///
 /// Reads that continue each other on both sides become one, and reads that cross the border of a registration are
 /// cut there.
@@ -41,58 +53,84 @@ pub(crate) fn bind(
     live: &[Memory],
     staging: Option<&Region>,
     registered: &[Region],
-) -> Result<Batches, RefitError> {
+) -> Result<Vec<Batch>, RefitError> {
     let local = Pieces::new(
         registered.iter().map(|region| (region.kind(), region.address(), region.len())),
     );
-    let mut batches = Batches::new();
-    for of_source in program.reads().chunk_by(|a, b| a.source == b.source) {
-        let source = &program.sources()[of_source[0].source as usize];
-        let publication = publications
-            .iter()
-            .find(|publication| publication.rank() == source.rank)
-            .ok_or(RefitError::MissingPublication { rank: source.rank })?;
-        let unknown =
-            || RefitError::UnknownSourceParam { rank: source.rank, param: source.name.to_string() };
-        let place = publication.place(&source.name).ok_or_else(unknown)?;
-        let reads = batches.entry(source.rank).or_default();
-        for read in of_source {
-            let (address, kind) = match read.destination {
-                Destination::Live { target, offset } => {
-                    let memory = &live[target as usize];
-                    (memory.address() + offset, memory.kind())
-                }
-                Destination::Staging { offset } => {
-                    let arena = staging.ok_or(RefitError::NoStaging)?;
-                    (arena.address() + offset, arena.kind())
-                }
-                _ => {
-                    return Err(RefitError::Unsupported {
-                        what: "a read destination that this release does not know",
-                    });
-                }
-            };
-            reads.push(ReadOp {
-                from: RemoteRange {
-                    address: place.address + read.offset,
-                    len: read.dims.source_extent(read.run),
-                    kind: place.kind(),
-                },
-                into: LocalRange { address, len: read.dims.target_extent(read.run), kind },
-                run: read.run,
-                dims: read.dims.clone(),
-            });
+    let remote: BTreeMap<u32, Pieces> = publications
+        .iter()
+        .map(|publication| {
+            let regions = publication.regions().iter();
+            let pieces = regions.map(|region| (kind(region), region.address, region.len));
+            (publication.rank(), Pieces::new(pieces))
+        })
+        .collect();
+    let places = places(program, publications)?;
+    let rank = |read: &Read| program.sources()[read.source as usize].rank;
+    let mut batches = Vec::new();
+    for wave in program.waves() {
+        for of_rank in wave.reads.chunk_by(|a, b| rank(a) == rank(b)) {
+            let rank = rank(&of_rank[0]);
+            let missing = RefitError::MissingPublication { rank };
+            let remote = remote.get(&rank).ok_or(missing)?;
+            let mut reads = Vec::with_capacity(of_rank.len());
+            for read in of_rank {
+                reads.push(operation(read, places[read.source as usize], live, staging)?);
+            }
+            join(&mut reads);
+            batches.push(Batch { rank, reads: cut(reads, &local, remote)? });
         }
     }
-    for (rank, reads) in &mut batches {
-        let publication = publications.iter().find(|publication| publication.rank() == *rank);
-        let regions = publication.map_or(&[][..], Publication::regions);
-        let remote =
-            Pieces::new(regions.iter().map(|region| (kind(region), region.address, region.len)));
-        join(reads);
-        *reads = cut(std::mem::take(reads), &local, &remote)?;
-    }
     Ok(batches)
+}
+
+/// Where each source parameter of the program lies in its rank's memory.
+fn places(program: &Program, publications: &[Publication]) -> Result<Vec<Place>, RefitError> {
+    let mut places = Vec::with_capacity(program.sources().len());
+    for of_rank in program.sources().chunk_by(|a, b| a.rank == b.rank) {
+        let rank = of_rank[0].rank;
+        let publication = publications.iter().find(|publication| publication.rank() == rank);
+        let publication = publication.ok_or(RefitError::MissingPublication { rank })?;
+        for source in of_rank {
+            let unknown =
+                || RefitError::UnknownSourceParam { rank, param: source.name.to_string() };
+            places.push(publication.place(&source.name).ok_or_else(unknown)?);
+        }
+    }
+    Ok(places)
+}
+
+fn operation(
+    read: &Read,
+    place: Place,
+    live: &[Memory],
+    staging: Option<&Region>,
+) -> Result<ReadOp, RefitError> {
+    let (address, kind) = match read.destination {
+        Destination::Live { target, offset } => {
+            let memory = &live[target as usize];
+            (memory.address() + offset, memory.kind())
+        }
+        Destination::Staging { offset } => {
+            let arena = staging.ok_or(RefitError::NoStaging)?;
+            (arena.address() + offset, arena.kind())
+        }
+        _ => {
+            return Err(RefitError::Unsupported {
+                what: "a read destination that this release does not know",
+            });
+        }
+    };
+    Ok(ReadOp {
+        from: RemoteRange {
+            address: place.address + read.offset,
+            len: read.dims.source_extent(read.run),
+            kind: place.kind(),
+        },
+        into: LocalRange { address, len: read.dims.target_extent(read.run), kind },
+        run: read.run,
+        dims: read.dims.clone(),
+    })
 }
 
 fn kind(region: &PublishedRegion) -> MemoryKind {

@@ -1,11 +1,11 @@
-//! Landing in host memory: every parameter's copies and fills, parameters shared out among threads.
+//! Landing in host memory: a wave's copies, parameters shared out among threads where there is enough to do; and fills.
 
 use std::num::NonZero;
 use std::thread;
 
-use refit_planner::{Fill, Landing, Program};
-use refit_pool::Memory;
-use refit_translate::host;
+use refit_planner::{Fill, Landing, TargetParam, Transform};
+use refit_pool::{Memory, copy_runs};
+use refit_translate::host::{self, LandError};
 
 use crate::error::RefitError;
 
@@ -19,18 +19,18 @@ const MOST_THREADS: usize = 4;
 struct Work<'a> {
     name: &'a str,
     landings: &'a [Landing],
-    fills: &'a [Fill],
     memory: &'a mut Memory,
     bytes: u64,
 }
 
-/// Carries out all landing copies and fills of `program`. `live` is in the order of its targets.
+/// Carries out the landing copies of a wave. `live` is in the order of `targets`.
 pub(crate) fn land(
-    program: &Program,
+    landings: &[Landing],
     staging: &[u8],
+    targets: &[TargetParam],
     live: &mut [Memory],
 ) -> Result<(), RefitError> {
-    let mut work = work(program, live)?;
+    let mut work = work(landings, targets, live)?;
     let total: u64 = work.iter().map(|work| work.bytes).sum();
     let threads = usize::try_from(total / BYTES_WORTH_A_THREAD)
         .unwrap_or(MOST_THREADS)
@@ -62,44 +62,60 @@ pub(crate) fn land(
     })
 }
 
-fn work<'a>(program: &'a Program, live: &'a mut [Memory]) -> Result<Vec<Work<'a>>, RefitError> {
-    let (mut landings, mut fills) = (program.landings(), program.fills());
+/// Writes the zeros. `live` is in the order of `targets`.
+pub(crate) fn fill(
+    fills: &[Fill],
+    targets: &[TargetParam],
+    live: &mut [Memory],
+) -> Result<(), RefitError> {
+    for fill in fills {
+        let target = fill.target as usize;
+        host::fill(fill, host_bytes(&mut live[target], &targets[target].name)?)?;
+    }
+    Ok(())
+}
+
+fn work<'a>(
+    landings: &'a [Landing],
+    targets: &'a [TargetParam],
+    live: &'a mut [Memory],
+) -> Result<Vec<Work<'a>>, RefitError> {
     let mut work = Vec::new();
-    for (target, memory) in live.iter_mut().enumerate() {
-        let of_this = |other: u32| other as usize == target;
-        let (mine, rest) = landings
-            .split_at(landings.iter().take_while(|landing| of_this(landing.target)).count());
-        landings = rest;
-        let (filled, rest) =
-            fills.split_at(fills.iter().take_while(|fill| of_this(fill.target)).count());
-        fills = rest;
-        if mine.is_empty() && filled.is_empty() {
-            continue;
-        }
-        let landed = mine.iter().map(|landing| landing.run.saturating_mul(landing.dims.runs()));
-        let bytes = landed.chain(filled.iter().map(Fill::bytes)).sum();
-        let name = &program.targets()[target].name;
-        work.push(Work { name, landings: mine, fills: filled, memory, bytes });
+    let mut rest = live.iter_mut().enumerate();
+    for landings in landings.chunk_by(|a, b| a.target == b.target) {
+        let target = landings[0].target as usize;
+        let (_, memory) =
+            rest.find(|(index, _)| *index == target).ok_or(RefitError::Unsupported {
+                what: "a program whose landing copies are not in the order of its targets",
+            })?;
+        let landed = landings.iter().map(|landing| landing.run.saturating_mul(landing.dims.runs()));
+        let (name, bytes) = (&targets[target].name, landed.sum());
+        work.push(Work { name, landings, memory, bytes });
     }
-    if landings.is_empty() && fills.is_empty() {
-        return Ok(work);
-    }
-    Err(RefitError::Unsupported {
-        what: "a program whose landing copies are not in the order of its targets",
-    })
+    Ok(work)
 }
 
 fn carry_out(work: &mut [Work<'_>], staging: &[u8]) -> Result<(), RefitError> {
-    for Work { name, landings, fills, memory, .. } in work {
-        let param = memory
-            .host_bytes_mut()
-            .ok_or_else(|| RefitError::NotHost { param: (*name).to_owned() })?;
+    for Work { name, landings, memory, .. } in work {
+        let param = host_bytes(memory, name)?;
         for landing in *landings {
-            host::land(landing, staging, param)?;
-        }
-        for fill in *fills {
-            host::fill(fill, param)?;
+            match landing.transform {
+                Transform::Copy => copy(landing, staging, param)?,
+                _ => host::land(landing, staging, param)?,
+            }
         }
     }
     Ok(())
+}
+
+/// A landing copy that converts nothing, past the caches: the engine reads its parameters later, and all of them.
+fn copy(landing: &Landing, staging: &[u8], param: &mut [u8]) -> Result<(), LandError> {
+    let (staged, held) = (staging.len() as u64, param.len() as u64);
+    // A run of more bytes than there are addresses is outside of either, and refused before it is copied.
+    let run = usize::try_from(landing.run).unwrap_or(usize::MAX);
+    copy_runs(staging, param, run, |copy| host::each_run(landing, staged, held, copy))
+}
+
+fn host_bytes<'m>(memory: &'m mut Memory, param: &str) -> Result<&'m mut [u8], RefitError> {
+    memory.host_bytes_mut().ok_or_else(|| RefitError::NotHost { param: param.to_owned() })
 }

@@ -7,6 +7,7 @@
 //! ```
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,10 +16,11 @@ use refit_planner::{
 };
 use refit_pool::Memory;
 use refit_transport::{
-    Peer, Progress, Pull, PullError, Transport, TransportError, TransportLease, TransportPool,
+    Peer, Progress, Pull, PullError, Settled, Transport, TransportError, TransportLease,
+    TransportPool,
 };
 
-use crate::bind;
+use crate::bind::{self, Batch};
 use crate::error::RefitError;
 use crate::land;
 use crate::memory::in_layout_order;
@@ -60,14 +62,32 @@ pub struct Prepared<T: Transport> {
     lease: TransportLease<T>,
 }
 
-/// A refit whose reads are under way. Its memory cannot be reached until they have settled.
+/// A refit whose reads are under way, wave after wave: what a wave has staged is landed before the next is posted. Its
+/// memory cannot be reached until all of them have settled.
 ///
 /// Dropping it leaks that memory, loudly: a NIC may still write it.
 #[derive(Debug)]
 pub struct Pulling<T: Transport> {
-    pull: Pull<T>,
+    /// Absent only inside a method.
+    reading: Option<Reading<T>>,
     refit: Refit<T>,
-    started: Instant,
+}
+
+/// Where the waves of a refit stand.
+#[derive(Debug)]
+enum Reading<T: Transport> {
+    /// The reads of a wave are under way.
+    UnderWay(Pull<T>),
+    /// All waves have arrived, and all but the last have landed.
+    Arrived(TransportLease<T>),
+    /// No read is under way that could be waited for.
+    Stopped(Stop<T>),
+}
+
+#[derive(Debug)]
+enum Stop<T: Transport> {
+    Pull(PullError<T>),
+    Landing(RefitError),
 }
 
 /// A refit whose bytes have all arrived.
@@ -155,6 +175,12 @@ struct Refit<T: Transport> {
     program: Arc<Program>,
     report: Report,
     began: Instant,
+    /// When the first read was posted.
+    started: Instant,
+    /// The wave that is read, or was read last.
+    wave: usize,
+    /// The lease's batches of that wave.
+    batches: Range<usize>,
 }
 
 impl<T: Transport> Target<T> {
@@ -268,58 +294,69 @@ impl<T: Transport> Prepared<T> {
         }
     }
 
-    /// Posts every read. In [`Mode::Direct`] live parameters change from here on.
+    /// Posts the reads of the first wave. In [`Mode::Direct`] live parameters change from here on.
     ///
     /// # Errors
     /// [`RefitError::Transport`] when a peer's reads could not be posted; those that were have settled.
     pub fn pull(self) -> Result<Pulling<T>, Failed<Unfinished<T>>> {
         let Self { mut refit, lease } = self;
-        let started = Instant::now();
-        let live = std::mem::take(&mut refit.inner.live);
-        match Pull::start(refit.inner.transport.clone(), lease, live) {
-            Ok(pull) => Ok(Pulling { pull, refit, started }),
-            Err(error) => Err(unfinished(refit, error, started)),
+        refit.started = Instant::now();
+        match refit.post(lease) {
+            Reading::Stopped(stop) => Err(refit.stopped(stop)),
+            reading => Ok(Pulling { reading: Some(reading), refit }),
         }
     }
 }
 
 impl<T: Transport> Pulling<T> {
-    /// Whether every read has settled. Never waits.
+    /// Whether every read has settled. Never waits: it looks at the wave that is under way and, if that has arrived,
+    /// lands it and posts the next.
     pub fn poll(&mut self) -> Progress {
-        self.pull.poll()
+        match self.reading.take() {
+            Some(Reading::UnderWay(mut pull)) => {
+                let reading = match pull.poll() {
+                    Progress::Pending => Reading::UnderWay(pull),
+                    Progress::Done | Progress::Failed => self.refit.advance(pull.finish()),
+                };
+                self.reading = Some(reading);
+            }
+            other => self.reading = other,
+        }
+        match self.reading {
+            Some(Reading::UnderWay(_)) => Progress::Pending,
+            Some(Reading::Arrived(_)) => Progress::Done,
+            Some(Reading::Stopped(_)) | None => Progress::Failed,
+        }
     }
 
     /// Waits until every read has settled, at most until `deadline`.
     ///
     /// # Errors
     /// [`RefitError::Deadline`] gives the pull back, still owning its memory; [`RefitError::Transport`] means that
-    /// every read has settled and at least one failed.
+    /// every read has settled and at least one failed; [`RefitError::NotHost`] and [`RefitError::Land`] that a wave
+    /// could not be landed.
     pub fn wait(self, deadline: Instant) -> Result<Pulled<T>, Failed<Unfinished<T>>> {
-        let Self { pull, mut refit, started } = self;
-        match pull.wait(deadline) {
-            Ok(settled) => {
-                refit.report.pull = started.elapsed();
-                refit.inner.live = settled.live;
-                Ok(Pulled { refit, lease: settled.lease })
-            }
-            Err(error) => Err(unfinished(refit, error, started)),
+        let Self { mut reading, mut refit } = self;
+        loop {
+            reading = match reading {
+                Some(Reading::UnderWay(pull)) => Some(refit.advance(pull.wait(deadline))),
+                Some(Reading::Arrived(lease)) => return Ok(Pulled { refit, lease }),
+                Some(Reading::Stopped(stop)) => return Err(refit.stopped(stop)),
+                None => unreachable!("methods leave the reading behind them"),
+            };
         }
     }
 }
 
 impl<T: Transport> Pulled<T> {
-    /// Copies staged bytes to their places, converting elements on the way, and writes the fills.
+    /// Copies what the last wave staged to its place, converting elements on the way, and writes the fills.
     ///
     /// # Errors
     /// [`RefitError::NotHost`] for parameters the processor cannot write.
     pub fn land(self) -> Result<Landed<T>, Failed<InvalidTarget<T>>> {
         let Self { mut refit, lease } = self;
-        let started = Instant::now();
-        match land(&refit.program, &lease, &mut refit.inner.live) {
-            Ok(()) => {
-                refit.report.land = started.elapsed();
-                Ok(Landed { refit, lease })
-            }
+        match refit.land(&lease).and_then(|()| refit.fill()) {
+            Ok(()) => Ok(Landed { refit, lease }),
             Err(error) => Err(Failed { error, state: InvalidTarget(refit.inner) }),
         }
     }
@@ -336,67 +373,109 @@ impl<T: Transport> Landed<T> {
     }
 }
 
-/// What a pull that did not end well leaves behind.
-fn unfinished<T: Transport>(
-    mut refit: Refit<T>,
-    error: PullError<T>,
-    started: Instant,
-) -> Failed<Unfinished<T>> {
-    let first = |errors: Vec<TransportError>| {
-        errors.into_iter().next().map_or(
-            RefitError::Unsupported { what: "a pull that failed for no reason" },
-            Into::into,
-        )
-    };
-    let (error, live, touched) = match error {
-        PullError::Deadline { pull } => {
-            let error = RefitError::Deadline {
-                agent: refit.inner.transport.agent().to_owned(),
-                waited: started.elapsed(),
-            };
-            return Failed {
-                error,
-                state: Unfinished::Pulling(Box::new(Pulling { pull: *pull, refit, started })),
-            };
+impl<T: Transport> Refit<T> {
+    /// Posts the reads of the current wave.
+    fn post(&mut self, lease: TransportLease<T>) -> Reading<T> {
+        let first = self.batches.end;
+        self.batches = first..first + bind::batches_of(&self.program, self.program.wave(self.wave));
+        let live = std::mem::take(&mut self.inner.live);
+        match Pull::start(self.inner.transport.clone(), lease, live, self.batches.clone()) {
+            Ok(pull) => Reading::UnderWay(pull),
+            Err(error) => Reading::Stopped(Stop::Pull(error)),
         }
-        PullError::Lost { errors, bytes: _ } => {
-            return Failed { error: first(errors), state: Unfinished::Lost };
-        }
-        PullError::Failed { errors, live, .. } => (first(errors), live, true),
-        PullError::NotOwned { batch, len, live, .. } => {
-            (RefitError::NotOwned { batch, len }, live, false)
-        }
-        PullError::Overlap { first, second, live, .. } => {
-            (RefitError::Overlap { first, second }, live, false)
-        }
-        _ => {
-            let error =
-                RefitError::Unsupported { what: "a pull error that this release does not know" };
-            return Failed { error, state: Unfinished::Lost };
-        }
-    };
-    refit.inner.live = live;
-    let wrote_live = touched && refit.inner.options.lower.mode == Mode::Direct;
-    let state = if wrote_live || refit.invalid {
-        Unfinished::Invalid(InvalidTarget(refit.inner))
-    } else {
-        Unfinished::Whole(Target(refit.inner))
-    };
-    Failed { error, state }
-}
+    }
 
-fn land<T: Transport>(
-    program: &Program,
-    lease: &TransportLease<T>,
-    live: &mut [Memory],
-) -> Result<(), RefitError> {
-    let staging = match lease.arenas() {
-        [] => &[][..],
-        [arena, ..] => {
-            arena.host_bytes().ok_or_else(|| RefitError::NotHost { param: "staging".to_owned() })?
+    /// Goes on after a wave's reads have ended, or a deadline has.
+    fn advance(&mut self, ended: Result<Settled<T>, PullError<T>>) -> Reading<T> {
+        let lease = match ended {
+            Ok(Settled { lease, live, .. }) => {
+                self.inner.live = live;
+                lease
+            }
+            Err(error) => return Reading::Stopped(Stop::Pull(error)),
+        };
+        if self.wave + 1 == self.program.waves().len() {
+            self.report.pull = self.started.elapsed().saturating_sub(self.report.land);
+            return Reading::Arrived(lease);
         }
-    };
-    land::land(program, staging, live)
+        if let Err(error) = self.land(&lease) {
+            return Reading::Stopped(Stop::Landing(error));
+        }
+        self.wave += 1;
+        self.post(lease)
+    }
+
+    /// Lands what the current wave has staged.
+    fn land(&mut self, lease: &TransportLease<T>) -> Result<(), RefitError> {
+        let started = Instant::now();
+        let staging = match lease.arenas() {
+            [] => &[][..],
+            [arena, ..] => arena
+                .host_bytes()
+                .ok_or_else(|| RefitError::NotHost { param: "staging".to_owned() })?,
+        };
+        let landings = self.program.wave(self.wave).landings;
+        land::land(landings, staging, self.program.targets(), &mut self.inner.live)?;
+        self.report.land += started.elapsed();
+        Ok(())
+    }
+
+    fn fill(&mut self) -> Result<(), RefitError> {
+        let started = Instant::now();
+        land::fill(self.program.fills(), self.program.targets(), &mut self.inner.live)?;
+        self.report.land += started.elapsed();
+        Ok(())
+    }
+
+    /// What reading that did not end well leaves behind.
+    fn stopped(mut self, stop: Stop<T>) -> Failed<Unfinished<T>> {
+        let first = |errors: Vec<TransportError>| {
+            errors.into_iter().next().map_or(
+                RefitError::Unsupported { what: "a pull that failed without a reason" },
+                RefitError::Transport,
+            )
+        };
+        // Whether the wave at hand may have written something.
+        let (error, live, touched) = match stop {
+            Stop::Landing(error) => (error, None, true),
+            Stop::Pull(PullError::Deadline { pull }) => {
+                let error = RefitError::Deadline {
+                    agent: self.inner.transport.agent().to_owned(),
+                    waited: self.started.elapsed(),
+                };
+                let reading = Some(Reading::UnderWay(*pull));
+                let state = Unfinished::Pulling(Box::new(Pulling { reading, refit: self }));
+                return Failed { error, state };
+            }
+            Stop::Pull(PullError::Lost { errors, bytes: _ }) => {
+                return Failed { error: first(errors), state: Unfinished::Lost };
+            }
+            Stop::Pull(PullError::Failed { errors, live, .. }) => (first(errors), Some(live), true),
+            Stop::Pull(PullError::NotOwned { batch, len, live, .. }) => {
+                (RefitError::NotOwned { batch, len }, Some(live), false)
+            }
+            Stop::Pull(PullError::Overlap { first, second, live, .. }) => {
+                (RefitError::Overlap { first, second }, Some(live), false)
+            }
+            Stop::Pull(_) => {
+                let what = "a pull error that this release does not know";
+                let error = RefitError::Unsupported { what };
+                return Failed { error, state: Unfinished::Lost };
+            }
+        };
+        if let Some(live) = live {
+            self.inner.live = live;
+        }
+        // Earlier waves have landed; in staged mode there are none.
+        let wrote_live =
+            (touched || self.wave > 0) && self.inner.options.lower.mode == Mode::Direct;
+        let state = if wrote_live || self.invalid {
+            Unfinished::Invalid(InvalidTarget(self.inner))
+        } else {
+            Unfinished::Whole(Target(self.inner))
+        };
+        Failed { error, state }
+    }
 }
 
 type Refused<T> = (RefitError, Box<Inner<T>>);
@@ -415,7 +494,17 @@ fn prepare<T: Transport>(
             report.wire_bytes = program.wire_bytes();
             report.needed_bytes = program.needed_bytes();
             report.staging_bytes = program.staging_bytes();
-            Ok(Prepared { refit: Refit { inner, invalid, program, report, began }, lease })
+            let refit = Refit {
+                inner,
+                invalid,
+                program,
+                report,
+                began,
+                started: began,
+                wave: 0,
+                batches: 0..0,
+            };
+            Ok(Prepared { refit, lease })
         }
         Err(error) => Err((error, inner)),
     }
@@ -445,7 +534,7 @@ impl<T: Transport> Inner<T> {
             let batches =
                 bind::bind(&program, publications, live, arena.as_ref(), build.registered())?;
             let mut prepared = Vec::with_capacity(batches.len());
-            for (rank, reads) in batches {
+            for Batch { rank, reads } in batches {
                 let (_, peer) = peers.get(&rank).ok_or(RefitError::MissingPublication { rank })?;
                 report.prepared_reads += reads.len() as u64;
                 prepared.push(transport.prepare(peer, &reads)?);

@@ -124,6 +124,7 @@ pub fn cases<H: Harness>() -> Vec<Case<H>> {
         strided_reads_where_declared,
         a_batch_posted_again_reads_what_is_there,
         two_peers_at_once,
+        batches_in_turn_into_the_same_memory,
         live_memory_beside_the_arena,
         reads_cross_registrations,
         memory_registered_after_connecting,

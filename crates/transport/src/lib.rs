@@ -44,7 +44,7 @@
 //!     Ok::<_, Box<dyn std::error::Error>>(vec![engine.prepare(&peer, &[read])?])
 //! });
 //!
-//! let pull = Pull::start(Arc::clone(&engine), lease.map_err(|error| error.to_string())?, Vec::new())?;
+//! let pull = Pull::start(Arc::clone(&engine), lease.map_err(|error| error.to_string())?, Vec::new(), ..)?;
 //! let settled = pull.wait(Instant::now() + Duration::from_secs(10))?;
 //! assert!(settled.lease.arenas()[0].host_bytes().unwrap().iter().all(|&byte| byte == 7));
 //! # Ok(()) }

@@ -5,6 +5,7 @@ mod owned;
 mod patience;
 
 use std::fmt;
+use std::ops::{Bound, Range, RangeBounds};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -27,7 +28,9 @@ pub struct Pull<T: Transport> {
     transport: Arc<T>,
     /// `None` once it was given back.
     owned: Option<Owned<T>>,
-    /// One for each batch of the lease.
+    /// The batches of the lease that this pull is about.
+    batches: Range<usize>,
+    /// One for each of them.
     states: Vec<State>,
     errors: Vec<TransportError>,
     stats: PullStats,
@@ -82,22 +85,28 @@ pub struct Settled<T: Transport> {
 }
 
 impl<T: Transport> Pull<T> {
-    /// Posts every batch of the lease, all peers before any is waited for.
+    /// Posts these batches of the lease (`..`: all of them), all peers before any is waited for.
     ///
     /// `live` is the memory outside the lease's arenas that the batches write: live parameters. It is registered by
     /// the lease's entry (`Build::register`).
     ///
     /// # Errors
-    /// [`PullError::NotOwned`] and [`PullError::Overlap`] before anything is posted; [`PullError::Failed`] when a
-    /// post failed and nothing is under way; [`PullError::Lost`] when nothing is under way that could be watched. If
-    /// a post fails while other batches run, no further one is posted and the pull is returned to be waited for.
+    /// [`PullError::NotOwned`], [`PullError::Overlap`] and [`PullError::NoBatch`] before anything is posted;
+    /// [`PullError::Failed`] when a post failed and nothing is under way; [`PullError::Lost`] when nothing is under
+    /// way that could be watched. If a post fails while other batches run, no further one is posted and the pull is
+    /// returned to be waited for.
     pub fn start(
         transport: Arc<T>,
         lease: TransportLease<T>,
         live: Vec<Memory>,
+        batches: impl RangeBounds<usize>,
     ) -> Result<Self, PullError<T>> {
         let owned = Owned { lease, live };
-        let bytes = match owned.check(&transport) {
+        let Some(batches) = inside(batches, owned.lease.prepared().len()) else {
+            let Owned { lease, live } = owned;
+            return Err(PullError::NoBatch { lease: Box::new(lease), live });
+        };
+        let bytes = match owned.check(&transport, batches.clone()) {
             Ok(bytes) => bytes,
             Err(Refusal::NotOwned { batch, len }) => {
                 let Owned { lease, live } = owned;
@@ -108,13 +117,13 @@ impl<T: Transport> Pull<T> {
                 return Err(PullError::Overlap { first, second, lease: Box::new(lease), live });
             }
         };
-        let batches = owned.lease.prepared().len();
         let mut pull = Self {
             transport,
             owned: Some(owned),
-            states: vec![State::Idle; batches],
+            states: vec![State::Idle; batches.len()],
             errors: Vec::new(),
-            stats: PullStats { batches, bytes, ..PullStats::default() },
+            stats: PullStats { batches: batches.len(), bytes, ..PullStats::default() },
+            batches,
             started: Instant::now(),
         };
         pull.post();
@@ -126,10 +135,11 @@ impl<T: Transport> Pull<T> {
 
     fn post(&mut self) {
         let Some(owned) = &mut self.owned else { return };
-        for (batch, state) in owned.lease.prepared_mut().iter_mut().zip(&mut self.states) {
+        let batches = &mut owned.lease.prepared_mut()[self.batches.clone()];
+        for (batch, state) in batches.iter_mut().zip(&mut self.states) {
             // SAFETY: `check` found everything the batch writes inside the lease's arenas and `live`, and written by
-            // no other batch. This pull holds the exclusive handles of both: they are given back only when every
-            // batch has settled, and leaked otherwise.
+            // no other batch of this pull. This pull holds the exclusive handles of both: they are given back only
+            // when every batch has settled, and leaked otherwise.
             let posted = unsafe { self.transport.post(batch) };
             *state = step(posted, &mut self.errors);
             if !self.errors.is_empty() {
@@ -144,7 +154,8 @@ impl<T: Transport> Pull<T> {
     pub fn poll(&mut self) -> Progress {
         let Some(owned) = &mut self.owned else { return Progress::Done };
         let mut pending = false;
-        for (batch, state) in owned.lease.prepared_mut().iter_mut().zip(&mut self.states) {
+        let batches = &mut owned.lease.prepared_mut()[self.batches.clone()];
+        for (batch, state) in batches.iter_mut().zip(&mut self.states) {
             if *state == State::Pending {
                 pending = true;
                 *state = step(self.transport.poll(batch), &mut self.errors);
@@ -224,6 +235,21 @@ impl<T: Transport> Pull<T> {
     }
 }
 
+/// The range as numbers of batches, if there are so many.
+fn inside(batches: impl RangeBounds<usize>, count: usize) -> Option<Range<usize>> {
+    let start = match batches.start_bound() {
+        Bound::Included(&start) => start,
+        Bound::Excluded(&before) => before.checked_add(1)?,
+        Bound::Unbounded => 0,
+    };
+    let end = match batches.end_bound() {
+        Bound::Included(&last) => last.checked_add(1)?,
+        Bound::Excluded(&end) => end,
+        Bound::Unbounded => count,
+    };
+    (start <= end && end <= count).then_some(start..end)
+}
+
 fn step(result: Result<Status, TransportError>, errors: &mut Vec<TransportError>) -> State {
     match result {
         Ok(Status::Pending) => State::Pending,
@@ -244,9 +270,8 @@ impl<T: Transport> Drop for Pull<T> {
             return;
         }
         let mut batches = 0_u64;
-        for (batch, _) in
-            owned.lease.prepared().iter().zip(&self.states).filter(|(_, state)| restless(state))
-        {
+        let posted = owned.lease.prepared()[self.batches.clone()].iter().zip(&self.states);
+        for (batch, _) in posted.filter(|(_, state)| restless(state)) {
             self.transport.suspect(batch);
             batches += 1;
         }

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
+use refit::planner::LowerOptions;
 
 use self::protocol::{Command, Mode, RankReport, Reply};
 use self::rank::RankSetup;
@@ -56,6 +57,9 @@ pub(crate) struct Args {
     /// and no sizes are given)
     #[arg(long)]
     read_per_row: bool,
+    /// What a wave may stage before it is landed, in MiB; 0 stages everything at once
+    #[arg(long, default_value_t = LowerOptions::default().wave_bytes >> 20, value_name = "MIB")]
+    wave: u64,
     /// Write every number to a file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -101,6 +105,8 @@ pub(crate) struct RankArgs {
     #[arg(long)]
     directory: PathBuf,
     #[arg(long)]
+    wave: u64,
+    #[arg(long)]
     patience: u64,
 }
 
@@ -115,6 +121,7 @@ impl RankArgs {
             ("--target", sizes(setup.target)),
             ("--transport", transport.name().to_owned()),
             ("--directory", setup.directory.display().to_string()),
+            ("--wave", setup.wave.to_string()),
             ("--patience", setup.patience.as_secs().to_string()),
         ];
         let options = values.into_iter().flat_map(|(name, value)| [name.to_owned(), value]);
@@ -188,6 +195,7 @@ fn pair(
         rank,
         directory: meeting.path().to_path_buf(),
         own_process: launcher.own_processes(),
+        wave: args.wave,
         patience,
     };
     let mut modes = vec![Mode::Uncached, Mode::Cached];
@@ -295,6 +303,7 @@ pub(crate) fn run_rank(args: &RankArgs) -> Result<ExitCode, CliError> {
         rank: args.rank,
         directory: Path::new(&args.directory).to_path_buf(),
         own_process: true,
+        wave: args.wave,
         patience: Duration::from_secs(args.patience),
     };
     let served = serve(args, &setup);

@@ -29,6 +29,8 @@ pub(crate) struct RankSetup {
     pub(crate) directory: PathBuf,
     /// Whether this rank has a process of its own, whose memory means something.
     pub(crate) own_process: bool,
+    /// MiB that a wave may stage; 0 for everything at once.
+    pub(crate) wave: u64,
     /// How long a pull may take.
     pub(crate) patience: Duration,
 }
@@ -154,9 +156,11 @@ impl<T: Transport> TargetBench<'_, T> {
     fn refit(&mut self, mode: Mode) -> Result<RankReport, CliError> {
         let mut target = self.target.take().ok_or_else(lost)?;
         let policy = if mode == Mode::ReadPerRun { Policy::ReadPerRun } else { Policy::Cheapest };
-        target.set_options(
-            TargetOptions::default().with_lower(LowerOptions::default().with_policy(policy)),
-        );
+        let wave_bytes = self.setup.wave.checked_mul(1 << 20).filter(|bytes| *bytes > 0);
+        let lower = LowerOptions::default()
+            .with_policy(policy)
+            .with_wave_bytes(wave_bytes.unwrap_or(u64::MAX));
+        target.set_options(TargetOptions::default().with_lower(lower));
         if mode == Mode::Uncached {
             target.forget_plans();
             self.pool.clear();

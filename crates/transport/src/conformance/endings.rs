@@ -93,7 +93,7 @@ pub fn pulls_dropped_in_flight<H: Harness>(harness: &H) -> Verdict {
     let peer = world.sources[0].peer.clone();
     let chunks = [Chunk::plain(0, 0, BYTES as u64)];
     let lease = world.lease(1, BYTES as u64, &[&chunks])?;
-    let pull = Pull::start(Arc::clone(&world.target), lease, Vec::new())?;
+    let pull = Pull::start(Arc::clone(&world.target), lease, Vec::new(), ..)?;
     let pull = match pull.finish() {
         Ok(_) => {
             return Ok(Outcome::Skipped("it finishes reads before it returns from posting them"));

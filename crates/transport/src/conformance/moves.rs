@@ -122,6 +122,24 @@ pub fn two_peers_at_once<H: Harness>(harness: &H) -> Verdict {
     Ok(Outcome::Passed)
 }
 
+/// Batches of one lease run one after the other into the same memory, cycle after cycle.
+pub fn batches_in_turn_into_the_same_memory<H: Harness>(harness: &H) -> Verdict {
+    let world = World::new(harness, 2, 1 << 16)?;
+    let first = [Chunk::plain(0, 0, 30_000), Chunk::plain(40_000, 30_000, 5_000)];
+    let second = [Chunk::plain(7, 0, 35_000)];
+    for _ in 0..20 {
+        let lease = world.lease(1, 40_000, &[&first, &second])?;
+        let settled = world.pull_some(lease, Vec::new(), ..1)?;
+        compare(&harness.read(&settled.lease.arenas()[0]), &world.expected(40_000, &[&first]))?;
+        let settled = world.pull_some(settled.lease, settled.live, 1..)?;
+        compare(
+            &harness.read(&settled.lease.arenas()[0]),
+            &world.expected(40_000, &[&[], &second]),
+        )?;
+    }
+    Ok(Outcome::Passed)
+}
+
 /// A pull may write memory outside the arena that it is given for the time.
 pub fn live_memory_beside_the_arena<H: Harness>(harness: &H) -> Verdict {
     let world = World::new(harness, 1, 8192)?;

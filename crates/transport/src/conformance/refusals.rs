@@ -152,7 +152,7 @@ pub fn destinations_that_overlap<H: Harness>(harness: &H) -> Verdict {
     let lease =
         world.lease(1, 8192, &[&[Chunk::plain(0, 0, 4097)], &[Chunk::plain(0, 4096, 4096)]])?;
     ensure_err!(
-        Pull::start(Arc::clone(&world.target), lease, Vec::new()),
+        Pull::start(Arc::clone(&world.target), lease, Vec::new(), ..),
         PullError::Overlap { first: 0, second: 1, .. },
         "two batches into the same bytes"
     );
@@ -266,7 +266,7 @@ pub fn memory_that_the_pull_does_not_own<H: Harness>(harness: &H) -> Verdict {
         )?])
     })?;
     let (half, _rest) = live.split_at(4096);
-    let Err(error) = Pull::start(Arc::clone(&world.target), lease, vec![half]) else {
+    let Err(error) = Pull::start(Arc::clone(&world.target), lease, vec![half], ..) else {
         return Err(Failure("a pull into memory that it does not own was started".into()));
     };
     let PullError::NotOwned { batch: 0, len: 200, live, .. } = error else {
@@ -282,7 +282,7 @@ pub fn batches_of_another_agent<H: Harness>(harness: &H) -> Verdict {
     let lease = world.lease(1, 4096, &[&[Chunk::plain(0, 0, 4096)]])?;
     let other = Arc::new(harness.agent("other")?);
     ensure_err!(
-        Pull::start(other, lease, Vec::new()),
+        Pull::start(other, lease, Vec::new(), ..),
         PullError::Failed { .. },
         "a batch that another agent prepared"
     );

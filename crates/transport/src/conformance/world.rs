@@ -1,5 +1,6 @@
 //! One target, some sources, and what a pull should leave behind.
 
+use std::ops::RangeBounds;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -130,7 +131,17 @@ impl<'h, H: Harness> World<'h, H> {
         lease: LeaseOf<H>,
         live: Vec<Memory>,
     ) -> Result<Settled<H::Transport>, PullError<H::Transport>> {
-        Pull::start(Arc::clone(&self.target), lease, live)?
+        self.pull_some(lease, live, ..)
+    }
+
+    /// Pulls these batches of the lease.
+    pub(super) fn pull_some(
+        &self,
+        lease: LeaseOf<H>,
+        live: Vec<Memory>,
+        batches: impl RangeBounds<usize>,
+    ) -> Result<Settled<H::Transport>, PullError<H::Transport>> {
+        Pull::start(Arc::clone(&self.target), lease, live, batches)?
             .wait(Instant::now() + self.harness.patience())
     }
 

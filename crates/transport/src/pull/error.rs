@@ -7,6 +7,13 @@ use crate::{Pull, Transport, TransportError, TransportLease};
 /// Why a pull did not end well. Holds the memory wherever that may be used again.
 #[non_exhaustive]
 pub enum PullError<T: Transport> {
+    /// The lease has not as many batches as were asked for. Nothing was posted.
+    NoBatch {
+        /// The lease, untouched.
+        lease: Box<TransportLease<T>>,
+        /// Live memory, untouched.
+        live: Vec<Memory>,
+    },
     /// A batch writes memory that the pull does not own. Nothing was posted.
     NotOwned {
         /// Index of the batch in the lease.
@@ -55,6 +62,11 @@ pub enum PullError<T: Transport> {
 impl<T: Transport> fmt::Display for PullError<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::NoBatch { lease, .. } => write!(
+                f,
+                "the lease has {} batches, fewer than the pull was to post; give it a range of them",
+                lease.prepared().len()
+            ),
             Self::NotOwned { batch, len, .. } => write!(
                 f,
                 "batch {batch} writes {len} bytes that neither the lease nor the live memory given holds; give the \
@@ -90,7 +102,10 @@ impl<T: Transport> std::error::Error for PullError<T> {
             Self::Failed { errors, .. } | Self::Lost { errors, .. } => {
                 errors.first().map(|error| error as _)
             }
-            Self::NotOwned { .. } | Self::Overlap { .. } | Self::Deadline { .. } => None,
+            Self::NoBatch { .. }
+            | Self::NotOwned { .. }
+            | Self::Overlap { .. }
+            | Self::Deadline { .. } => None,
         }
     }
 }
@@ -98,6 +113,7 @@ impl<T: Transport> std::error::Error for PullError<T> {
 impl<T: Transport> fmt::Debug for PullError<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut f = match self {
+            Self::NoBatch { .. } => f.debug_struct("NoBatch"),
             Self::NotOwned { .. } => f.debug_struct("NotOwned"),
             Self::Overlap { .. } => f.debug_struct("Overlap"),
             Self::Failed { .. } => f.debug_struct("Failed"),
@@ -105,6 +121,7 @@ impl<T: Transport> fmt::Debug for PullError<T> {
             Self::Lost { .. } => f.debug_struct("Lost"),
         };
         match self {
+            Self::NoBatch { lease, .. } => f.field("batches", &lease.prepared().len()),
             Self::NotOwned { batch, len, .. } => f.field("batch", batch).field("len", len),
             Self::Overlap { first, second, .. } => f.field("first", first).field("second", second),
             Self::Failed { errors, .. } => f.field("errors", errors),

@@ -1,4 +1,5 @@
 use std::mem;
+use std::ops::Range;
 
 use refit_pool::{Memory, MemoryKind};
 
@@ -18,15 +19,16 @@ pub(super) enum Refusal {
 }
 
 impl<T: Transport> Owned<T> {
-    /// Whether everything the batches write is in here, and no byte is written by two of them. Counts the bytes.
-    pub(super) fn check(&self, transport: &T) -> Result<u64, Refusal> {
+    /// Whether everything these batches write is in here, and no byte is written by two of them. Counts the bytes.
+    pub(super) fn check(&self, transport: &T, which: Range<usize>) -> Result<u64, Refusal> {
         let memory = self.lease.arenas().iter().chain(&self.live);
         let owned =
             joined(memory.map(|memory| (memory.kind(), memory.address(), memory.len() as u64)));
-        let batches = self.lease.prepared().iter().map(|batch| transport.written(batch));
+        let batches = which.clone().zip(&self.lease.prepared()[which]);
         let mut written: Vec<(LocalRange, usize)> = batches
-            .enumerate()
-            .flat_map(|(batch, ranges)| ranges.iter().map(move |range| (*range, batch)))
+            .flat_map(|(batch, reads)| {
+                transport.written(reads).iter().map(move |range| (*range, batch))
+            })
             .collect();
         // Each batch's ranges are sorted: a stable sort merges them.
         written.sort_by_key(|(range, _)| (range.kind, range.address));
