@@ -1,10 +1,10 @@
-//! What a warm lease costs.
+//! What a warm lease costs, and what copying past the caches gains.
 
 use std::convert::Infallible;
 use std::hint::black_box;
 
-use criterion::{Criterion, criterion_group, criterion_main};
-use refit::pool::{HostAllocator, Key, Pool, PoolOptions, Region, Registrar};
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use refit::pool::{HostAllocator, Key, Pool, PoolOptions, Region, Registrar, copy_runs};
 
 /// Registers nothing: what is measured is the pool.
 #[derive(Debug)]
@@ -44,5 +44,36 @@ fn leasing(criterion: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, leasing);
+/// Rows of a down projection's shard, from a buffer that a cache holds into 256 MiB that none does.
+fn copying(criterion: &mut Criterion) {
+    const WAVE: usize = 8 << 20;
+    let (from, mut into) = (vec![1_u8; WAVE], vec![2_u8; 256 << 20]);
+    let mut group = criterion.benchmark_group("pool/copy-rows");
+    group.sample_size(20).throughput(Throughput::Bytes(into.len() as u64));
+    for row in [2048, 4864] {
+        let places = |wave: usize| {
+            (0..WAVE / row).map(move |place| (place * row, wave * WAVE + place * row))
+        };
+        let waves = into.len() / WAVE;
+        group.bench_function(format!("memcpy/{row}"), |bencher| {
+            bencher.iter(|| {
+                for (source, target) in (0..waves).flat_map(places) {
+                    into[target..target + row].copy_from_slice(&from[source..source + row]);
+                }
+                black_box(&mut into);
+            });
+        });
+        group.bench_function(format!("streaming/{row}"), |bencher| {
+            bencher.iter(|| {
+                copy_runs(&from, &mut into, row, |copy| {
+                    (0..waves).flat_map(places).for_each(|(source, target)| copy(source, target));
+                });
+                black_box(&mut into);
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, leasing, copying);
 criterion_main!(benches);
