@@ -37,20 +37,32 @@ pub fn qwen3_4b() -> ModelConfig {
 /// Every trainer rank of these sizes.
 #[must_use]
 pub fn source(config: &ModelConfig, tp: u32, pp: u32, dp: u32) -> Vec<RankLayout> {
+    source_ranks(config, &SourceRank::grid(config.num_layers, tp, pp, dp).unwrap())
+}
+
+/// The layouts of these trainer ranks.
+#[must_use]
+pub fn source_ranks(config: &ModelConfig, ranks: &[SourceRank]) -> Vec<RankLayout> {
     let layout = |rank: &SourceRank| {
         let held = megatron::expected(config, rank, &TrainerOptions::default()).unwrap();
         megatron::layout(config, rank, &held).unwrap()
     };
-    SourceRank::grid(config.num_layers, tp, pp, dp).unwrap().iter().map(layout).collect()
+    ranks.iter().map(layout).collect()
 }
 
 /// Every engine rank of this size.
 #[must_use]
 pub fn target(config: &ModelConfig, tp: u32) -> Vec<RankLayout> {
+    target_ranks(config, &TargetRank::grid(tp).unwrap())
+}
+
+/// The layouts of these engine ranks.
+#[must_use]
+pub fn target_ranks(config: &ModelConfig, ranks: &[TargetRank]) -> Vec<RankLayout> {
     let layout = |rank: &TargetRank| {
         vllm::layout(config, rank, &vllm::expected(config, rank).unwrap()).unwrap()
     };
-    TargetRank::grid(tp).unwrap().iter().map(layout).collect()
+    ranks.iter().map(layout).collect()
 }
 
 /// The plan of one engine rank.
