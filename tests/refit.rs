@@ -10,7 +10,7 @@ use refit::transport::local::Network;
 use refit::{RefitError, Source, TargetOptions, Unfinished};
 use refit_tests::oracle::{self, Buffers};
 use refit_tests::{models, ranks};
-use refit_translate::megatron::TrainerOptions;
+use refit_translate::megatron::{SourceRank, TrainerOptions};
 
 fn staged() -> TargetOptions {
     TargetOptions::default().with_lower(LowerOptions::default().with_mode(Mode::Staged))
@@ -19,7 +19,8 @@ fn staged() -> TargetOptions {
 /// A trainer that keeps fp32: everything is cast, so everything is staged, whatever strides a transport takes.
 fn fp32_source(tp: u32) -> Vec<RankLayout> {
     let options = TrainerOptions::default().with_dtype(Dtype::F32);
-    models::source_with(&models::tiny(), tp, 1, 1, &options)
+    let ranks = SourceRank::grid(models::tiny().num_layers, tp, 1, 1).unwrap();
+    models::source_ranks(&models::tiny(), &ranks, &options)
 }
 
 /// Waves of less than most of the staged tensors.

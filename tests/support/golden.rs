@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 pub use refit_cli::case::{Case, CaseError, Tensors};
 
@@ -43,24 +44,56 @@ pub fn root() -> PathBuf {
 /// One target rank of one parameter; all numbers count elements.
 #[derive(Debug, Deserialize)]
 pub struct RoleLine {
-    /// The extents of the logical tensors, by the role's own names.
-    pub cfg: BTreeMap<String, u64>,
-    /// Tensor-parallel size of the trainer.
-    pub src_tp: u32,
-    /// Tensor-parallel size of the engine.
-    pub dst_tp: u32,
+    /// The extents of the logical tensors and other facts, by the role's own names.
+    pub cfg: BTreeMap<String, Value>,
+    /// Tensor-parallel size of the trainer, or a text that says more.
+    pub src_tp: Value,
+    /// Tensor-parallel size of the engine, or a text that says more.
+    pub dst_tp: Value,
     /// The target rank.
     pub dst_rank: u32,
-    /// Shapes on the source ranks.
+    /// Shapes of the source tensors.
     pub src_shapes: Vec<Vec<u64>>,
     /// Shape on the target rank.
     pub dst_shape: Vec<u64>,
     /// `(source tensor, source element, target element, length)`, by target, merged.
     pub runs: Vec<(u32, u64, u64, u64)>,
-    /// Values on the source ranks.
+    /// Values of the source tensors.
     pub src: Option<Vec<Vec<i32>>>,
     /// Values on the target rank.
     pub dst: Option<Vec<i32>>,
+}
+
+impl RoleLine {
+    /// An extent.
+    #[must_use]
+    pub fn size(&self, key: &str) -> u64 {
+        self.cfg[key].as_u64().unwrap_or_else(|| panic!("`{key}` in {:?}", self.cfg))
+    }
+
+    /// A fact in words.
+    #[must_use]
+    pub fn word(&self, key: &str) -> &str {
+        self.cfg[key].as_str().unwrap_or_else(|| panic!("`{key}` in {:?}", self.cfg))
+    }
+
+    /// The trainer's tensor-parallel size.
+    #[must_use]
+    pub fn source_tp(&self) -> u32 {
+        tp(&self.src_tp)
+    }
+
+    /// The engine's tensor-parallel size, or where it is written `ep2` or `tp2`, that number of ranks.
+    #[must_use]
+    pub fn target_tp(&self) -> u32 {
+        tp(&self.dst_tp)
+    }
+}
+
+fn tp(size: &Value) -> u32 {
+    let text = size.to_string();
+    let digits = text.trim_matches(|c: char| !c.is_ascii_digit());
+    digits.parse().unwrap_or_else(|_| panic!("{text} is no size"))
 }
 
 /// The lines of one role.

@@ -37,32 +37,37 @@ pub fn qwen3_4b() -> ModelConfig {
 /// Every trainer rank of these sizes.
 #[must_use]
 pub fn source(config: &ModelConfig, tp: u32, pp: u32, dp: u32) -> Vec<RankLayout> {
-    source_with(config, tp, pp, dp, &TrainerOptions::default())
+    let ranks = SourceRank::grid(config.num_layers, tp, pp, dp).unwrap();
+    source_ranks(config, &ranks, &TrainerOptions::default())
 }
 
-/// Every trainer rank of these sizes and options.
+/// The layouts of these trainer ranks.
 #[must_use]
-pub fn source_with(
+pub fn source_ranks(
     config: &ModelConfig,
-    tp: u32,
-    pp: u32,
-    dp: u32,
+    ranks: &[SourceRank],
     options: &TrainerOptions,
 ) -> Vec<RankLayout> {
     let layout = |rank: &SourceRank| {
         let held = megatron::expected(config, rank, options).unwrap();
         megatron::layout(config, rank, &held).unwrap()
     };
-    SourceRank::grid(config.num_layers, tp, pp, dp).unwrap().iter().map(layout).collect()
+    ranks.iter().map(layout).collect()
 }
 
 /// Every engine rank of this size.
 #[must_use]
 pub fn target(config: &ModelConfig, tp: u32) -> Vec<RankLayout> {
+    target_ranks(config, &TargetRank::grid(tp).unwrap())
+}
+
+/// The layouts of these engine ranks.
+#[must_use]
+pub fn target_ranks(config: &ModelConfig, ranks: &[TargetRank]) -> Vec<RankLayout> {
     let layout = |rank: &TargetRank| {
         vllm::layout(config, rank, &vllm::expected(config, rank).unwrap()).unwrap()
     };
-    TargetRank::grid(tp).unwrap().iter().map(layout).collect()
+    ranks.iter().map(layout).collect()
 }
 
 /// The plan of one engine rank.

@@ -9,9 +9,8 @@ use refit_tests::execute::{self, Sources};
 use refit_tests::golden::{self, Case};
 use refit_tests::landing;
 use refit_tests::oracle::Buffers;
-use refit_translate::megatron::{self, NormSpec, SourceRank, TrainerOptions};
-use refit_translate::vllm::{self, TargetRank};
-use refit_translate::{ModelConfig, TensorSpec, TranslateError};
+use refit_translate::megatron::{self, LayerSpec, TrainerOptions};
+use refit_translate::{ModelConfig, TensorSpec, TranslateError, vllm};
 
 /// The model, or `None` when its family has no slots yet.
 fn config_of(case: &Case) -> Option<ModelConfig> {
@@ -20,17 +19,6 @@ fn config_of(case: &Case) -> Option<ModelConfig> {
         Err(TranslateError::UnsupportedModel { .. }) => None,
         Err(error) => panic!("{error}"),
     }
-}
-
-fn source_ranks(case: &Case) -> Vec<SourceRank> {
-    let ranks = case.source.ranks.iter();
-    ranks
-        .map(|file| {
-            SourceRank::new(file.rank, file.layers.clone())
-                .with_tp(file.tp, case.source.tp)
-                .with_pp(file.pp, case.source.pp)
-        })
-        .collect()
 }
 
 fn sorted(mut specs: Vec<TensorSpec>) -> Vec<TensorSpec> {
@@ -67,15 +55,15 @@ fn assert_same(got: &Buffers, wanted: &Buffers) {
 
 fn check(case: &Case, config: &ModelConfig) {
     let (mut layouts, mut sources) = (Vec::new(), Sources::new());
-    for (rank, file) in source_ranks(case).iter().zip(&case.source.ranks) {
+    for file in &case.source.ranks {
         let held = case.tensors(&file.file).unwrap();
-        layouts.push(megatron::layout(config, rank, &held.specs).unwrap());
+        layouts.push(megatron::layout(config, &case.source.place(file), &held.specs).unwrap());
         sources.insert(file.rank, held.bytes);
     }
     let source = SourceLayout::new(layouts).unwrap();
     for file in &case.target.ranks {
         let wanted = case.tensors(&file.file).unwrap();
-        let rank = TargetRank::new(file.rank, file.tp, case.target.tp);
+        let rank = case.target.place(file);
         assert_eq!(sorted(vllm::expected(config, &rank).unwrap()), wanted.specs);
         let target = vllm::layout(config, &rank, &wanted.specs).unwrap();
         for rule in [Replicas::Lowest, Replicas::Spread] {
@@ -90,7 +78,7 @@ fn check(case: &Case, config: &ModelConfig) {
 }
 
 #[test]
-fn every_dense_case_is_reproduced() {
+fn every_case_is_reproduced() {
     let root = golden::root();
     let mut covered = 0;
     for folder in golden::cases(&root).unwrap() {
@@ -105,7 +93,7 @@ fn every_dense_case_is_reproduced() {
             None => println!("model {name}: not covered"),
         }
     }
-    assert!(covered > 0, "no dense case in {}", root.display());
+    assert!(covered > 0, "no case in {}", root.display());
 }
 
 /// `expected` says what real trainer ranks held, up to the element types of norms and the padding of the vocabulary.
@@ -116,16 +104,17 @@ fn expected_tensors_are_those_of_real_ranks() {
         let case = Case::open(&folder).unwrap();
         let name = case.name();
         let Some(config) = config_of(&case) else { continue };
-        for (rank, file) in source_ranks(&case).iter().zip(&case.source.ranks) {
+        for file in &case.source.ranks {
+            let rank = case.source.place(file);
             let held = case.tensors(&file.file).unwrap().specs;
-            let norms = if case.source.spec == "te" { NormSpec::Te } else { NormSpec::Local };
-            let mut options = TrainerOptions::default().with_norms(norms);
+            let spec = if case.source.spec == "te" { LayerSpec::Te } else { LayerSpec::Local };
+            let mut options = TrainerOptions::default().with_spec(spec);
             let is_vocab =
                 |spec: &&TensorSpec| spec.name.contains("embed") || spec.name.contains("output");
             if let Some(embedding) = held.iter().find(is_vocab) {
                 options = options.with_padded_vocab(embedding.shape[0] * u64::from(rank.tp_size));
             }
-            let mut expected = sorted(megatron::expected(&config, rank, &options).unwrap());
+            let mut expected = sorted(megatron::expected(&config, &rank, &options).unwrap());
             for (expected, held) in expected.iter_mut().zip(&held) {
                 expected.dtype = held.dtype;
             }

@@ -6,8 +6,8 @@ use proptest::prelude::*;
 use refit::planner::{Dtype, PlanOptions, Replicas, SourceLayout, plan};
 use refit_tests::execute::{self, Sources};
 use refit_tests::oracle;
-use refit_translate::megatron::{self, NormSpec, SourceRank, TrainerOptions};
-use refit_translate::roles::{Qkv, Role, SourceCoords, TargetCoords};
+use refit_translate::megatron::{self, LayerSpec, SourceRank, TrainerOptions};
+use refit_translate::roles::{Qkv, Role, SourceCoords, SourceRole, TargetCoords, TargetRole};
 use refit_translate::vllm::{self, TargetRank};
 use refit_translate::{Family, ModelConfig, Side, TensorSpec, TranslateError};
 use serde_json::{Value, json};
@@ -258,7 +258,7 @@ fn ranks_are_numbered_as_megatron_does() {
     let expected =
         [(0, 0, 0), (1, 1, 0), (2, 0, 0), (3, 1, 0), (4, 0, 1), (5, 1, 1), (6, 0, 1), (7, 1, 1)];
     assert_eq!(places, expected);
-    assert_eq!(ranks[6].layers, [2, 3]);
+    assert_eq!(ranks[6].chunks, [[2, 3]]);
 }
 
 #[test]
@@ -477,8 +477,8 @@ proptest! {
         padding in prop::option::of(0u64..3),
         lowest in any::<bool>(),
     ) {
-        let norms = if local { NormSpec::Local } else { NormSpec::Te };
-        let mut options = TrainerOptions::default().with_norms(norms);
+        let spec = if local { LayerSpec::Local } else { LayerSpec::Te };
+        let mut options = TrainerOptions::default().with_spec(spec);
         if let Some(rows) = padding {
             let tp = u64::from(tp);
             options = options.with_padded_vocab((config.vocab_size.div_ceil(tp) + rows) * tp);

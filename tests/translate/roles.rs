@@ -6,7 +6,6 @@
     reason = "the lint spares test functions, not what they call"
 )]
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use refit::planner::{
@@ -15,47 +14,93 @@ use refit::planner::{
 use refit_tests::execute;
 use refit_tests::golden::{self, RoleLine};
 use refit_translate::roles::{
-    Column, GatedMlp, Qkv, Role, Row, SourceCoords, TargetCoords, View, Vocab,
+    Column, GatedMlp, Qkv, Role, Row, SourceCoords, SourceRole, TargetCoords, TargetRole, View,
+    Vocab,
 };
 
 /// Golden values are 32-bit integers, so nothing is cast and every element is four bytes.
 const DTYPE: Dtype = Dtype::I32;
-const NAMES: [&str; 3] = ["first", "second", "third"];
 
-/// The role of a golden file with one line's extents; `None` for roles that are not there yet.
-fn role_of(name: &str, cfg: &BTreeMap<String, u64>) -> Option<Box<dyn Role>> {
-    let qkv = |cols| Qkv { heads: cfg["nh"], kv_heads: cfg["ng"], head_dim: cfg["hd"], cols };
-    Some(match name {
-        "column" => Box::new(Column { what: "R", rows: cfg["R"], cols: Some(cfg["C"]) }),
-        "row" => Box::new(Row { rows: cfg["R"], what: "C", cols: cfg["C"] }),
-        "qkv" => Box::new(qkv(Some(cfg["H"]))),
-        "qkv_bias" => Box::new(qkv(None)),
-        "gated_mlp" => Box::new(GatedMlp { intermediate: cfg["I"], cols: cfg["H"] }),
-        "vocab" => Box::new(Vocab { tokens: cfg["V"], cols: cfg["H"] }),
-        _ => return None,
-    })
+type CaseOf = fn(&RoleLine) -> Case;
+
+/// Every golden file that is looked at, and what its lines stand for.
+const ROLES: &[(&str, CaseOf)] = &[
+    ("column", |line| {
+        pair(line, Column { what: "R", rows: line.size("R"), cols: Some(line.size("C")) })
+    }),
+    ("row", |line| pair(line, Row { rows: line.size("R"), what: "C", cols: line.size("C") })),
+    ("qkv", |line| pair(line, qkv(line, Some(line.size("H"))))),
+    ("qkv_bias", |line| pair(line, qkv(line, None))),
+    ("gated_mlp", |line| {
+        pair(line, GatedMlp { intermediate: line.size("I"), cols: line.size("H") })
+    }),
+    ("vocab", |line| pair(line, Vocab { tokens: line.size("V"), cols: line.size("H") })),
+];
+
+fn qkv(line: &RoleLine, cols: Option<u64>) -> Qkv {
+    Qkv { heads: line.size("nh"), kv_heads: line.size("ng"), head_dim: line.size("hd"), cols }
 }
 
-fn layout(rank: u32, role: &dyn Role, view: &View) -> RankLayout {
+/// What one line is about: the source tensors, in its order, and the target's.
+struct Case {
+    sources: Vec<Held<Box<dyn SourceRole>, SourceCoords>>,
+    target: Held<Box<dyn TargetRole>, TargetCoords>,
+}
+
+/// A tensor: its role, where its rank stands, and what its logical tensors are called.
+struct Held<R, C> {
+    role: R,
+    at: C,
+    logical: Vec<String>,
+}
+
+impl<R, C> Held<R, C> {
+    fn new(role: R, at: C, logical: Vec<String>) -> Self {
+        Self { role, at, logical }
+    }
+}
+
+/// A parameter that both sides have, sharded over tensor-parallel ranks.
+fn pair(line: &RoleLine, role: impl SourceRole + TargetRole + Copy + 'static) -> Case {
+    let logical: Vec<String> =
+        (0..role.logical().unwrap().len()).map(|tensor| tensor.to_string()).collect();
+    let source = |rank| {
+        let at = SourceCoords::new(rank, line.source_tp()).unwrap();
+        Held::new(Box::new(role) as Box<dyn SourceRole>, at, logical.clone())
+    };
+    let at = TargetCoords::new(line.dst_rank, line.target_tp()).unwrap();
+    Case {
+        sources: (0..line.source_tp()).map(source).collect(),
+        target: Held::new(Box::new(role), at, logical.clone()),
+    }
+}
+
+fn layout(rank: u32, role: &dyn Role, view: &View, logical: &[String]) -> RankLayout {
     let mut layout = LayoutBuilder::new(rank);
-    let names = &NAMES[..role.logical().unwrap().len()];
-    view.place(&mut layout, role, &Arc::from("w"), DTYPE, names).unwrap();
+    let param = view.param(&mut layout, role, &Arc::from("w"), DTYPE, logical).unwrap();
+    layout.param(param).unwrap();
     layout.build()
 }
 
-fn planned(line: &RoleLine, role: &dyn Role) -> Plan {
+/// Plans a line; source tensors are ranks of their own, so that runs can name them.
+fn planned(line: &RoleLine, case: &Case) -> Plan {
     let mut source = Vec::new();
-    for (rank, shape) in (0..line.src_tp).zip(&line.src_shapes) {
-        let at = SourceCoords::new(rank, line.src_tp).unwrap();
-        let view = role.megatron(&at, Some(shape)).unwrap();
-        assert_eq!(&view.shape, shape, "shape of source rank {rank}");
-        source.push(layout(rank, role, &view));
+    assert_eq!(case.sources.len(), line.src_shapes.len(), "source tensors");
+    for (number, (held, shape)) in (0..).zip(case.sources.iter().zip(&line.src_shapes)) {
+        let view = held.role.megatron(&held.at, Some(shape)).unwrap();
+        assert_eq!(&view.shape, shape, "shape of source tensor {number}");
+        source.push(layout(number, held.role.as_ref(), &view, &held.logical));
     }
-    let at = TargetCoords::new(line.dst_rank, line.dst_tp).unwrap();
-    let view = role.vllm(&at).unwrap();
-    assert_eq!(view.shape, line.dst_shape, "shape of the target rank");
+    let Held { role, at, logical } = &case.target;
+    let view = role.vllm(at).unwrap();
+    // Some lines have the view's shape instead of the parameter's.
+    assert!(
+        line.dst_shape == view.shape || line.dst_shape == [view.rows, view.cols],
+        "shape of the target rank: {:?}",
+        view.shape
+    );
     let options = PlanOptions::default().with_replicas(Replicas::Lowest);
-    let target = layout(line.dst_rank, role, &view);
+    let target = layout(line.dst_rank, role.as_ref(), &view, logical);
     plan(&SourceLayout::new(source).unwrap(), &target, &options).unwrap()
 }
 
@@ -87,7 +132,8 @@ fn runs(plan: &Plan) -> Vec<(u32, u64, u64, u64)> {
 /// The golden vocabulary comes without its source values, which are the logical elements' numbers from 1; rows of
 /// padding get a value that no target may show.
 fn numbered(line: &RoleLine) -> Option<Vec<Vec<i32>>> {
-    let elements = line.cfg.get("V")? * line.cfg["H"];
+    line.cfg.get("V")?;
+    let elements = line.size("V") * line.size("H");
     let value = |number: u64| if number <= elements { i32::try_from(number).unwrap() } else { -1 };
     let mut next = 1;
     let mut shard = |shape: &Vec<u64>| {
@@ -102,13 +148,12 @@ fn bytes(values: &[i32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
-fn check(name: &str) {
+fn check(name: &str, case_of: CaseOf) {
     let lines = golden::role(&golden::root(), name).unwrap();
     assert!(!lines.is_empty(), "no golden lines for {name}");
     let mut with_values = 0;
     for (number, line) in (1..).zip(&lines) {
-        let role = role_of(name, &line.cfg).unwrap();
-        let plan = planned(line, role.as_ref());
+        let plan = planned(line, &case_of(line));
         assert_eq!(runs(&plan), line.runs, "{name}, line {number}: {:?}", line.cfg);
         let src = line.src.clone().or_else(|| numbered(line));
         if let (Some(src), Some(dst)) = (&src, &line.dst) {
@@ -122,42 +167,17 @@ fn check(name: &str) {
 }
 
 #[test]
-fn column() {
-    check("column");
-}
-
-#[test]
-fn row() {
-    check("row");
-}
-
-#[test]
-fn qkv() {
-    check("qkv");
-}
-
-#[test]
-fn qkv_bias() {
-    check("qkv_bias");
-}
-
-#[test]
-fn gated_mlp() {
-    check("gated_mlp");
-}
-
-#[test]
-fn vocab() {
-    check("vocab");
+fn every_role_is_laid_out_as_by_the_frameworks() {
+    for &(name, case_of) in ROLES {
+        check(name, case_of);
+    }
 }
 
 /// Says which golden roles no test looks at.
 #[test]
 fn roles_that_are_not_covered() {
     for name in golden::roles(&golden::root()).unwrap() {
-        let any: BTreeMap<String, u64> =
-            ["R", "C", "nh", "ng", "hd", "H", "I", "V"].map(|key| (key.to_owned(), 1)).into();
-        if role_of(&name, &any).is_none() {
+        if !ROLES.iter().any(|&(known, _)| known == name) {
             println!("role {name}: not covered");
         }
     }

@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 
 use refit::planner::Dtype;
 use refit::translate::TensorSpec;
+use refit::translate::megatron::SourceRank;
+use refit::translate::roles::Placement;
+use refit::translate::vllm::TargetRank;
 use safetensors::SafeTensors;
 use serde::Deserialize;
 
@@ -84,6 +87,12 @@ pub struct Source {
     pub tp: u32,
     /// Pipeline stages.
     pub pp: u32,
+    /// Expert-parallel size.
+    #[serde(default = "one")]
+    pub ep: u32,
+    /// Expert-tensor-parallel size.
+    #[serde(default = "one")]
+    pub etp: u32,
     /// Its ranks.
     pub ranks: Vec<SourceFile>,
 }
@@ -97,8 +106,18 @@ pub struct SourceFile {
     pub tp: u32,
     /// Pipeline stage.
     pub pp: u32,
+    /// Expert-parallel rank.
+    #[serde(default)]
+    pub ep: u32,
+    /// Expert-tensor-parallel rank.
+    #[serde(default)]
+    pub etp: u32,
     /// Global index of each local layer.
+    #[serde(default)]
     pub layers: Vec<u32>,
+    /// The same of each model chunk, in place of `layers` where a rank has several.
+    #[serde(default)]
+    pub chunks: Vec<Vec<u32>>,
     /// Its tensors, relative to the case.
     pub file: String,
 }
@@ -108,6 +127,18 @@ pub struct SourceFile {
 pub struct Target {
     /// Tensor-parallel size.
     pub tp: u32,
+    /// Data-parallel size.
+    #[serde(default = "one")]
+    pub dp: u32,
+    /// Whether experts are spread whole.
+    #[serde(default)]
+    pub expert_parallel: bool,
+    /// Whether they are dealt out one by one instead of in order.
+    #[serde(default)]
+    pub round_robin: bool,
+    /// Whether MoE layers are sequence-parallel.
+    #[serde(default)]
+    pub sequence_parallel_moe: bool,
     /// Its ranks.
     pub ranks: Vec<TargetFile>,
 }
@@ -119,8 +150,42 @@ pub struct TargetFile {
     pub rank: u32,
     /// Tensor-parallel rank.
     pub tp: u32,
+    /// Data-parallel rank.
+    #[serde(default)]
+    pub dp: u32,
     /// Its tensors, relative to the case.
     pub file: String,
+}
+
+fn one() -> u32 {
+    1
+}
+
+impl Source {
+    /// Where a rank of this trainer stands.
+    #[must_use]
+    pub fn place(&self, file: &SourceFile) -> SourceRank {
+        let rank = SourceRank::new(file.rank, file.layers.clone())
+            .with_tp(file.tp, self.tp)
+            .with_pp(file.pp, self.pp)
+            .with_ep(file.ep, self.ep)
+            .with_etp(file.etp, self.etp);
+        if file.chunks.is_empty() { rank } else { rank.with_chunks(file.chunks.clone()) }
+    }
+}
+
+impl Target {
+    /// Where a rank of this engine stands.
+    #[must_use]
+    pub fn place(&self, file: &TargetFile) -> TargetRank {
+        let mut rank = TargetRank::new(file.rank, file.tp, self.tp).with_dp(file.dp, self.dp);
+        if self.expert_parallel {
+            let placement =
+                if self.round_robin { Placement::RoundRobin } else { Placement::Linear };
+            rank = rank.with_expert_parallel(placement);
+        }
+        if self.sequence_parallel_moe { rank.with_sequence_parallel_moe() } else { rank }
+    }
 }
 
 /// The tensors of one rank.

@@ -9,7 +9,7 @@ use refit::translate::vllm::{self, TargetRank};
 use refit::translate::{ModelConfig, TranslateError};
 
 use crate::error::CliError;
-use crate::sizes::Sizes;
+use crate::sizes::{SourceSizes, TargetSizes};
 
 /// Configs that come with the command, by the name a person gives.
 pub(crate) const PRESETS: &[(&str, &str)] = &[
@@ -39,8 +39,11 @@ pub(crate) fn config(name_or_path: &str) -> Result<ModelConfig, CliError> {
 }
 
 /// The layout of every trainer rank of these sizes.
-pub(crate) fn source(config: &ModelConfig, sizes: Sizes) -> Result<Vec<RankLayout>, CliError> {
-    let ranks = SourceRank::grid(config.num_layers, sizes.tp, sizes.pp, 1)?;
+pub(crate) fn source(
+    config: &ModelConfig,
+    sizes: SourceSizes,
+) -> Result<Vec<RankLayout>, CliError> {
+    let ranks = sizes.ranks(config.num_layers)?;
     let layout = |rank: &SourceRank| {
         let held = megatron::expected(config, rank, &TrainerOptions::default())?;
         megatron::layout(config, rank, &held)
@@ -49,12 +52,11 @@ pub(crate) fn source(config: &ModelConfig, sizes: Sizes) -> Result<Vec<RankLayou
 }
 
 /// The layout of every engine rank of these sizes.
-pub(crate) fn target(config: &ModelConfig, sizes: Sizes) -> Result<Vec<RankLayout>, CliError> {
-    if sizes.pp != 1 {
-        let reason = "an engine with pipeline stages is not supported; give tp only".to_owned();
-        return Err(CliError::Sizes { side: "target", reason });
-    }
-    let ranks = TargetRank::grid(sizes.tp)?;
+pub(crate) fn target(
+    config: &ModelConfig,
+    sizes: TargetSizes,
+) -> Result<Vec<RankLayout>, CliError> {
+    let ranks = sizes.ranks()?;
     let layout = |rank: &TargetRank| vllm::layout(config, rank, &vllm::expected(config, rank)?);
     Ok(ranks.iter().map(layout).collect::<Result<_, TranslateError>>()?)
 }

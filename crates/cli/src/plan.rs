@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::error::CliError;
 use crate::model;
-use crate::sizes::Sizes;
+use crate::sizes::{SourceSizes, TargetSizes};
 
 /// Plan a model's refit and print reads, bytes, amplification and hashes for every target rank.
 #[derive(Debug, clap::Args)]
@@ -21,11 +21,11 @@ pub(crate) struct Args {
     #[arg(long, default_value = "qwen3-4b")]
     config: String,
     /// Trainer sizes
-    #[arg(long, default_value = "tp=4,pp=1", value_name = "tp=N,pp=N")]
-    source: Sizes,
+    #[arg(long, default_value = "tp=4,pp=1", value_name = SourceSizes::SHAPE)]
+    source: SourceSizes,
     /// Engine sizes
-    #[arg(long, default_value = "tp=2", value_name = "tp=N")]
-    target: Sizes,
+    #[arg(long, default_value = "tp=2", value_name = TargetSizes::SHAPE)]
+    target: TargetSizes,
     /// Only move bytes that are needed, even where reading more would be faster
     #[arg(long)]
     exact_wire: bool,

@@ -6,9 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use refit::pool::{HostAllocator, PoolOptions};
-use refit::translate::megatron::{self, SourceRank};
-use refit::translate::vllm::{self, TargetRank};
-use refit::translate::{ModelConfig, TranslateError};
+use refit::translate::{ModelConfig, TranslateError, megatron, vllm};
 use refit::transport::{Transport, TransportPool, TransportRegistrar, local};
 use refit::{Publication, RefitError, Source, Target, TargetOptions, allocate};
 
@@ -162,10 +160,7 @@ fn replay_over<T: Transport>(
     let mut sources = Vec::new();
     for rank in &case.source.ranks {
         let tensors = case.tensors(&rank.file)?;
-        let place = SourceRank::new(rank.rank, rank.layers.clone())
-            .with_tp(rank.tp, case.source.tp)
-            .with_pp(rank.pp, case.source.pp);
-        let layout = megatron::layout(&config, &place, &tensors.specs)?;
+        let layout = megatron::layout(&config, &case.source.place(rank), &tensors.specs)?;
         let mut params = allocate(&layout, &HostAllocator)?;
         for (name, memory) in &mut params {
             let held = tensors.bytes.get(name.as_str()).map_or(&[][..], Vec::as_slice);
@@ -185,11 +180,7 @@ fn replay_over<T: Transport>(
     let mut passed = Passed::default();
     for rank in &case.target.ranks {
         let wanted = case.tensors(&rank.file)?;
-        let layout = vllm::layout(
-            &config,
-            &TargetRank::new(rank.rank, rank.tp, case.target.tp),
-            &wanted.specs,
-        )?;
+        let layout = vllm::layout(&config, &case.target.place(rank), &wanted.specs)?;
         let mut params = allocate(&layout, &HostAllocator)?;
         for (name, memory) in &mut params {
             host_bytes(memory, name)?.fill(POISON);

@@ -137,13 +137,46 @@ fn plan_prints_json() {
 }
 
 #[test]
+fn plan_takes_sizes_of_experts_and_chunks() {
+    let source = "tp=2,pp=2,vpp=3,dp=2,ep=2,etp=2";
+    let output = refit(&["plan", "--source", source, "--target", "tp=2,dp=2,ep,sp", "--json"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(plan["source"], "TP2 PP2 VPP3 DP2 EP2 ETP2");
+    assert_eq!(
+        (&plan["target"], plan["ranks"].as_array().unwrap().len()),
+        (&"TP2 DP2 EP SP".into(), 4)
+    );
+}
+
+#[test]
+fn verify_reads_the_chunks_of_a_rank() {
+    let case = copy("qwen3_tp4_to_tp2");
+    let path = case.path().join("case.json");
+    let text: String = fs::read_to_string(&path).unwrap().split_whitespace().collect();
+    let chunks = text.replace("\"layers\":[0,1]", "\"chunks\":[[0,1]]");
+    assert_ne!(text, chunks);
+    fs::write(&path, &chunks).unwrap();
+    let output = refit(&["verify", case.path().to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(0), "{}", stdout(&output));
+    // Two chunks' tensors would be told apart by their names.
+    fs::write(&path, chunks.replace("[[0,1]]", "[[0],[1]]")).unwrap();
+    let output = refit(&["verify", case.path().to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stdout(&output).contains("holds no `model0.decoder.layers.0."), "{}", stdout(&output));
+}
+
+#[test]
 fn mistakes_are_one_line_and_status_2() {
-    let mistakes: [(&[&str], &str); 9] = [
+    let mistakes: [(&[&str], &str); 12] = [
         (&["plan", "--config", "no-such-model"], "bundled are: qwen3-4b"),
         (&["plan", "--source", "tp=3"], "megatron tp_size = 3"),
         (&["plan", "--source", "tp=0"], "between 1 and 4096"),
         (&["plan", "--source", "4"], "name=size"),
-        (&["plan", "--target", "tp=2,ep=2"], "`ep` is not a size"),
+        (&["plan", "--source", "tp=2,cp=2"], "`cp` is not a size"),
+        (&["plan", "--source", "tp=2,ep=2,dp=3,etp=4"], "ep_size * etp_size = 8"),
+        (&["plan", "--target", "tp=2,ep=2"], "`ep` takes no size"),
+        (&["plan", "--target", "tp=2,sp"], "sequence-parallel MoE"),
         (&["plan", "--target", "tp=2,pp=2"], "pipeline stages"),
         (&["plan", "--source", "pp=5"], "pp_size = 5"),
         (&["bench", "--layers", "40"], "the model has 36"),

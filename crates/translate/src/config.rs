@@ -1,90 +1,33 @@
 //! The facts of a model that decide its layout.
 
 #[cfg(feature = "serde")]
-mod json;
-
-use alloc::format;
-use alloc::string::String;
+pub(crate) mod json;
+mod mla;
+mod moe;
 
 use refit_planner::Dtype;
 
-use crate::TranslateError;
+use crate::{Family, TranslateError};
+
+pub use mla::Mla;
+pub use moe::Moe;
 
 /// No model has a size beyond this; it keeps products of two sizes, and small multiples of them, in 64 bits.
-const MAX_SIZE: u64 = 1 << 30;
+pub(crate) const MAX_SIZE: u64 = 1 << 30;
 /// No model has more layers.
 pub(crate) const MAX_LAYERS: u32 = 1 << 12;
 /// No model has more heads, nor elements in one.
 pub(crate) const MAX_HEADS: u32 = 1 << 16;
+/// No model has more experts in a layer.
+pub(crate) const MAX_EXPERTS: u64 = 1 << 16;
 /// No side has more ranks.
 pub(crate) const MAX_RANKS: u32 = 1 << 20;
-
-/// A family of models: those that share a table of slots.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[non_exhaustive]
-pub enum Family {
-    /// `LlamaForCausalLM`: grouped-query attention, gated MLP.
-    Llama,
-    /// `MistralForCausalLM`: Llama's layout.
-    Mistral,
-    /// `Qwen2ForCausalLM`, which is Qwen2.5 too: Llama's layout with a bias on Q, K and V.
-    Qwen2,
-    /// `Qwen3ForCausalLM`: Llama's layout with norms on Q and K.
-    Qwen3,
-}
-
-impl Family {
-    /// Every family.
-    pub const ALL: &[Self] = &[Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3];
-
-    /// The Hugging Face architecture.
-    #[must_use]
-    pub const fn architecture(self) -> &'static str {
-        match self {
-            Self::Llama => "LlamaForCausalLM",
-            Self::Mistral => "MistralForCausalLM",
-            Self::Qwen2 => "Qwen2ForCausalLM",
-            Self::Qwen3 => "Qwen3ForCausalLM",
-        }
-    }
-
-    /// The Hugging Face model type.
-    #[must_use]
-    pub const fn model_type(self) -> &'static str {
-        match self {
-            Self::Llama => "llama",
-            Self::Mistral => "mistral",
-            Self::Qwen2 => "qwen2",
-            Self::Qwen3 => "qwen3",
-        }
-    }
-
-    /// The family with this architecture or model type.
-    ///
-    /// # Errors
-    /// [`TranslateError::UnsupportedModel`], which lists the supported ones.
-    pub fn from_name(name: &str) -> Result<Self, TranslateError> {
-        let known = |family: &&Self| family.architecture() == name || family.model_type() == name;
-        Self::ALL.iter().find(known).copied().ok_or_else(|| TranslateError::UnsupportedModel {
-            found: name.into(),
-            supported: supported(),
-        })
-    }
-}
-
-fn supported() -> String {
-    let mut list = String::new();
-    for family in Family::ALL {
-        let separator = if list.is_empty() { "" } else { ", " };
-        list += &format!("{separator}{} ({})", family.architecture(), family.model_type());
-    }
-    list
-}
 
 /// A model: what both sides' layouts follow from, besides parallel sizes.
 ///
 /// The field names are Hugging Face's where it has one. [`ModelConfig::new`] sets what a family fixes and leaves the
-/// sizes at 0; [`ModelConfig::validate`] refuses what is missing.
+/// sizes at 0; [`ModelConfig::validate`] refuses what is missing. Facts that only some families have are in groups; a
+/// family refuses a model that lacks a group it needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ModelConfig {
@@ -94,7 +37,7 @@ pub struct ModelConfig {
     pub dtype: Dtype,
     /// Width of the residual stream.
     pub hidden_size: u64,
-    /// Rows of the gate projection, and of the up projection.
+    /// Rows of the gate projection, and of the up projection, of dense layers.
     pub intermediate_size: u64,
     /// `num_hidden_layers`: decoder layers.
     pub num_layers: u32,
@@ -112,13 +55,17 @@ pub struct ModelConfig {
     pub qkv_bias: bool,
     /// Whether Q and K are normalised per head.
     pub qk_norm: bool,
+    /// Mixture of experts.
+    pub moe: Option<Moe>,
+    /// Multi-head latent attention.
+    pub mla: Option<Mla>,
 }
 
 impl ModelConfig {
-    /// A model of this family: bf16, untied, all sizes 0.
+    /// A model of this family: bf16, untied, all sizes 0, no groups.
     #[must_use]
     pub fn new(family: Family) -> Self {
-        Self {
+        let mut config = Self {
             family,
             dtype: Dtype::Bf16,
             hidden_size: 0,
@@ -129,9 +76,13 @@ impl ModelConfig {
             head_dim: 0,
             vocab_size: 0,
             tied: false,
-            qkv_bias: family == Family::Qwen2,
-            qk_norm: family == Family::Qwen3,
-        }
+            qkv_bias: false,
+            qk_norm: false,
+            moe: None,
+            mla: None,
+        };
+        (family.description().fixed)(&mut config);
+        config
     }
 
     /// Reads a Hugging Face `config.json`.
@@ -150,25 +101,37 @@ impl ModelConfig {
     ///
     /// # Errors
     /// [`TranslateError::Zero`], [`TranslateError::TooLarge`], [`TranslateError::Indivisible`] when the KV heads do
-    /// not divide the heads, [`TranslateError::UnsupportedConfig`] for an element type that is not a float.
+    /// not divide the heads, [`TranslateError::UnsupportedConfig`] for an element type that is not a float,
+    /// [`TranslateError::MissingGroup`] for facts that the family needs.
     pub fn validate(&self) -> Result<(), TranslateError> {
-        let sizes = [
+        check_sizes(&[
             ("hidden_size", self.hidden_size, MAX_SIZE),
-            ("intermediate_size", self.intermediate_size, MAX_SIZE),
             ("num_hidden_layers", self.num_layers.into(), MAX_LAYERS.into()),
+            ("vocab_size", self.vocab_size, MAX_SIZE),
+        ])?;
+        if !matches!(self.dtype, Dtype::Bf16 | Dtype::F16 | Dtype::F32) {
+            return Err(TranslateError::UnsupportedConfig {
+                key: "dtype",
+                value: self.dtype.name().into(),
+                why: "parameters are expected in bf16, f16 or f32",
+            });
+        }
+        if let Some(moe) = &self.moe {
+            moe.validate()?;
+        }
+        if let Some(mla) = &self.mla {
+            mla.validate()?;
+        }
+        (self.family.description().check)(self)
+    }
+
+    /// Checks the sizes of grouped-query attention: for families that have such layers.
+    pub(crate) fn check_attention(&self) -> Result<(), TranslateError> {
+        check_sizes(&[
             ("num_attention_heads", self.num_heads, MAX_HEADS.into()),
             ("num_key_value_heads", self.num_kv_heads, MAX_HEADS.into()),
             ("head_dim", self.head_dim, MAX_HEADS.into()),
-            ("vocab_size", self.vocab_size, MAX_SIZE),
-        ];
-        for (what, size, limit) in sizes {
-            if size == 0 {
-                return Err(TranslateError::Zero { what });
-            }
-            if size > limit {
-                return Err(TranslateError::TooLarge { what, limit });
-            }
-        }
+        ])?;
         if self.num_heads * self.head_dim > MAX_SIZE {
             return Err(TranslateError::TooLarge {
                 what: "num_attention_heads * head_dim",
@@ -183,13 +146,40 @@ impl ModelConfig {
                 by: self.num_kv_heads,
             });
         }
-        if !matches!(self.dtype, Dtype::Bf16 | Dtype::F16 | Dtype::F32) {
-            return Err(TranslateError::UnsupportedConfig {
-                key: "dtype",
-                value: self.dtype.name().into(),
-                why: "parameters are expected in bf16, f16 or f32",
-            });
-        }
         Ok(())
     }
+
+    /// Checks the size of dense gated MLPs: for families that have such layers.
+    pub(crate) fn check_mlp(&self) -> Result<(), TranslateError> {
+        check_sizes(&[("intermediate_size", self.intermediate_size, MAX_SIZE)])
+    }
+
+    /// The facts of experts: for families that have some.
+    #[allow(dead_code, reason = "no family described so far has experts")]
+    pub(crate) fn moe(&self) -> Result<&Moe, TranslateError> {
+        self.moe.as_ref().ok_or_else(|| self.missing("moe"))
+    }
+
+    /// The facts of latent attention: for families that have it.
+    #[allow(dead_code, reason = "no family described so far has latent attention")]
+    pub(crate) fn mla(&self) -> Result<&Mla, TranslateError> {
+        self.mla.as_ref().ok_or_else(|| self.missing("mla"))
+    }
+
+    fn missing(&self, group: &'static str) -> TranslateError {
+        TranslateError::MissingGroup { family: self.family.architecture(), group }
+    }
+}
+
+/// Refuses sizes that are 0 or beyond their limit; each comes with its name.
+pub(crate) fn check_sizes(sizes: &[(&'static str, u64, u64)]) -> Result<(), TranslateError> {
+    for &(what, size, limit) in sizes {
+        if size == 0 {
+            return Err(TranslateError::Zero { what });
+        }
+        if size > limit {
+            return Err(TranslateError::TooLarge { what, limit });
+        }
+    }
+    Ok(())
 }

@@ -101,6 +101,30 @@ pub enum TranslateError {
         /// Its value.
         by: u64,
     },
+    /// A family without a group of facts that its layout follows from.
+    #[error("{family} needs `ModelConfig::{group}`, which is None")]
+    MissingGroup {
+        /// The Hugging Face architecture.
+        family: &'static str,
+        /// The field of [`ModelConfig`](crate::ModelConfig).
+        group: &'static str,
+    },
+    /// Fewer experts than ranks that share them out whole.
+    #[error("{experts} experts leave some of {ranks} expert-parallel ranks without one")]
+    TooFewExperts {
+        /// Routed experts of a layer.
+        experts: u64,
+        /// Ranks.
+        ranks: u64,
+    },
+    /// Settings that exclude each other.
+    #[error("{what}: {why}")]
+    Combination {
+        /// What was asked for.
+        what: &'static str,
+        /// What it takes.
+        why: &'static str,
+    },
     /// A coordinate outside its group.
     #[error("rank {rank} lies outside {group} = {size}")]
     Rank {
@@ -138,7 +162,9 @@ pub enum TranslateError {
         rank: u32,
     },
     /// Two tensors of one name.
-    #[error("{side} rank {rank} lists `{param}` twice; give each model chunk its own rank entry")]
+    #[error(
+        "{side} rank {rank} lists `{param}` twice; several model chunks need their `model{{v}}.` prefixes"
+    )]
     DuplicateParam {
         /// The side.
         side: Side,

@@ -1,38 +1,106 @@
-//! The slots of each family: tables, and nothing else.
+//! The families of models: what each is called, which facts it has, and its table of slots.
+//!
+//! One file per family. Several may share what they have in common through [`blocks`].
 
+mod blocks;
 mod dense;
 
-use alloc::vec::Vec;
+use alloc::format;
+use alloc::string::String;
 
-use crate::slot::Slot;
-use crate::{Family, ModelConfig};
+#[cfg(feature = "serde")]
+use crate::config::json::Json;
+use crate::slots::{Layer, Slots};
+use crate::{ModelConfig, TranslateError};
 
-/// The slots of one model, by where the trainer's pipeline puts them.
+/// What a family's file says about it.
 #[derive(Debug)]
-pub(crate) struct Model<'a> {
-    config: &'a ModelConfig,
-    /// Before the first layer: on the first stage.
-    pub(crate) first: Vec<Slot>,
-    /// Behind the last layer: on the last stage.
-    pub(crate) last: Vec<Slot>,
+pub(crate) struct Description {
+    /// The Hugging Face architecture.
+    pub(crate) architecture: &'static str,
+    /// The Hugging Face model type.
+    pub(crate) model_type: &'static str,
+    /// Sets the facts that are the same in every model of the family.
+    pub(crate) fixed: fn(&mut ModelConfig),
+    /// Reads the facts that `config.json` has beside the common ones (see `config::json`), and refuses what changes
+    /// the layout in a way the table does not say.
+    #[cfg(feature = "serde")]
+    pub(crate) read: fn(&Json<'_>, &mut ModelConfig) -> Result<(), TranslateError>,
+    /// Checks what the table needs beside the common sizes; groups of facts have checked themselves by then.
+    pub(crate) check: fn(&ModelConfig) -> Result<(), TranslateError>,
+    /// Slots before the first layer: on the trainer's first stage.
+    pub(crate) first: fn(&ModelConfig, &mut Slots) -> Result<(), TranslateError>,
+    /// Slots of a decoder layer, which hybrid models vary.
+    pub(crate) layer: fn(&ModelConfig, Layer, &mut Slots) -> Result<(), TranslateError>,
+    /// Slots behind the last layer: on the trainer's last stage.
+    pub(crate) last: fn(&ModelConfig, &mut Slots) -> Result<(), TranslateError>,
 }
 
-impl<'a> Model<'a> {
-    pub(crate) fn new(config: &'a ModelConfig) -> Self {
-        let (first, last) = match config.family {
-            Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3 => {
-                (dense::first(config), dense::last(config))
-            }
-        };
-        Self { config, first, last }
-    }
+/// Lists the families once, so that a new one cannot be forgotten somewhere.
+macro_rules! families {
+    ($($(#[$doc:meta])* $family:ident = $description:path,)*) => {
+        /// A family of models: those that share a table of slots.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[non_exhaustive]
+        pub enum Family {
+            $($(#[$doc])* $family,)*
+        }
 
-    /// The slots of a layer, which hybrid models vary; numbers are global and zero-based.
-    pub(crate) fn layer(&self, _layer: u32) -> Vec<Slot> {
-        match self.config.family {
-            Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3 => {
-                dense::layer(self.config)
+        impl Family {
+            /// Every family.
+            pub const ALL: &[Self] = &[$(Self::$family,)*];
+
+            pub(crate) const fn description(self) -> &'static Description {
+                match self {
+                    $(Self::$family => &$description,)*
+                }
             }
         }
+    };
+}
+
+families! {
+    /// `LlamaForCausalLM`: grouped-query attention, gated MLP.
+    Llama = dense::LLAMA,
+    /// `MistralForCausalLM`: Llama's layout.
+    Mistral = dense::MISTRAL,
+    /// `Qwen2ForCausalLM`, which is Qwen2.5 too: Llama's layout with a bias on Q, K and V.
+    Qwen2 = dense::QWEN2,
+    /// `Qwen3ForCausalLM`: Llama's layout with norms on Q and K.
+    Qwen3 = dense::QWEN3,
+}
+
+impl Family {
+    /// The Hugging Face architecture.
+    #[must_use]
+    pub const fn architecture(self) -> &'static str {
+        self.description().architecture
     }
+
+    /// The Hugging Face model type.
+    #[must_use]
+    pub const fn model_type(self) -> &'static str {
+        self.description().model_type
+    }
+
+    /// The family with this architecture or model type.
+    ///
+    /// # Errors
+    /// [`TranslateError::UnsupportedModel`], which lists the supported ones.
+    pub fn from_name(name: &str) -> Result<Self, TranslateError> {
+        let known = |family: &&Self| family.architecture() == name || family.model_type() == name;
+        Self::ALL.iter().find(known).copied().ok_or_else(|| TranslateError::UnsupportedModel {
+            found: name.into(),
+            supported: supported(),
+        })
+    }
+}
+
+fn supported() -> String {
+    let mut list = String::new();
+    for family in Family::ALL {
+        let separator = if list.is_empty() { "" } else { ", " };
+        list += &format!("{separator}{} ({})", family.architecture(), family.model_type());
+    }
+    list
 }

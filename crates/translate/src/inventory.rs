@@ -41,6 +41,11 @@ impl<'a> Inventory<'a> {
         self.unclaimed.remove(name)
     }
 
+    /// Whether a tensor of this name is there and unclaimed.
+    pub(crate) fn holds(&self, name: &str) -> bool {
+        self.unclaimed.contains_key(name)
+    }
+
     /// Refuses a tensor whose shape or element type the model does not give.
     pub(crate) fn check(
         &self,

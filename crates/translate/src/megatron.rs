@@ -1,161 +1,31 @@
 //! The trainer's side: what each Megatron-Core rank holds, as bands.
 //!
-//! Only plain tensors of one model chunk per rank are described. What makes a parameter something else than its name
-//! says (FSDP shards, adapters, quantised parameter classes, interleaved GLU, several virtual-pipeline chunks under
-//! one list of names) must be refused where the tensors are collected: their shapes cannot tell.
+//! Only plain tensors are described. What makes a parameter something else than its name says (FSDP shards, adapters,
+//! quantised parameter classes, interleaved GLU) must be refused where the tensors are collected: their shapes cannot
+//! tell.
 
-use alloc::collections::BTreeSet;
+mod pipeline;
+mod rank;
+
+use alloc::collections::BTreeMap;
+use alloc::format;
+use alloc::string::String;
 use alloc::vec::Vec;
 
 use refit_planner::{Dtype, LayoutBuilder, RankLayout};
 
-use crate::config::{MAX_LAYERS, MAX_RANKS};
-use crate::families::Model;
 use crate::inventory::Inventory;
-use crate::roles::{Shard, SourceCoords};
-use crate::slot::{self, Slot};
+use crate::roles::SourceCoords;
+use crate::slots::{Alternative, Layer, Place, Slots, SourceSlot};
 use crate::{ModelConfig, Side, TensorSpec, TranslateError};
+
+pub use pipeline::{Pipeline, Stages, stages};
+pub use rank::{SourceRank, TrainerSizes};
 
 /// Ends of names that trainers list beside parameters and that no engine has:
 ///
 /// - `._extra_state`: Transformer Engine's FP8 bookkeeping, an opaque byte tensor or empty.
 pub const IGNORED_SUFFIXES: &[&str] = &["._extra_state"];
-
-/// A trainer rank: its place in the parallel groups and the layers it has.
-///
-/// Ranks that differ only in data or context parallelism hold the same; give each its own `rank`, and the planner
-/// shares reads out among them.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub struct SourceRank {
-    /// Unique among trainer ranks.
-    pub rank: u32,
-    /// Place in the tensor-parallel group.
-    pub tp_rank: u32,
-    /// Tensor-parallel size.
-    pub tp_size: u32,
-    /// Pipeline stage.
-    pub pp_rank: u32,
-    /// Pipeline stages.
-    pub pp_size: u32,
-    /// For each local layer, its zero-based number in the whole model. Read it from the modules (`layer_number - 1`)
-    /// where there are any: pipeline splits follow many rules. Empty for a stage without layers.
-    pub layers: Vec<u32>,
-}
-
-impl SourceRank {
-    /// A rank with these layers, alone in its groups.
-    #[must_use]
-    pub fn new(rank: u32, layers: Vec<u32>) -> Self {
-        Self { rank, tp_rank: 0, tp_size: 1, pp_rank: 0, pp_size: 1, layers }
-    }
-
-    /// This rank at another place of the tensor-parallel group.
-    #[must_use]
-    pub fn with_tp(mut self, tp_rank: u32, tp_size: u32) -> Self {
-        (self.tp_rank, self.tp_size) = (tp_rank, tp_size);
-        self
-    }
-
-    /// This rank on another pipeline stage.
-    #[must_use]
-    pub fn with_pp(mut self, pp_rank: u32, pp_size: u32) -> Self {
-        (self.pp_rank, self.pp_size) = (pp_rank, pp_size);
-        self
-    }
-
-    /// All ranks of a trainer of these sizes, in Megatron's default order: tensor parallelism varies fastest, then
-    /// data parallelism, then the stage. Layers are split evenly.
-    ///
-    /// # Errors
-    /// Those of [`stages`], [`TranslateError::Zero`], and [`TranslateError::TooLarge`] beyond 2^20 ranks.
-    pub fn grid(num_layers: u32, tp: u32, pp: u32, dp: u32) -> Result<Vec<Self>, TranslateError> {
-        for (what, size) in [("megatron tp_size", tp), ("megatron dp_size", dp)] {
-            if size == 0 {
-                return Err(TranslateError::Zero { what });
-            }
-        }
-        let stages = stages(num_layers, pp)?;
-        let size = tp.checked_mul(dp).and_then(|ranks| ranks.checked_mul(pp));
-        if size.is_none_or(|size| size > MAX_RANKS) {
-            return Err(TranslateError::TooLarge {
-                what: "megatron ranks",
-                limit: MAX_RANKS.into(),
-            });
-        }
-        let mut ranks = Vec::new();
-        for (stage, layers) in (0..).zip(stages) {
-            for within in 0..tp * dp {
-                let rank = Self::new(stage * tp * dp + within, layers.clone());
-                ranks.push(rank.with_tp(within % tp, tp).with_pp(stage, pp));
-            }
-        }
-        Ok(ranks)
-    }
-
-    fn check(&self, config: &ModelConfig) -> Result<SourceCoords, TranslateError> {
-        Shard::new("megatron pp_size", self.pp_rank, self.pp_size)?;
-        let mut seen = BTreeSet::new();
-        for &layer in &self.layers {
-            if layer >= config.num_layers {
-                return Err(TranslateError::LayerRange {
-                    rank: self.rank,
-                    layer,
-                    layers: config.num_layers,
-                });
-            }
-            if !seen.insert(layer) {
-                return Err(TranslateError::DuplicateLayer { rank: self.rank, layer });
-            }
-        }
-        SourceCoords::new(self.tp_rank, self.tp_size)
-    }
-
-    /// The slots of this rank, with the local and the global number of the layer they belong to.
-    fn slots(&self, config: &ModelConfig) -> Vec<(Slot, u32, u32)> {
-        let model = Model::new(config);
-        let mut slots = Vec::new();
-        for (local, &layer) in (0..).zip(&self.layers) {
-            slots.extend(model.layer(layer).into_iter().map(|slot| (slot, local, layer)));
-        }
-        if self.pp_rank == 0 {
-            slots.extend(model.first.into_iter().map(|slot| (slot, 0, 0)));
-        }
-        if self.pp_rank + 1 == self.pp_size {
-            slots.extend(model.last.into_iter().map(|slot| (slot, 0, 0)));
-        }
-        slots
-    }
-}
-
-/// An even split of the layers over pipeline stages: Megatron's default, without virtual stages.
-///
-/// # Errors
-/// [`TranslateError::Indivisible`] when the stages do not divide the layers, [`TranslateError::Zero`],
-/// [`TranslateError::TooLarge`].
-pub fn stages(num_layers: u32, pp_size: u32) -> Result<Vec<Vec<u32>>, TranslateError> {
-    let what = "num_hidden_layers";
-    if num_layers == 0 {
-        return Err(TranslateError::Zero { what });
-    }
-    if num_layers > MAX_LAYERS {
-        return Err(TranslateError::TooLarge { what, limit: MAX_LAYERS.into() });
-    }
-    let group = "megatron pp_size";
-    if pp_size == 0 {
-        return Err(TranslateError::Zero { what: group });
-    }
-    if !num_layers.is_multiple_of(pp_size) {
-        return Err(TranslateError::Indivisible {
-            what,
-            size: num_layers.into(),
-            by_what: group,
-            by: pp_size.into(),
-        });
-    }
-    let each = num_layers / pp_size;
-    Ok((0..pp_size).map(|stage| (stage * each..(stage + 1) * each).collect()).collect())
-}
 
 /// The layout of a trainer rank that holds these tensors.
 ///
@@ -164,12 +34,12 @@ pub fn stages(num_layers: u32, pp_size: u32) -> Result<Vec<Vec<u32>>, TranslateE
 /// band. Element types may differ from the model's where a cast joins them.
 ///
 /// # Errors
-/// Everything [`ModelConfig::validate`] refuses; [`TranslateError::Rank`], [`TranslateError::LayerRange`] and
-/// [`TranslateError::DuplicateLayer`] for impossible coordinates; the errors of [`crate::roles::Role::megatron`] for
-/// sizes that clash; [`TranslateError::NoParams`], [`TranslateError::DuplicateParam`],
-/// [`TranslateError::MissingParam`], [`TranslateError::AmbiguousParam`], [`TranslateError::UntiedHead`],
-/// [`TranslateError::Shape`], [`TranslateError::Dtype`] and [`TranslateError::UnknownParam`] for tensors that are not
-/// those of such a rank.
+/// Everything [`ModelConfig::validate`] refuses; [`TranslateError::Rank`], [`TranslateError::Zero`],
+/// [`TranslateError::LayerRange`] and [`TranslateError::DuplicateLayer`] for impossible coordinates; the errors of
+/// [`SourceRole::megatron`](crate::roles::SourceRole::megatron) for sizes that clash; [`TranslateError::NoParams`],
+/// [`TranslateError::DuplicateParam`], [`TranslateError::MissingParam`], [`TranslateError::AmbiguousParam`],
+/// [`TranslateError::UntiedHead`], [`TranslateError::Shape`], [`TranslateError::Dtype`] and
+/// [`TranslateError::UnknownParam`] for tensors that are not those of such a rank.
 pub fn layout(
     config: &ModelConfig,
     rank: &SourceRank,
@@ -177,32 +47,98 @@ pub fn layout(
 ) -> Result<RankLayout, TranslateError> {
     config.validate()?;
     let coords = rank.check(config)?;
+    lay_out(config, rank, &coords, &slots(config, rank, coords)?, held)
+}
+
+/// The layout of a rank with these slots.
+pub(crate) fn lay_out(
+    config: &ModelConfig,
+    rank: &SourceRank,
+    coords: &SourceCoords,
+    slots: &[SourceSlot],
+    held: &[TensorSpec],
+) -> Result<RankLayout, TranslateError> {
     let mut inventory = Inventory::new(Side::Megatron, rank.rank, held)?;
     let mut layout = LayoutBuilder::new(rank.rank);
-    for (slot, local, global) in rank.slots(config) {
-        let Some(spec) = resolve(&mut inventory, &slot, rank, local)? else { continue };
-        let view = slot.role.megatron(&coords, Some(&spec.shape))?;
-        inventory.check(spec, &view, config.dtype)?;
-        if slot.copy {
+    let sets = sets(&inventory, slots, rank)?;
+    for slot in slots {
+        let chosen = |it: Alternative| sets.get(&it.choice).copied().unwrap_or_default() == it.set;
+        if !slot.alternative.is_none_or(chosen) {
             continue;
         }
-        let logical = slot.logical_names(global);
-        view.place(&mut layout, slot.role.as_ref(), &spec.name, spec.dtype, &logical)?;
+        let Some(spec) = resolve(&mut inventory, slot, rank)? else { continue };
+        let view = slot.role.megatron(coords, Some(&spec.shape))?;
+        inventory.check(spec, &view, slot.facts.dtype.unwrap_or(config.dtype))?;
+        if slot.facts.copy {
+            continue;
+        }
+        let role = slot.role.as_ref();
+        let param = view.param(&mut layout, role, &spec.name, spec.dtype, &slot.logical)?;
+        layout.param(param)?;
     }
     inventory.finish(|name| IGNORED_SUFFIXES.iter().any(|suffix| name.ends_with(suffix)))?;
     Ok(layout.build())
 }
 
+/// The slots of a rank, in the order of the model.
+fn slots(
+    config: &ModelConfig,
+    rank: &SourceRank,
+    at: SourceCoords,
+) -> Result<Vec<SourceSlot>, TranslateError> {
+    let family = config.family.description();
+    let mut slots = Slots::new(Place::Source(at));
+    for (number, chunk) in rank.chunks.iter().enumerate() {
+        let several = rank.chunks.len() > 1;
+        slots.begin_chunk(if several { format!("model{number}.") } else { String::new() });
+        for (local, &global) in (0..).zip(chunk) {
+            let layer = Layer { local, global };
+            slots.layer_scope(layer);
+            (family.layer)(config, layer, &mut slots)?;
+        }
+        if rank.pp_rank == 0 && number == 0 {
+            slots.scope("", "", "");
+            (family.first)(config, &mut slots)?;
+        }
+        if rank.pp_rank + 1 == rank.pp_size && number + 1 == rank.chunks.len() {
+            slots.scope("", "", "");
+            (family.last)(config, &mut slots)?;
+        }
+    }
+    Ok(slots.into_source())
+}
+
+/// For every choice between sets of slots, the set of which the rank holds something.
+fn sets(
+    inventory: &Inventory<'_>,
+    slots: &[SourceSlot],
+    rank: &SourceRank,
+) -> Result<BTreeMap<u32, u32>, TranslateError> {
+    let mut sets: BTreeMap<u32, (u32, &str)> = BTreeMap::new();
+    for slot in slots {
+        let Some(it) = slot.alternative else { continue };
+        let Some(name) = slot.names.iter().find(|name| inventory.holds(name)) else { continue };
+        let (set, earlier) = *sets.entry(it.choice).or_insert((it.set, name));
+        if set != it.set {
+            return Err(TranslateError::AmbiguousParam {
+                rank: rank.rank,
+                param: earlier.into(),
+                other: name.into(),
+            });
+        }
+    }
+    Ok(sets.into_iter().map(|(choice, (set, _))| (choice, set)).collect())
+}
+
 /// The one tensor that a slot goes by on this rank; `None` for a copy that is not there.
 fn resolve<'a>(
     inventory: &mut Inventory<'a>,
-    slot: &Slot,
+    slot: &SourceSlot,
     rank: &SourceRank,
-    local: u32,
 ) -> Result<Option<&'a TensorSpec>, TranslateError> {
     let mut found: Option<&TensorSpec> = None;
-    for template in slot.megatron {
-        let Some(spec) = inventory.claim(&slot::numbered(template, local)) else { continue };
+    for name in slot.names.iter() {
+        let Some(spec) = inventory.claim(name) else { continue };
         if let Some(earlier) = found {
             return Err(TranslateError::AmbiguousParam {
                 rank: rank.rank,
@@ -213,13 +149,13 @@ fn resolve<'a>(
         found = Some(spec);
     }
     match found {
-        Some(spec) if slot.copy && rank.pp_size == 1 => {
+        Some(spec) if slot.facts.copy && rank.pp_size == 1 => {
             Err(TranslateError::UntiedHead { rank: rank.rank, param: spec.name.clone() })
         }
         Some(spec) => Ok(Some(spec)),
-        None if slot.copy => Ok(None),
+        None if slot.facts.copy => Ok(None),
         None => {
-            let mut names = slot.megatron.iter().map(|template| slot::name(template, local));
+            let mut names = slot.names.iter().map(Into::into);
             Err(TranslateError::MissingParam {
                 side: Side::Megatron,
                 rank: rank.rank,
@@ -230,13 +166,13 @@ fn resolve<'a>(
     }
 }
 
-/// Which modules a trainer's layers are made of; it decides what norms are called.
+/// Which modules a trainer's layers are made of; it decides what norms and experts are called.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum NormSpec {
-    /// Transformer Engine: norms are part of the linear layer behind them.
+pub enum LayerSpec {
+    /// Transformer Engine: norms are part of the linear layer behind them, experts of one grouped layer.
     #[default]
     Te,
-    /// Megatron's local spec: norms are modules of their own.
+    /// Megatron's local spec: norms and experts are modules of their own.
     Local,
 }
 
@@ -244,19 +180,19 @@ pub enum NormSpec {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TrainerOptions {
-    /// What norms are called.
-    pub norms: NormSpec,
+    /// What layers are made of.
+    pub spec: LayerSpec,
     /// Rows of the vocabulary with the trainer's padding; `None`: as few as divide evenly.
     pub padded_vocab: Option<u64>,
-    /// Element type of every parameter; `None`: the model's.
+    /// Element type of every parameter that has none of its own; `None`: the model's.
     pub dtype: Option<Dtype>,
 }
 
 impl TrainerOptions {
-    /// These options with other norms.
+    /// These options with another layer spec.
     #[must_use]
-    pub fn with_norms(mut self, norms: NormSpec) -> Self {
-        self.norms = norms;
+    pub fn with_spec(mut self, spec: LayerSpec) -> Self {
+        self.spec = spec;
         self
     }
 
@@ -286,19 +222,30 @@ pub fn expected(
 ) -> Result<Vec<TensorSpec>, TranslateError> {
     config.validate()?;
     let coords = rank.check(config)?.with_padded_vocab(options.padded_vocab);
-    let dtype = options.dtype.unwrap_or(config.dtype);
+    expect(config, rank, &coords, slots(config, rank, coords)?, options)
+}
+
+/// What a rank with these slots holds.
+pub(crate) fn expect(
+    config: &ModelConfig,
+    rank: &SourceRank,
+    coords: &SourceCoords,
+    slots: Vec<SourceSlot>,
+    options: &TrainerOptions,
+) -> Result<Vec<TensorSpec>, TranslateError> {
     let mut held = Vec::new();
-    for (slot, local, _) in rank.slots(config) {
-        if slot.copy && rank.pp_size == 1 {
+    for slot in slots {
+        let other_set = slot.alternative.is_some_and(|it| it.set > 0);
+        if other_set || (slot.facts.copy && rank.pp_size == 1) {
             continue;
         }
-        let template = match options.norms {
-            NormSpec::Te => slot.megatron.first(),
-            NormSpec::Local => slot.megatron.last(),
+        let dtype = slot.facts.dtype.or(options.dtype).unwrap_or(config.dtype);
+        let name = match (options.spec, slot.names.local) {
+            (LayerSpec::Local, Some(local)) => local,
+            _ => slot.names.te,
         };
-        let Some(template) = template else { continue };
-        let view = slot.role.megatron(&coords, None)?;
-        held.push(TensorSpec::new(slot::name(template, local), dtype, view.shape));
+        let view = slot.role.megatron(coords, None)?;
+        held.push(TensorSpec::new(name.as_ref(), dtype, view.shape));
     }
     Ok(held)
 }

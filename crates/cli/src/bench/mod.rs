@@ -23,7 +23,7 @@ use self::table::{Cycle, PairResult, Run};
 use self::workers::{Launcher, Worker};
 use crate::error::CliError;
 use crate::model;
-use crate::sizes::Sizes;
+use crate::sizes::{SourceSizes, TargetSizes};
 use crate::transports::TransportName;
 
 /// What is benched when no sizes are given: matched, gathered, and what row-parallel tensors make hard.
@@ -42,11 +42,11 @@ pub(crate) struct Args {
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     layers: Option<u32>,
     /// Trainer sizes (with neither side given: TP 1 -> 1, 2 -> 2, 2 -> 1 and 4 -> 2 in turn)
-    #[arg(long, value_name = "tp=N,pp=N")]
-    source: Option<Sizes>,
+    #[arg(long, value_name = SourceSizes::SHAPE)]
+    source: Option<SourceSizes>,
     /// Engine sizes (default, where the trainer's are given: tp=1)
-    #[arg(long, value_name = "tp=N")]
-    target: Option<Sizes>,
+    #[arg(long, value_name = TargetSizes::SHAPE)]
+    target: Option<TargetSizes>,
     /// Rounds; each has a cycle of every kind and a measurement of every ceiling
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     cycles: u32,
@@ -112,13 +112,12 @@ pub(crate) struct RankArgs {
 
 impl RankArgs {
     fn to_arguments(role: Role, setup: &RankSetup, transport: TransportName) -> Vec<String> {
-        let sizes = |sizes: Sizes| format!("tp={},pp={}", sizes.tp, sizes.pp);
         let values = [
             ("--rank", setup.rank.to_string()),
             ("--config", setup.config.clone()),
             ("--layers", setup.layers.to_string()),
-            ("--source", sizes(setup.source)),
-            ("--target", sizes(setup.target)),
+            ("--source", setup.source.argument()),
+            ("--target", setup.target.argument()),
             ("--transport", transport.name().to_owned()),
             ("--directory", setup.directory.display().to_string()),
             ("--wave", setup.wave.to_string()),
@@ -139,12 +138,13 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
     if args.transport == TransportName::Nixl {
         return Err(crate::transports::without_nixl());
     }
-    let size = |tp| Sizes { tp, pp: 1 };
     let all = args.source.is_none() && args.target.is_none();
-    let pairs: Vec<(Sizes, Sizes)> = if all {
-        PAIRS.iter().map(|&(source, target)| (size(source), size(target))).collect()
+    let pairs: Vec<(SourceSizes, TargetSizes)> = if all {
+        let sizes = |&(source, target)| (SourceSizes::new(source), TargetSizes::new(target));
+        PAIRS.iter().map(sizes).collect()
     } else {
-        vec![(args.source.unwrap_or_else(|| size(1)), args.target.unwrap_or_else(|| size(1)))]
+        let source = args.source.unwrap_or_else(|| SourceSizes::new(1));
+        vec![(source, args.target.unwrap_or_else(|| TargetSizes::new(1)))]
     };
     let free = sizing::free_memory()?;
     let layers = match args.layers {
@@ -161,7 +161,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
     let mut run = Run::new(args.config.clone(), layers, config.num_layers, args.transport.name());
     run.print_header(free, args.layers.is_none());
     for (source, target) in pairs {
-        let read_per_row = args.read_per_row || (all && source.tp > target.tp);
+        let read_per_row = args.read_per_row || (all && source.tp > target.tp());
         let result = pair(args, layers, source, target, read_per_row)?;
         result.print();
         run.pairs.push(result);
@@ -180,8 +180,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
 fn pair(
     args: &Args,
     layers: u32,
-    source: Sizes,
-    target: Sizes,
+    source: SourceSizes,
+    target: TargetSizes,
     read_per_row: bool,
 ) -> Result<PairResult, CliError> {
     let meeting = tempfile::tempdir().map_err(CliError::system("make a directory to meet in"))?;
@@ -207,11 +207,11 @@ fn pair(
 
     bar.set_message("starting sources");
     // Targets are declared last, so that they leave before what they read from.
-    let mut sources = start(&launcher, Role::Source, source.tp * source.pp, &setup)?;
+    let mut sources = start(&launcher, Role::Source, source.world(), &setup)?;
     all(&mut sources, patience, None)?;
     bar.inc(1);
     bar.set_message("starting targets");
-    let mut targets = start(&launcher, Role::Target, target.tp, &setup)?;
+    let mut targets = start(&launcher, Role::Target, target.world(), &setup)?;
     all(&mut targets, patience, None)?;
     bar.inc(1);
 
@@ -294,12 +294,12 @@ fn progress(steps: u64, prefix: String) -> ProgressBar {
 
 /// Runs one rank: commands from standard input, answers to standard output.
 pub(crate) fn run_rank(args: &RankArgs) -> Result<ExitCode, CliError> {
-    let sizes = |side, text: &str| text.parse().map_err(|reason| CliError::Sizes { side, reason });
+    let wrong = |side| move |reason| CliError::Sizes { side, reason };
     let setup = RankSetup {
         config: args.config.clone(),
         layers: args.layers,
-        source: sizes("source", &args.source)?,
-        target: sizes("target", &args.target)?,
+        source: args.source.parse().map_err(wrong("source"))?,
+        target: args.target.parse().map_err(wrong("target"))?,
         rank: args.rank,
         directory: Path::new(&args.directory).to_path_buf(),
         own_process: true,

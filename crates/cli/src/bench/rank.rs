@@ -16,15 +16,15 @@ use super::protocol::{Command, Mode, RankReport, Reply};
 use super::values;
 use crate::error::CliError;
 use crate::model;
-use crate::sizes::Sizes;
+use crate::sizes::{SourceSizes, TargetSizes};
 
 /// Everything a rank needs to know.
 #[derive(Clone, Debug)]
 pub(crate) struct RankSetup {
     pub(crate) config: String,
     pub(crate) layers: u32,
-    pub(crate) source: Sizes,
-    pub(crate) target: Sizes,
+    pub(crate) source: SourceSizes,
+    pub(crate) target: TargetSizes,
     pub(crate) rank: u32,
     pub(crate) directory: PathBuf,
     /// Whether this rank has a process of its own, whose memory means something.
@@ -87,7 +87,7 @@ pub(crate) fn target<T: Transport>(
 ) -> Result<(), CliError> {
     let layout = setup.layout(model::target(&setup.model()?, setup.target)?)?;
     let directory = Directory::new(&setup.directory).map_err(RefitError::from)?;
-    let sources = 0..setup.source.tp * setup.source.pp;
+    let sources = 0..setup.source.world();
     let published = directory.wait(sources, setup.patience).map_err(RefitError::from)?;
 
     let pool = TransportPool::new(

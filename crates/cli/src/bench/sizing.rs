@@ -4,13 +4,17 @@ use refit::translate::ModelConfig;
 
 use crate::error::CliError;
 use crate::model;
-use crate::sizes::Sizes;
+use crate::sizes::{SourceSizes, TargetSizes};
 
 /// A bench may take this share of the free memory: pages that the system caches for others stay where they are.
 const SHARE_PERCENT: u64 = 50;
 
 /// The bytes of a bench of this model: sources, targets, what targets stage and what they measure ceilings with.
-pub(crate) fn bytes(config: &ModelConfig, source: Sizes, target: Sizes) -> Result<u64, CliError> {
+pub(crate) fn bytes(
+    config: &ModelConfig,
+    source: SourceSizes,
+    target: TargetSizes,
+) -> Result<u64, CliError> {
     let sources: u64 =
         model::source(config, source)?.iter().map(refit::planner::RankLayout::bytes).sum();
     let targets: u64 =
@@ -21,7 +25,7 @@ pub(crate) fn bytes(config: &ModelConfig, source: Sizes, target: Sizes) -> Resul
 /// The most layers, at least one, with which every one of these pairs fits into the free memory.
 pub(crate) fn layers(
     config: &ModelConfig,
-    pairs: &[(Sizes, Sizes)],
+    pairs: &[(SourceSizes, TargetSizes)],
     free: u64,
 ) -> Result<u32, CliError> {
     let budget = free / 100 * SHARE_PERCENT;
@@ -30,7 +34,7 @@ pub(crate) fn layers(
         smaller.num_layers = layers;
         let mut fits = true;
         for &(source, target) in pairs {
-            if !layers.is_multiple_of(source.pp) {
+            if !source.takes(layers) {
                 fits = false;
                 break;
             }

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::protocol::{Mode, RankReport};
 use crate::plan::amplification;
-use crate::sizes::Sizes;
+use crate::sizes::{SourceSizes, TargetSizes};
 
 /// A whole bench.
 #[derive(Debug)]
@@ -20,8 +20,8 @@ pub(crate) struct Run {
 /// One pair of sizes.
 #[derive(Debug)]
 pub(crate) struct PairResult {
-    source: Sizes,
-    target: Sizes,
+    source: SourceSizes,
+    target: TargetSizes,
     pub(crate) cycles: Vec<Cycle>,
     pub(crate) memcpy_gbps: Vec<f64>,
     pub(crate) big_read_gbps: Vec<f64>,
@@ -60,8 +60,8 @@ pub(crate) struct Cycle {
 impl Cycle {
     #[allow(clippy::cast_precision_loss, reason = "rates for people")]
     pub(crate) fn new(
-        source: Sizes,
-        target: Sizes,
+        source: SourceSizes,
+        target: TargetSizes,
         mode: Mode,
         cycle: u32,
         ranks: Vec<RankReport>,
@@ -120,7 +120,7 @@ struct Ratios {
 }
 
 impl PairResult {
-    pub(crate) fn new(source: Sizes, target: Sizes) -> Self {
+    pub(crate) fn new(source: SourceSizes, target: TargetSizes) -> Self {
         Self {
             source,
             target,

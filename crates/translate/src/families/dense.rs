@@ -1,137 +1,108 @@
 //! Llama, Mistral, Qwen2 and Qwen3: grouped-query attention and a gated MLP in every layer.
-//!
-//! Names and layouts were compared with Megatron-Core 0.19.2 through Megatron-Bridge 0.6.2 and with vLLM 0.32.
 
-use alloc::vec;
-use alloc::vec::Vec;
+use super::{Description, blocks};
+use crate::slots::{Layer, Slots};
+use crate::{ModelConfig, TranslateError};
 
-use crate::ModelConfig;
-use crate::roles::{GatedMlp, Qkv, Replicated, Row, Vocab};
-use crate::slot::Slot;
+pub(super) const LLAMA: Description = Description {
+    architecture: "LlamaForCausalLM",
+    model_type: "llama",
+    fixed: |_| {},
+    #[cfg(feature = "serde")]
+    read: json::read,
+    check,
+    first,
+    layer,
+    last,
+};
 
-const EMBEDDING: &[&str] = &["model.embed_tokens.weight"];
+pub(super) const MISTRAL: Description =
+    Description { architecture: "MistralForCausalLM", model_type: "mistral", ..LLAMA };
 
-/// The embedding.
-pub(super) fn first(config: &ModelConfig) -> Vec<Slot> {
-    vec![Slot::new(
-        vocab(config),
-        EMBEDDING,
-        &["embedding.word_embeddings.weight"],
-        "model.embed_tokens.weight",
-    )]
+pub(super) const QWEN2: Description = Description {
+    architecture: "Qwen2ForCausalLM",
+    model_type: "qwen2",
+    fixed: |config| config.qkv_bias = true,
+    ..LLAMA
+};
+
+pub(super) const QWEN3: Description = Description {
+    architecture: "Qwen3ForCausalLM",
+    model_type: "qwen3",
+    fixed: |config| config.qk_norm = true,
+    ..LLAMA
+};
+
+fn check(config: &ModelConfig) -> Result<(), TranslateError> {
+    config.check_attention()?;
+    config.check_mlp()
 }
 
-/// The final norm and the head.
-///
-/// A tied head is the embedding under another name. The trainer holds a copy of it on the last stage when there are
-/// several; the embedding's own stage is the one that is read.
-pub(super) fn last(config: &ModelConfig) -> Vec<Slot> {
-    let (megatron, vllm) = (&["output_layer.weight"], "lm_head.weight");
-    let head = if config.tied {
-        Slot::new(vocab(config), EMBEDDING, megatron, vllm).copy()
-    } else {
-        Slot::new(vocab(config), &["lm_head.weight"], megatron, vllm)
-    };
-    let norm = Slot::new(
-        norm(config.hidden_size),
-        &["model.norm.weight"],
-        &["decoder.final_layernorm.weight"],
-        "model.norm.weight",
-    );
-    vec![norm, head]
+fn first(config: &ModelConfig, slots: &mut Slots) -> Result<(), TranslateError> {
+    blocks::embedding(config, slots);
+    Ok(())
 }
 
-/// One decoder layer.
-pub(super) fn layer(config: &ModelConfig) -> Vec<Slot> {
-    let hidden = config.hidden_size;
-    let heads = config.num_heads.saturating_mul(config.head_dim);
-    let mut slots = vec![
-        Slot::new(
-            norm(hidden),
-            &["model.layers.{}.input_layernorm.weight"],
-            &[
-                "decoder.layers.{}.self_attention.linear_qkv.layer_norm_weight",
-                "decoder.layers.{}.input_layernorm.weight",
-            ],
-            "model.layers.{}.input_layernorm.weight",
-        ),
-        Slot::new(
-            qkv(config, Some(hidden)),
-            &[
-                "model.layers.{}.self_attn.q_proj.weight",
-                "model.layers.{}.self_attn.k_proj.weight",
-                "model.layers.{}.self_attn.v_proj.weight",
-            ],
-            &["decoder.layers.{}.self_attention.linear_qkv.weight"],
-            "model.layers.{}.self_attn.qkv_proj.weight",
-        ),
-        Slot::new(
-            Row { rows: hidden, what: "num_attention_heads * head_dim", cols: heads },
-            &["model.layers.{}.self_attn.o_proj.weight"],
-            &["decoder.layers.{}.self_attention.linear_proj.weight"],
-            "model.layers.{}.self_attn.o_proj.weight",
-        ),
-        Slot::new(
-            norm(hidden),
-            &["model.layers.{}.post_attention_layernorm.weight"],
-            &[
-                "decoder.layers.{}.mlp.linear_fc1.layer_norm_weight",
-                "decoder.layers.{}.pre_mlp_layernorm.weight",
-            ],
-            "model.layers.{}.post_attention_layernorm.weight",
-        ),
-        Slot::new(
-            GatedMlp { intermediate: config.intermediate_size, cols: hidden },
-            &["model.layers.{}.mlp.gate_proj.weight", "model.layers.{}.mlp.up_proj.weight"],
-            &["decoder.layers.{}.mlp.linear_fc1.weight"],
-            "model.layers.{}.mlp.gate_up_proj.weight",
-        ),
-        Slot::new(
-            Row { rows: hidden, what: "intermediate_size", cols: config.intermediate_size },
-            &["model.layers.{}.mlp.down_proj.weight"],
-            &["decoder.layers.{}.mlp.linear_fc2.weight"],
-            "model.layers.{}.mlp.down_proj.weight",
-        ),
-    ];
-    if config.qkv_bias {
-        slots.push(Slot::new(
-            qkv(config, None),
-            &[
-                "model.layers.{}.self_attn.q_proj.bias",
-                "model.layers.{}.self_attn.k_proj.bias",
-                "model.layers.{}.self_attn.v_proj.bias",
-            ],
-            &["decoder.layers.{}.self_attention.linear_qkv.bias"],
-            "model.layers.{}.self_attn.qkv_proj.bias",
-        ));
+fn layer(config: &ModelConfig, _: Layer, slots: &mut Slots) -> Result<(), TranslateError> {
+    blocks::attention(config, slots);
+    blocks::mlp(config, slots);
+    Ok(())
+}
+
+fn last(config: &ModelConfig, slots: &mut Slots) -> Result<(), TranslateError> {
+    blocks::head(config, slots);
+    Ok(())
+}
+
+#[cfg(feature = "serde")]
+mod json {
+    use serde::Deserialize;
+
+    use crate::config::json::{Json, derived_head_dim, refusal, required};
+    use crate::{Family, ModelConfig, TranslateError};
+
+    #[derive(Deserialize)]
+    struct Keys {
+        intermediate_size: Option<u64>,
+        num_key_value_heads: Option<u64>,
+        head_dim: Option<u64>,
+        /// Llama, Mistral, Qwen3: a bias on Q, K, V and O.
+        attention_bias: Option<bool>,
+        /// Llama: a bias on gate, up and down.
+        mlp_bias: Option<bool>,
+        /// Qwen2 derivatives: whether Q, K and V have a bias; vLLM reads it too, its default is true.
+        qkv_bias: Option<bool>,
+        /// Qwen2 derivatives with norms on Q and K.
+        qk_norm: Option<bool>,
     }
-    if config.qk_norm {
-        // One norm for all heads: replicated, not sharded with them.
-        slots.push(Slot::new(
-            norm(config.head_dim),
-            &["model.layers.{}.self_attn.q_norm.weight"],
-            &["decoder.layers.{}.self_attention.q_layernorm.weight"],
-            "model.layers.{}.self_attn.q_norm.weight",
-        ));
-        slots.push(Slot::new(
-            norm(config.head_dim),
-            &["model.layers.{}.self_attn.k_norm.weight"],
-            &["decoder.layers.{}.self_attention.k_layernorm.weight"],
-            "model.layers.{}.self_attn.k_norm.weight",
-        ));
+
+    pub(super) fn read(json: &Json<'_>, config: &mut ModelConfig) -> Result<(), TranslateError> {
+        let keys: Keys = json.keys()?;
+        let projections = "only Q, K and V may have a bias in this family";
+        if keys.attention_bias == Some(true) {
+            return Err(refusal("attention_bias", true, projections));
+        }
+        if keys.mlp_bias == Some(true) {
+            return Err(refusal("mlp_bias", true, projections));
+        }
+        if keys.qk_norm == Some(true) && config.family != Family::Qwen3 {
+            return Err(refusal("qk_norm", true, "norms on Q and K are known for Qwen3 only"));
+        }
+        config.intermediate_size = required(keys.intermediate_size, "intermediate_size")?;
+        // Absent in files older than grouped-query attention, which only Llama has; other defaults moved between
+        // releases.
+        config.num_kv_heads = match keys.num_key_value_heads {
+            None if config.family == Family::Llama => config.num_heads,
+            kv_heads => required(kv_heads, "num_key_value_heads")?,
+        };
+        // Absent or null means a share of the hidden size, but for Qwen3, whose class default is a constant.
+        config.head_dim = match keys.head_dim {
+            None if config.family != Family::Qwen3 => derived_head_dim(config)?,
+            head_dim => required(head_dim, "head_dim")?,
+        };
+        if let (Family::Qwen2, Some(bias)) = (config.family, keys.qkv_bias) {
+            config.qkv_bias = bias;
+        }
+        Ok(())
     }
-    slots
-}
-
-fn vocab(config: &ModelConfig) -> Vocab {
-    Vocab { tokens: config.vocab_size, cols: config.hidden_size }
-}
-
-fn norm(size: u64) -> Replicated {
-    Replicated { rows: size, cols: None }
-}
-
-fn qkv(config: &ModelConfig, cols: Option<u64>) -> Qkv {
-    let ModelConfig { num_heads: heads, num_kv_heads: kv_heads, head_dim, .. } = *config;
-    Qkv { heads, kv_heads, head_dim, cols }
 }

@@ -1,7 +1,7 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use super::{Part, Role, Shard, SourceCoords, TargetCoords, View, width};
+use super::{Part, Role, Shard, SourceCoords, SourceRole, TargetCoords, TargetRole, View, width};
 use crate::TranslateError;
 
 /// Rows are shared out evenly, in order, on both sides: ungated projections and their biases.
@@ -21,7 +21,7 @@ impl Column {
     fn view(&self, tp: &Shard) -> Result<View, TranslateError> {
         let rows = tp.cut(self.what, self.rows)?;
         let height = rows.end - rows.start;
-        let part = Part { tensor: 0, rows, cols: 0..width(self.cols), at_row: 0 };
+        let part = Part::new(0, rows, 0..width(self.cols));
         Ok(View::new(height, self.cols, "rows / tp_size", vec![part]))
     }
 }
@@ -30,11 +30,15 @@ impl Role for Column {
     fn logical(&self) -> Result<Vec<(u64, u64)>, TranslateError> {
         Ok(vec![(self.rows, width(self.cols))])
     }
+}
 
+impl SourceRole for Column {
     fn megatron(&self, at: &SourceCoords, _: Option<&[u64]>) -> Result<View, TranslateError> {
         self.view(&at.tp)
     }
+}
 
+impl TargetRole for Column {
     fn vllm(&self, at: &TargetCoords) -> Result<View, TranslateError> {
         self.view(&at.tp)
     }

@@ -1,7 +1,7 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use super::{Part, Role, Shard, SourceCoords, TargetCoords, View, times};
+use super::{Part, Role, Shard, SourceCoords, SourceRole, TargetCoords, TargetRole, View, times};
 use crate::TranslateError;
 
 /// Gate and up projection in one parameter: `[gate rows of this rank; up rows of this rank]` on both sides.
@@ -25,7 +25,7 @@ impl GatedMlp {
         let what = "intermediate_size";
         let rows = tp.cut(what, self.intermediate)?;
         let height = rows.end - rows.start;
-        let half = |tensor, at_row| Part { tensor, rows: rows.clone(), cols: 0..self.cols, at_row };
+        let half = |tensor, at_row| Part::new(tensor, rows.clone(), 0..self.cols).at_row(at_row);
         let parts = vec![half(GATE, 0), half(UP, height)];
         let formula = "[2 * intermediate_size / tp_size, hidden_size]";
         Ok(View::new(times(what, height, 2)?, Some(self.cols), formula, parts))
@@ -36,11 +36,15 @@ impl Role for GatedMlp {
     fn logical(&self) -> Result<Vec<(u64, u64)>, TranslateError> {
         Ok(vec![(self.intermediate, self.cols); 2])
     }
+}
 
+impl SourceRole for GatedMlp {
     fn megatron(&self, at: &SourceCoords, _: Option<&[u64]>) -> Result<View, TranslateError> {
         self.view(&at.tp)
     }
+}
 
+impl TargetRole for GatedMlp {
     fn vllm(&self, at: &TargetCoords) -> Result<View, TranslateError> {
         self.view(&at.tp)
     }

@@ -2,7 +2,9 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 
-use super::{Part, Role, Shard, SourceCoords, TargetCoords, View, plus, times, width};
+use super::{
+    Part, Role, Shard, SourceCoords, SourceRole, TargetCoords, TargetRole, View, plus, times, width,
+};
 use crate::TranslateError;
 use crate::config::MAX_HEADS;
 
@@ -66,7 +68,7 @@ impl Qkv {
     }
 
     fn part(&self, tensor: usize, rows: Range<u64>, at_row: u64) -> Part {
-        Part { tensor, rows, cols: 0..width(self.cols), at_row }
+        Part::new(tensor, rows, 0..width(self.cols)).at_row(at_row)
     }
 
     /// Rows of all heads: Q, K and V together.
@@ -83,7 +85,9 @@ impl Role for Qkv {
         let cols = width(self.cols);
         Ok(vec![(q, cols), (kv, cols), (kv, cols)])
     }
+}
 
+impl SourceRole for Qkv {
     fn megatron(&self, at: &SourceCoords, _: Option<&[u64]>) -> Result<View, TranslateError> {
         self.check(&at.tp)?;
         // No product below can overflow: all are at most the rows of all heads.
@@ -110,7 +114,9 @@ impl Role for Qkv {
         let formula = "(num_attention_heads + 2 * num_key_value_heads) * head_dim / tp_size rows";
         Ok(View::new(share.end - share.start, self.cols, formula, parts))
     }
+}
 
+impl TargetRole for Qkv {
     fn vllm(&self, at: &TargetCoords) -> Result<View, TranslateError> {
         self.check(&at.tp)?;
         self.rows()?;

@@ -1,7 +1,7 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use super::{Part, Role, SourceCoords, TargetCoords, View, width};
+use super::{Part, Role, SourceCoords, SourceRole, TargetCoords, TargetRole, View, width};
 use crate::TranslateError;
 
 /// Every rank holds the whole tensor: norms, biases of row-parallel layers.
@@ -15,7 +15,7 @@ pub struct Replicated {
 
 impl Replicated {
     fn view(&self) -> View {
-        let whole = Part { tensor: 0, rows: 0..self.rows, cols: 0..width(self.cols), at_row: 0 };
+        let whole = Part::new(0, 0..self.rows, 0..width(self.cols));
         View::new(self.rows, self.cols, "the whole tensor, on every rank", vec![whole])
     }
 }
@@ -24,11 +24,15 @@ impl Role for Replicated {
     fn logical(&self) -> Result<Vec<(u64, u64)>, TranslateError> {
         Ok(vec![(self.rows, width(self.cols))])
     }
+}
 
+impl SourceRole for Replicated {
     fn megatron(&self, _: &SourceCoords, _: Option<&[u64]>) -> Result<View, TranslateError> {
         Ok(self.view())
     }
+}
 
+impl TargetRole for Replicated {
     fn vllm(&self, _: &TargetCoords) -> Result<View, TranslateError> {
         Ok(self.view())
     }

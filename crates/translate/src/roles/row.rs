@@ -1,7 +1,7 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use super::{Part, Role, Shard, SourceCoords, TargetCoords, View};
+use super::{Part, Role, Shard, SourceCoords, SourceRole, TargetCoords, TargetRole, View};
 use crate::TranslateError;
 
 /// Columns are shared out evenly, in order, on both sides: output and down projections.
@@ -21,7 +21,7 @@ impl Row {
     fn view(&self, tp: &Shard) -> Result<View, TranslateError> {
         let cols = tp.cut(self.what, self.cols)?;
         let width = cols.end - cols.start;
-        let part = Part { tensor: 0, rows: 0..self.rows, cols, at_row: 0 };
+        let part = Part::new(0, 0..self.rows, cols);
         Ok(View::new(self.rows, Some(width), "columns / tp_size", vec![part]))
     }
 }
@@ -30,11 +30,15 @@ impl Role for Row {
     fn logical(&self) -> Result<Vec<(u64, u64)>, TranslateError> {
         Ok(vec![(self.rows, self.cols)])
     }
+}
 
+impl SourceRole for Row {
     fn megatron(&self, at: &SourceCoords, _: Option<&[u64]>) -> Result<View, TranslateError> {
         self.view(&at.tp)
     }
+}
 
+impl TargetRole for Row {
     fn vllm(&self, at: &TargetCoords) -> Result<View, TranslateError> {
         self.view(&at.tp)
     }

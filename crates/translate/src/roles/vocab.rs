@@ -1,7 +1,7 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use super::{LIMIT, Part, Role, SourceCoords, TargetCoords, View, times};
+use super::{LIMIT, Part, Role, SourceCoords, SourceRole, TargetCoords, TargetRole, View, times};
 use crate::TranslateError;
 
 /// vLLM pads the vocabulary to a multiple of this (`DEFAULT_VOCAB_PADDING_SIZE`).
@@ -27,7 +27,7 @@ impl Vocab {
         if start >= end {
             return (Vec::new(), 0);
         }
-        let part = Part { tensor: 0, rows: start..end, cols: 0..self.cols, at_row: 0 };
+        let part = Part::new(0, start..end, 0..self.cols);
         (vec![part], end - start)
     }
 
@@ -48,7 +48,9 @@ impl Role for Vocab {
     fn logical(&self) -> Result<Vec<(u64, u64)>, TranslateError> {
         Ok(vec![(self.tokens, self.cols)])
     }
+}
 
+impl SourceRole for Vocab {
     fn megatron(&self, at: &SourceCoords, held: Option<&[u64]>) -> Result<View, TranslateError> {
         let local_rows = self.trainer_rows(at, held)?;
         let padded = times("padded vocabulary", local_rows, at.tp.size())?;
@@ -63,7 +65,9 @@ impl Role for Vocab {
         let formula = "[padded vocabulary / tp_size, hidden_size]";
         Ok(View::new(local_rows, Some(self.cols), formula, parts))
     }
+}
 
+impl TargetRole for Vocab {
     fn vllm(&self, at: &TargetCoords) -> Result<View, TranslateError> {
         let what = "vocab_size rounded up to a multiple of 64";
         let padded = self.tokens.checked_next_multiple_of(ENGINE_PADDING);
@@ -72,8 +76,6 @@ impl Role for Vocab {
         let height = share.end - share.start;
         let (parts, tokens) = self.parts(share.start, height);
         let formula = "[vocab_size rounded up to a multiple of 64 / tp_size, hidden_size]";
-        let mut view = View::new(height, Some(self.cols), formula, parts);
-        view.zero_rows = (tokens < height).then_some(tokens..height);
-        Ok(view)
+        Ok(View::new(height, Some(self.cols), formula, parts).zero(tokens..height))
     }
 }
