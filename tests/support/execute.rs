@@ -3,8 +3,9 @@
 
 use std::collections::BTreeMap;
 
-use refit::planner::{Destination, Dtype, Fill, Plan, Program, Transform};
+use refit::planner::{Destination, Fill, Plan, Program, Transform};
 
+use crate::floats;
 use crate::oracle::{Buffers, POISON};
 
 /// The buffers of every source rank.
@@ -143,20 +144,11 @@ fn slice(bytes: &[u8], offset: u64, len: u64) -> &[u8] {
 /// The independent, one-element-at-a-time version of a transform.
 #[must_use]
 pub fn transformed(transform: Transform, run: &[u8]) -> Vec<u8> {
-    match transform {
-        Transform::Copy => run.to_vec(),
-        Transform::Cast { from: Dtype::F32, to: Dtype::Bf16 } => run
-            .chunks_exact(4)
-            .flat_map(|four| {
-                half::bf16::from_f32(f32::from_le_bytes(four.try_into().unwrap())).to_le_bytes()
-            })
-            .collect(),
-        Transform::Cast { from: Dtype::Bf16, to: Dtype::F32 } => run
-            .chunks_exact(2)
-            .flat_map(|two| {
-                half::bf16::from_le_bytes(two.try_into().unwrap()).to_f32().to_le_bytes()
-            })
-            .collect(),
+    let size = match transform {
+        Transform::Copy => return run.to_vec(),
+        Transform::Cast { from, .. } | Transform::Map { from, .. } => from.size(),
         other => panic!("no reference for {other:?}"),
-    }
+    };
+    let elements = run.chunks_exact(usize::try_from(size).unwrap());
+    elements.flat_map(|element| floats::transformed(transform, element)).collect()
 }

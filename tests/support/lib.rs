@@ -4,6 +4,7 @@
 #![allow(clippy::missing_panics_doc, clippy::unwrap_used, reason = "a panic here is a failed test")]
 
 pub mod execute;
+pub mod floats;
 pub mod golden;
 pub mod landing;
 pub mod models;

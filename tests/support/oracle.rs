@@ -3,10 +3,14 @@
 //! A logical element has a *tag*, a function of its tensor, row and column. The oracle writes tags into buffers by
 //! walking a rank's bands one element at a time. Whatever moves a source rank's buffers to a target rank must produce
 //! what the oracle writes for the target directly.
+//!
+//! Where a side maps elements, the tag is what the source stores, and the target wants its image.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use refit::planner::{Dtype, Param, RankLayout};
+use refit::planner::{Dtype, ElementMap, Param, RankLayout, Transform};
+
+use crate::floats;
 
 /// Every parameter's bytes, by name.
 pub type Buffers = BTreeMap<String, Vec<u8>>;
@@ -44,6 +48,38 @@ pub fn element(dtype: Dtype, tag: u16) -> Vec<u8> {
 /// What a rank must hold: tags where bands lie, zeros where fills lie, poison elsewhere.
 #[must_use]
 pub fn buffers(layout: &RankLayout) -> Buffers {
+    filled(layout, |param, _, tag| element(param.dtype(), tag))
+}
+
+/// What a target rank must hold after these sources, if either side maps: like [`buffers`], but images of tags.
+///
+/// All source parameters that hold some of a mapped tensor must have the same type and map.
+#[must_use]
+pub fn wanted(target: &RankLayout, sources: &[RankLayout]) -> Buffers {
+    let mut stored = BTreeMap::<&str, BTreeSet<(ElementMap, Dtype)>>::new();
+    for (param, tensor, _) in sources.iter().flat_map(RankLayout::bands) {
+        stored.entry(&tensor.name).or_default().insert((param.element_map(), param.dtype()));
+    }
+    filled(target, |param, tensor, tag| {
+        let stored = &stored[tensor];
+        let to = param.dtype();
+        if param.element_map() == ElementMap::Identity
+            && stored.iter().all(|(map, _)| *map == ElementMap::Identity)
+        {
+            return element(to, tag);
+        }
+        assert_eq!(stored.len(), 1, "what `{tensor}` maps to depends on the copy that is read");
+        let (source_map, from) = *stored.first().unwrap();
+        let map = match (source_map, param.element_map()) {
+            (map, ElementMap::Identity) | (ElementMap::Identity, map) => map,
+            (source, target) => panic!("{source} meets {target}"),
+        };
+        floats::transformed(Transform::Map { map, from, to }, &element(from, tag))
+    })
+}
+
+/// A rank's buffers, with the bytes that `value` gives for a parameter, a tensor and a tag.
+fn filled(layout: &RankLayout, value: impl Fn(&Param, &str, u16) -> Vec<u8>) -> Buffers {
     let mut buffers: Buffers =
         layout.params().iter().map(|param| (param.name().to_string(), poisoned(param))).collect();
     for (param, tensor, band) in layout.bands() {
@@ -58,7 +94,7 @@ pub fn buffers(layout: &RankLayout) -> Buffers {
                     param,
                     local_row,
                     local_col,
-                    &element(param.dtype(), tag(&tensor.name, row, col)),
+                    &value(param, &tensor.name, tag(&tensor.name, row, col)),
                 );
             }
         }

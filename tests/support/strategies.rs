@@ -1,13 +1,50 @@
 //! Random legal layouts: tensors cut into boxes along a grid, boxes stacked or interleaved into parameters, copies
-//! on several ranks, padding that belongs to no tensor, mixed element types.
+//! on several ranks, padding that belongs to no tensor, mixed element types, element maps on either side.
 
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::subsequence;
-use refit::planner::{Band, Dtype, LayoutBuilder, Param, RankLayout};
+use refit::planner::{Band, Dtype, ElementMap, LayoutBuilder, Param, RankLayout};
 
-/// A logical tensor by name and shape.
-type Shape = (String, u64, u64);
+/// A logical tensor, and how the sides store it.
+#[derive(Clone, Debug)]
+struct Shape {
+    name: String,
+    rows: u64,
+    cols: u64,
+    /// At most one of them maps.
+    source_map: ElementMap,
+    target_map: ElementMap,
+    /// The source's type where one of them does: what a map gives depends on it.
+    stored: Dtype,
+}
+
+impl Shape {
+    fn map(&self, source: bool) -> ElementMap {
+        if source { self.source_map } else { self.target_map }
+    }
+
+    fn is_mapped(&self) -> bool {
+        (self.source_map, self.target_map) != (ElementMap::Identity, ElementMap::Identity)
+    }
+}
+
+fn shape(index: usize) -> impl Strategy<Value = Shape> {
+    let maps = prop_oneof![
+        4 => Just((ElementMap::Identity, ElementMap::Identity)),
+        1 => Just((ElementMap::AddOne, ElementMap::Identity)),
+        1 => Just((ElementMap::Identity, ElementMap::NegExp)),
+    ];
+    let stored = prop_oneof![Just(Dtype::Bf16), Just(Dtype::F32)];
+    (1u64..20, 1u64..10, maps, stored).prop_map(move |(rows, cols, maps, stored)| Shape {
+        name: format!("tensor.{index}.weight"),
+        rows,
+        cols,
+        source_map: maps.0,
+        target_map: maps.1,
+        stored,
+    })
+}
 
 /// A box of tensor number `.0`.
 #[derive(Clone, Debug)]
@@ -34,15 +71,8 @@ pub struct Model {
 
 /// Random models of 1 to 3 tensors, 1 to 4 source ranks and 1 to 3 target ranks.
 pub fn model() -> impl Strategy<Value = Model> {
-    vec((1u64..20, 1u64..10), 1..4)
-        .prop_map(|shapes| {
-            let name = |index: usize| format!("tensor.{index}.weight");
-            shapes
-                .into_iter()
-                .enumerate()
-                .map(|(index, (rows, cols))| (name(index), rows, cols))
-                .collect::<Vec<_>>()
-        })
+    (1usize..4)
+        .prop_flat_map(|tensors| (0..tensors).map(shape).collect::<Vec<_>>())
         .prop_flat_map(|shapes| {
             let source = (1u32..5).prop_flat_map({
                 let shapes = shapes.clone();
@@ -59,8 +89,11 @@ pub fn model() -> impl Strategy<Value = Model> {
 
 /// Cuts every tensor along a random grid and deals the boxes to ranks: a source deals every box to at least one.
 fn side(shapes: Vec<Shape>, ranks: u32, source: bool) -> impl Strategy<Value = Vec<RankLayout>> {
-    let grids: Vec<_> =
-        shapes.iter().enumerate().map(|(index, shape)| grid(index, shape.1, shape.2)).collect();
+    let grids: Vec<_> = shapes
+        .iter()
+        .enumerate()
+        .map(|(index, shape)| grid(index, shape.rows, shape.cols))
+        .collect();
     grids.prop_flat_map(move |grids| {
         let shapes = shapes.clone();
         let pieces: Vec<Piece> = grids.into_iter().flatten().collect();
@@ -118,21 +151,29 @@ fn params(
             let mut builder = LayoutBuilder::new(rank);
             let ids: Vec<_> = shapes
                 .iter()
-                .map(|(name, rows, cols)| builder.tensor(name, *rows, *cols).unwrap())
+                .map(|shape| builder.tensor(&shape.name, shape.rows, shape.cols).unwrap())
                 .collect();
             let band = |piece: &Piece| Band::new(ids[piece.0], piece.1.clone(), piece.2.clone());
             let mut rest = owned.as_slice();
             let mut number = 0;
             while let Some((first, more)) = rest.split_first() {
                 let (join, padding, dtype, form) = coins[number];
+                let shape = &shapes[first.0];
+                let dtype = if source && shape.is_mapped() { shape.stored } else { dtype };
+                // A parameter has one map and one type: what is mapped keeps to itself.
+                let alike = |piece: &Piece| {
+                    piece.0 == first.0 || !(shape.is_mapped() || shapes[piece.0].is_mapped())
+                };
                 let name = format!("param.{number}");
-                let partner = more.first().filter(|_| join);
+                let partner = more.first().filter(|second| join && alike(second));
                 let mut taken = 1;
                 let (mut rows, mut cols) = (first.height(), first.width());
                 let mut bands = vec![band(first)];
                 match partner {
                     Some(second) if form == 0 && second.width() == cols => {
-                        for piece in more.iter().take_while(|piece| piece.width() == cols) {
+                        for piece in
+                            more.iter().take_while(|piece| piece.width() == cols && alike(piece))
+                        {
                             bands.push(band(piece).at(rows, 0));
                             rows += piece.height();
                             taken += 1;
@@ -152,7 +193,9 @@ fn params(
                     }
                     _ => {}
                 }
-                let mut param = Param::new(name, dtype, rows + padding, cols).bands(bands);
+                let mut param = Param::new(name, dtype, rows + padding, cols)
+                    .map(shape.map(source))
+                    .bands(bands);
                 if padding > 0 && !source {
                     param = param.fill(rows..rows + padding, 0..cols);
                 }

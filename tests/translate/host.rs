@@ -4,7 +4,8 @@
 
 use half::{bf16, f16};
 use proptest::prelude::*;
-use refit::planner::{Dim, Dims, Dtype, Fill, Landing, Transform};
+use refit::planner::{Dim, Dims, Dtype, ElementMap, Fill, Landing, Transform};
+use refit_tests::floats;
 use refit_translate::host::{LandError, fill, land};
 
 const NARROW: Transform = Transform::Cast { from: Dtype::F32, to: Dtype::Bf16 };
@@ -53,35 +54,9 @@ fn interesting() -> Vec<f32> {
     (0..=0xffff_u32).flat_map(upper).chain(scattered).collect()
 }
 
-/// Round to nearest even by searching all codes: `value_of` gives the positive codes' values, in order, infinity's
-/// code standing for the power of two that would follow the largest finite value.
-fn nearest(value: f32, infinity: u16, value_of: impl Fn(u16) -> f64) -> u16 {
-    let sign = if value.is_sign_negative() { 0x8000 } else { 0 };
-    let size = f64::from(value.abs());
-    let (mut low, mut high) = (0, infinity);
-    if size >= value_of(infinity) {
-        return sign | infinity;
-    }
-    while high - low > 1 {
-        let middle = low + (high - low) / 2;
-        if value_of(middle) <= size { low = middle } else { high = middle }
-    }
-    let (below, above) = (size - value_of(low), value_of(high) - size);
-    let up = above < below || (above == below && low % 2 == 1);
-    sign | if up { high } else { low }
-}
-
 #[test]
 fn narrowing_rounds_to_nearest_even() {
     let values = interesting();
-    let bf16_value = |code: u16| match code {
-        0x7f80 => 2f64.powi(128),
-        code => f64::from(f32::from_bits(u32::from(code) << 16)),
-    };
-    let f16_value = |code: u16| match (code >> 10, f64::from(code & 0x3ff)) {
-        (0, fraction) => fraction * 2f64.powi(-24),
-        (exponent, fraction) => (1024.0 + fraction) * 2f64.powi(i32::from(exponent) - 25),
-    };
     let (bf16s, f16s) = (narrowed(NARROW, &values), narrowed(NARROW_F16, &values));
     for ((&value, bf), f) in values.iter().zip(bf16s).zip(f16s) {
         assert_eq!(bf, bf16::from_f32(value).to_bits(), "{value:e} to bf16");
@@ -93,8 +68,9 @@ fn narrowing_rounds_to_nearest_even() {
             assert_eq!(value.is_sign_negative(), bf & 0x8000 != 0);
             assert_eq!(value.is_sign_negative(), f & 0x8000 != 0);
         } else {
-            assert_eq!(bf, nearest(value, 0x7f80, bf16_value), "{value:e} to bf16");
-            assert_eq!(f, nearest(value, 0x7c00, f16_value), "{value:e} to f16");
+            let bits = |dtype| floats::encode(dtype, f64::from(value));
+            assert_eq!(bf.to_le_bytes().as_slice(), bits(Dtype::Bf16), "{value:e} to bf16");
+            assert_eq!(f.to_le_bytes().as_slice(), bits(Dtype::F16), "{value:e} to f16");
         }
     }
 }
@@ -122,11 +98,87 @@ fn widening_is_exact_and_undone_by_narrowing() {
     }
 }
 
+const MAPS: [ElementMap; 2] = [ElementMap::AddOne, ElementMap::NegExp];
+
+/// Every map between every pair of types that has one.
+fn maps() -> Vec<Transform> {
+    let types = [Dtype::F32, Dtype::Bf16, Dtype::F16, Dtype::F64, Dtype::I32, Dtype::U8];
+    let pairs = types.iter().flat_map(|&from| types.iter().map(move |&to| (from, to)));
+    MAPS.iter()
+        .flat_map(|&map| {
+            pairs.clone().filter_map(move |(from, to)| Transform::mapping(map, from, to))
+        })
+        .collect()
+}
+
+#[test]
+fn maps_equal_the_rounded_exact_value() {
+    assert_eq!(maps().len(), 14);
+    let codes: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
+    // The upper halves of an f32, and what lies around their ties with one.
+    let singles = (0..=u16::MAX).flat_map(|code| {
+        [0u32, 1, 0x7fff, 0x8000, 0x8001].map(|low| (u32::from(code) << 16 | low).to_le_bytes())
+    });
+    let singles: Vec<u8> = singles.flatten().collect();
+    for transform in maps() {
+        let Transform::Map { from, to, .. } = transform else { panic!("{transform:?}") };
+        let source = if from == Dtype::F32 { &singles } else { &codes };
+        let (size, wide) =
+            (usize::try_from(from.size()).unwrap(), usize::try_from(to.size()).unwrap());
+        let got = cast(transform, source);
+        for (element, got) in source.chunks_exact(size).zip(got.chunks_exact(wide)) {
+            if floats::decode(from, element).is_nan() {
+                assert!(floats::decode(to, got).is_nan(), "{transform:?} of {element:?}");
+                let sign = |bytes: &[u8]| bytes.last().unwrap() & 0x80;
+                assert_eq!(sign(got), sign(element), "{transform:?} of {element:?}");
+            } else {
+                assert_eq!(
+                    got,
+                    floats::transformed(transform, element),
+                    "{transform:?} of {element:?}"
+                );
+            }
+        }
+    }
+}
+
+/// The f32 whose exponentials lie closest to the middle between two f32, and the borders of overflow and underflow;
+/// the values were computed with 400 bits.
+#[test]
+fn exponentials_are_correctly_rounded_where_it_is_hardest() {
+    let cases: [(u32, u32); 19] = [
+        (0xc169_12cd, 0xb4fd_331b),
+        (0xbbf0_edf1, 0xbf7e_1fe9),
+        (0x377e_ff81, 0xbf80_0080),
+        (0xbae0_e25c, 0xbf7f_8fa7),
+        (0xb300_0000, 0xbf80_0000),
+        (0x3380_0000, 0xbf80_0001),
+        (0x39c6_be5b, 0xbf80_0c6d),
+        (0x38e6_9cc1, 0xbf80_039a),
+        (0x383a_3ef1, 0xbf80_0175),
+        (0x3d1a_274e, 0xbf84_e8ba),
+        (0x4031_5b33, 0xc17f_a47d),
+        (0x42b1_7217, 0xff7f_ff84),
+        (0x42b1_7218, 0xff80_0000),
+        (0xc2cf_f1b4, 0x8000_0001),
+        (0xc2cf_f1b5, 0x8000_0000),
+        (0xc2ae_ac50, 0x807f_ffe6),
+        (0x0000_0001, 0xbf80_0000),
+        (0x7f80_0000, 0xff80_0000),
+        (0xff80_0000, 0x8000_0000),
+    ];
+    let transform = Transform::Map { map: ElementMap::NegExp, from: Dtype::F32, to: Dtype::F32 };
+    for (x, expected) in cases {
+        let got = cast(transform, &x.to_le_bytes());
+        assert_eq!(got, expected.to_le_bytes(), "-exp({})", f32::from_bits(x));
+    }
+}
+
 /// One element after another, with the planner's own iterator over runs.
 fn naive(landing: &Landing, staging: &[u8], param: &mut [u8]) {
     let at = |offset: u64| usize::try_from(offset).unwrap();
     let (from_size, to_size) = match landing.transform {
-        Transform::Cast { from, to } => (from.size(), to.size()),
+        Transform::Cast { from, to } | Transform::Map { from, to, .. } => (from.size(), to.size()),
         _ => (1, 1),
     };
     for (from, into) in landing.dims.offsets() {
@@ -141,6 +193,11 @@ fn naive(landing: &Landing, staging: &[u8], param: &mut [u8]) {
                 NARROW_F16 => f16::from_f32(float()).to_le_bytes().to_vec(),
                 WIDEN => bf16::from_bits(code()).to_f32().to_le_bytes().to_vec(),
                 WIDEN_F16 => f16::from_bits(code()).to_f32().to_le_bytes().to_vec(),
+                // Of NaNs, another test tells what they must give.
+                Transform::Map { from, .. } if floats::decode(from, bytes).is_nan() => {
+                    cast(landing.transform, bytes)
+                }
+                Transform::Map { .. } => floats::transformed(landing.transform, bytes),
                 _ => bytes.to_vec(),
             };
             param[target..target + at(to_size)].copy_from_slice(&converted);
@@ -155,13 +212,16 @@ fn legal() -> impl Strategy<Value = (Landing, usize, usize)> {
         Just(NARROW),
         Just(NARROW_F16),
         Just(WIDEN),
-        Just(WIDEN_F16)
+        Just(WIDEN_F16),
+        prop::sample::select(maps())
     ];
     let dims = prop::collection::vec((1u64..5, 0u64..20, 0u64..20), 0..4);
     (transform, 0u64..8, dims, 0u64..9, 0u64..9).prop_map(
         |(transform, elements, dims, staging_offset, offset)| {
             let run = match transform {
-                Transform::Cast { from, .. } => elements * from.size(),
+                Transform::Cast { from, .. } | Transform::Map { from, .. } => {
+                    elements * from.size()
+                }
                 _ => elements,
             };
             let (mut source, mut target) = (run, transform.target_bytes(run));

@@ -1,6 +1,6 @@
 use alloc::sync::Arc;
 
-use crate::Dtype;
+use crate::{Dtype, ElementMap};
 
 /// Why a rank's layout is not a legal list of bands.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -189,6 +189,42 @@ pub enum PlanError {
         /// Element type of the target.
         to: Dtype,
     },
+    /// Both sides store the same tensor through an element map.
+    #[error(
+        "`{param}` is stored through {target_map} and its source `{source_param}` on rank {rank} through \
+         {source_map}: at most one side may map"
+    )]
+    MapsMeet {
+        /// The target parameter.
+        param: Arc<str>,
+        /// The source parameter.
+        source_param: Arc<str>,
+        /// The source rank.
+        rank: u32,
+        /// The map of the source.
+        source_map: ElementMap,
+        /// The map of the target.
+        target_map: ElementMap,
+    },
+    /// An element map is not defined between these types.
+    #[error(
+        "`{param}` is {to} and its source `{source_param}` on rank {rank} is {from}: {map} is not defined between \
+         these types"
+    )]
+    MapDtype {
+        /// The target parameter.
+        param: Arc<str>,
+        /// The source parameter.
+        source_param: Arc<str>,
+        /// The source rank.
+        rank: u32,
+        /// The map.
+        map: ElementMap,
+        /// Element type of the source.
+        from: Dtype,
+        /// Element type of the target.
+        to: Dtype,
+    },
     /// More entries than a plan can number.
     #[error("the plan would have more than {max} parameters or segments", max = u32::MAX)]
     TooMany,
@@ -209,7 +245,9 @@ pub enum LowerError {
         max: u64,
     },
     /// The options forbid staging but a transform needs it.
-    #[error("`{param}` needs a cast, which lands from staging, but the options forbid staging")]
+    #[error(
+        "`{param}` needs a cast or a map, which lands from staging, but the options forbid staging"
+    )]
     StagingForbidden {
         /// The target parameter.
         param: Arc<str>,

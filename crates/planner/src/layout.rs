@@ -5,7 +5,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::ops::Range;
 
-use crate::{Dtype, LayoutError};
+use crate::{Dtype, ElementMap, LayoutError};
 
 /// A logical tensor: the coordinate system that both sides share.
 ///
@@ -81,6 +81,7 @@ pub struct Param {
     pub(crate) dtype: Dtype,
     pub(crate) rows: u64,
     pub(crate) cols: u64,
+    pub(crate) map: ElementMap,
     pub(crate) bands: Vec<Band>,
     pub(crate) fills: Vec<FillBox>,
 }
@@ -88,7 +89,23 @@ pub struct Param {
 impl Param {
     /// A parameter without bands yet. Vectors have 1 column; trailing dimensions are flattened into columns.
     pub fn new(name: impl Into<Arc<str>>, dtype: Dtype, rows: u64, cols: u64) -> Self {
-        Self { name: name.into(), dtype, rows, cols, bands: Vec::new(), fills: Vec::new() }
+        Self {
+            name: name.into(),
+            dtype,
+            rows,
+            cols,
+            map: ElementMap::Identity,
+            bands: Vec::new(),
+            fills: Vec::new(),
+        }
+    }
+
+    /// Declares how the elements of its bands are stored: on the source side `map` leads from what is stored to the
+    /// logical value, on the target side from the logical value to what is stored. Boxes of zeros stay zeros.
+    #[must_use]
+    pub fn map(mut self, map: ElementMap) -> Self {
+        self.map = map;
+        self
     }
 
     /// Adds a band.
@@ -122,6 +139,12 @@ impl Param {
     #[must_use]
     pub fn dtype(&self) -> Dtype {
         self.dtype
+    }
+
+    /// How its elements are stored; see [`Param::map`].
+    #[must_use]
+    pub fn element_map(&self) -> ElementMap {
+        self.map
     }
 
     /// Local rows.

@@ -53,6 +53,7 @@ mod program;
 #[cfg(feature = "serde")]
 mod raw;
 mod source;
+mod transform;
 
 pub use dims::{Dim, Dims, Offsets};
 pub use dtype::Dtype;
@@ -61,7 +62,8 @@ pub use hash::Hash;
 pub use layout::{Band, FillBox, LayoutBuilder, Param, RankLayout, Tensor, TensorId};
 pub use lower::{Capabilities, LowerOptions, Mode, Policy, lower};
 pub use plan::{
-    Coverage, Fill, Plan, PlanOptions, Replicas, Segment, SourceParam, TargetParam, Transform, plan,
+    Coverage, Fill, Plan, PlanOptions, Replicas, Segment, SourceParam, TargetParam, plan,
 };
 pub use program::{Choice, Destination, Landing, Method, Program, Read, Wave};
 pub use source::SourceLayout;
+pub use transform::{ElementMap, Transform};

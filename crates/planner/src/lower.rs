@@ -19,7 +19,7 @@ const STAGING_ALIGN: u64 = 256;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Capabilities {
-    /// It executes strided segments as they are: nothing needs exploding or staging but casts.
+    /// It executes strided segments as they are: nothing needs exploding or staging but casts and maps.
     pub strided_reads: bool,
     /// Bytes it moves per microsecond.
     pub bytes_per_us: u64,
@@ -127,7 +127,7 @@ impl LowerOptions {
 ///
 /// # Errors
 /// [`LowerError::TooManyReads`] when no allowed form keeps to `max_reads`, [`LowerError::StagingForbidden`] when a
-/// cast meets [`Policy::ReadPerRun`], [`LowerError::StagingTooLarge`].
+/// cast or map meets [`Policy::ReadPerRun`], [`LowerError::StagingTooLarge`].
 pub fn lower(
     plan: &Plan,
     capabilities: &Capabilities,

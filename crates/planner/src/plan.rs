@@ -12,7 +12,7 @@ use alloc::vec::Vec;
 use crate::encode::Encoder;
 use crate::layout::Param;
 use crate::source::Replica;
-use crate::{Dims, Dtype, Hash, PlanError, RankLayout, SourceLayout};
+use crate::{Dims, Dtype, Hash, PlanError, RankLayout, SourceLayout, Transform};
 
 /// Bump when the encoding or anything that decides segments changes; golden hashes change with it.
 const HASH_CONTEXT: &str = "refit-planner plan v1";
@@ -69,55 +69,6 @@ pub struct TargetParam {
     pub dtype: Dtype,
     /// Its size in bytes.
     pub bytes: u64,
-}
-
-/// What happens to elements on their way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Transform {
-    /// The bytes are copied.
-    Copy,
-    /// Every element is converted: rounded to nearest even when narrowing, exact when widening, NaN kept NaN.
-    Cast {
-        /// Element type in the source.
-        from: Dtype,
-        /// Element type in the target.
-        to: Dtype,
-    },
-}
-
-impl Transform {
-    /// The transform that joins two element types, if one does.
-    #[must_use]
-    pub fn between(from: Dtype, to: Dtype) -> Option<Self> {
-        match (from, to) {
-            (from, to) if from == to => Some(Self::Copy),
-            (Dtype::F32, Dtype::Bf16 | Dtype::F16) | (Dtype::Bf16 | Dtype::F16, Dtype::F32) => {
-                Some(Self::Cast { from, to })
-            }
-            _ => None,
-        }
-    }
-
-    /// Bytes written for `source_bytes` bytes read.
-    #[must_use]
-    pub fn target_bytes(self, source_bytes: u64) -> u64 {
-        match self {
-            Self::Copy => source_bytes,
-            Self::Cast { from, to } => source_bytes / from.size() * to.size(),
-        }
-    }
-
-    fn encode(self, encoder: &mut Encoder) {
-        match self {
-            Self::Copy => encoder.u64(0),
-            Self::Cast { from, to } => {
-                encoder.u64(1);
-                encoder.bytes(from.name().as_bytes());
-                encoder.bytes(to.name().as_bytes());
-            }
-        }
-    }
 }
 
 /// A strided piece of one source parameter and where it goes in one target parameter. All offsets are bytes.
@@ -271,7 +222,8 @@ impl Plan {
 /// # Errors
 /// [`PlanError::Uncovered`] when some target bytes have no source, [`PlanError::Overlap`] and [`PlanError::Gap`] when
 /// the target's own bands do not tile it, [`PlanError::TensorShape`] and [`PlanError::Dtype`] when the sides hold
-/// different models, [`PlanError::TooMany`] beyond 2^32 entries.
+/// different models, [`PlanError::MapsMeet`] and [`PlanError::MapDtype`] for element maps that are not defined,
+/// [`PlanError::TooMany`] beyond 2^32 entries.
 pub fn plan(
     source: &SourceLayout,
     target: &RankLayout,

@@ -3,7 +3,9 @@
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use crate::{Band, Dtype, FillBox, LayoutBuilder, LayoutError, Param, RankLayout, TensorId};
+use crate::{
+    Band, Dtype, ElementMap, FillBox, LayoutBuilder, LayoutError, Param, RankLayout, TensorId,
+};
 
 #[derive(serde::Serialize, serde::Deserialize)]
 pub(crate) struct RawLayout {
@@ -25,6 +27,8 @@ struct RawParam {
     dtype: Dtype,
     rows: u64,
     cols: u64,
+    #[serde(default)]
+    map: ElementMap,
     bands: Vec<Band>,
     fills: Vec<FillBox>,
 }
@@ -48,6 +52,7 @@ impl From<RankLayout> for RawLayout {
                     dtype: param.dtype,
                     rows: param.rows,
                     cols: param.cols,
+                    map: param.map,
                     bands: param.bands,
                     fills: param.fills,
                 })
@@ -79,8 +84,9 @@ impl TryFrom<RawLayout> for RankLayout {
                 };
                 band.tensor = id;
             }
-            let mut decoded =
-                Param::new(param.name, param.dtype, param.rows, param.cols).bands(param.bands);
+            let mut decoded = Param::new(param.name, param.dtype, param.rows, param.cols)
+                .map(param.map)
+                .bands(param.bands);
             decoded.fills = param.fills;
             builder.param(decoded)?;
         }

@@ -7,7 +7,7 @@ use refit_pool::MemoryKind;
 use serde::{Deserialize, Serialize};
 
 /// First bytes of an encoded publication: name and format version. A change of the format must change it.
-const MAGIC: &[u8; 8] = b"refit\0p1";
+const MAGIC: &[u8; 8] = b"refit\0p2";
 
 /// No honest publication is larger: a million shards at 44 bytes each, and their names.
 pub const MAX_ENCODED_BYTES: usize = 256 << 20;

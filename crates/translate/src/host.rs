@@ -1,14 +1,14 @@
-//! Landing on the host: strided copies from staging into parameters, with casts, and fills.
+//! Landing on the host: strided copies from staging into parameters, with casts and element maps, and fills.
 //!
 //! This is the reference that other executors are compared with, and what runs when parameters are in host memory.
 //! Buffers are plain bytes of any alignment, elements little-endian. Everything is checked before the first byte is
 //! written; an error leaves the parameter as it was.
 
-mod cast;
+mod convert;
 
 use refit_planner::{Dim, Dims, Dtype, Fill, Landing, Transform};
 
-use cast::Cast;
+use convert::Conversion;
 
 /// Why a landing copy or a fill was not carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -61,23 +61,23 @@ pub enum LandError {
 /// [`LandError::Unsupported`]; nothing has been written then.
 pub fn land(landing: &Landing, staging: &[u8], param: &mut [u8]) -> Result<(), LandError> {
     let Landing { run, transform, .. } = *landing;
-    let cast = match transform {
+    let conversion = match transform {
         Transform::Copy => None,
-        transform => Some(Cast::new(transform).ok_or(LandError::Unsupported { transform })?),
+        transform => Some(Conversion::new(transform).ok_or(LandError::Unsupported { transform })?),
     };
-    if let Some(cast) = cast
-        && !run.is_multiple_of(cast.from.size())
+    if let Some(conversion) = conversion
+        && !run.is_multiple_of(conversion.from.size())
     {
-        return Err(LandError::Ragged { run, from: cast.from });
+        return Err(LandError::Ragged { run, from: conversion.from });
     }
     let (staged, held) = (length(staging), length(param));
     each_run(landing, staged, held, |from, into| {
         // Sizes of runs that were found inside the slices.
         let (run, target_run) = (index(run), index(transform.target_bytes(run)));
         let (from, into) = (&staging[from..from + run], &mut param[into..into + target_run]);
-        match cast {
+        match conversion {
             None => into.copy_from_slice(from),
-            Some(cast) => cast.run(from, into),
+            Some(conversion) => conversion.run(from, into),
         }
     })
 }

@@ -47,6 +47,7 @@
 //! | another name in Megatron's local spec, in other releases | `te("..").local("..").also("..")` in place of the name |
 //! | one fused parameter or several, whichever the rank has | `slots.either(&[&\|slots\| .., &\|slots\| ..])`, trainer only |
 //! | an element type of its own (fp32 in a bf16 model) | `.dtype(Dtype::F32)` behind any of them |
+//! | something else is stored than the logical value (`A` for `A_log`) | `.map(ElementMap::NegExp)` on that side's slot |
 //! | a second name for what another slot provides, which may be absent | `.copy()` |
 //!
 //! `slots.source` adds nothing on the engine's side and `slots.target` nothing on the trainer's, so one function says
@@ -63,7 +64,8 @@
 //! `Stack { count, each: Over::routed_experts(GatedMlp { .. }) }` for `w13`; `w2` is the same with [`roles::Row`].
 //!
 //! **Values.** Bytes are copied or cast between floats. Where a framework stores something else than the logical value,
-//! how to get from one to the other belongs to the slot's `Facts`, beside its element type.
+//! the slot's `map` says how to get from what the trainer stores to the logical value, or from that to what the engine
+//! stores; one side at most may map.
 //!
 //! # Architecture invariants
 //!

@@ -74,7 +74,7 @@ pub(crate) fn lay_out(
         }
         let role = slot.role.as_ref();
         let param = view.param(&mut layout, role, &spec.name, spec.dtype, &slot.logical)?;
-        layout.param(param)?;
+        layout.param(param.map(slot.facts.map))?;
     }
     inventory.finish(|name| IGNORED_SUFFIXES.iter().any(|suffix| name.ends_with(suffix)))?;
     Ok(layout.build())

@@ -13,7 +13,7 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use refit_planner::Dtype;
+use refit_planner::{Dtype, ElementMap};
 
 use crate::roles::{SourceCoords, SourceRole, TargetCoords, TargetRole};
 
@@ -82,13 +82,12 @@ impl Names {
 }
 
 /// What the slots of both sides have.
-///
-/// Where a framework stores something else than the logical value (`A_log` for `-exp(A_log)`), how to get from one to
-/// the other belongs here too.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Facts {
     /// Element type, where it is not the model's.
     pub(crate) dtype: Option<Dtype>,
+    /// How to get from what the trainer stores to the logical value, or from that to what the engine stores.
+    pub(crate) map: ElementMap,
     /// Whether this is a second name for a tensor that another slot provides, and either side may lack it: a tied
     /// head. A trainer's copy is accounted for but never read; an engine that has untied its head is served.
     pub(crate) copy: bool,
@@ -105,6 +104,13 @@ impl Facts {
     #[allow(dead_code, reason = "no family described so far has one")]
     pub(crate) fn dtype(&mut self, dtype: Dtype) -> &mut Self {
         self.dtype = Some(dtype);
+        self
+    }
+
+    /// Maps the parameter's elements.
+    #[allow(dead_code, reason = "no family described so far stores anything but logical values")]
+    pub(crate) fn map(&mut self, map: ElementMap) -> &mut Self {
+        self.map = map;
         self
     }
 }

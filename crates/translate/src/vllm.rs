@@ -64,7 +64,7 @@ pub(crate) fn lay_out(
         inventory.check(spec, &view, slot.facts.dtype.unwrap_or(config.dtype))?;
         let role = slot.role.as_ref();
         let param = view.param(&mut layout, role, &spec.name, spec.dtype, &slot.logical)?;
-        layout.param(param)?;
+        layout.param(param.map(slot.facts.map))?;
     }
     inventory.finish(|_| false)?;
     Ok(layout.build())

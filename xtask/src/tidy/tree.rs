@@ -26,10 +26,11 @@ const PLANNER: [&str; 16] = [
     "unicode-ident",
 ];
 
-/// Besides those: the planner, half-precision values, and reading a `config.json`.
-const TRANSLATE: [&str; 9] = [
+/// Besides those: the planner, half-precision values, `exp`, and reading a `config.json`.
+const TRANSLATE: [&str; 10] = [
     "refit-planner",
     "half",
+    "libm",
     "crunchy",
     "zerocopy",
     "zerocopy-derive",

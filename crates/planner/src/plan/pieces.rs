@@ -5,10 +5,10 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 
-use super::{Fill, Segment, Transform};
+use super::{Fill, Segment};
 use crate::layout::{Band, FillBox, Param, RankLayout};
 use crate::source::{Replica, Shard, SourceLayout};
-use crate::{Dim, Dims, PlanError};
+use crate::{Dim, Dims, ElementMap, PlanError, Transform};
 
 /// A box of a logical tensor.
 #[derive(Clone)]
@@ -84,15 +84,10 @@ impl<'a> Cut<'a> {
         target: u32,
     ) -> Result<Segment, PlanError> {
         let from = (layout.param_of(replica), layout.band_of(replica));
-        let Some(transform) = Transform::between(from.0.dtype, self.into.0.dtype) else {
-            return Err(PlanError::Dtype {
-                param: self.into.0.name.clone(),
-                source_param: from.0.name.clone(),
-                rank: layout.ranks()[replica.rank as usize].rank(),
-                from: from.0.dtype,
-                to: self.into.0.dtype,
-            });
-        };
+        let transform = transform(from.0, self.into.0).ok_or_else(|| {
+            let rank = layout.ranks()[replica.rank as usize].rank();
+            no_transform(from.0, rank, self.into.0)
+        })?;
         let (source_offset, source_stride) = self.area.place(from);
         let (target_offset, target_stride) = self.area.place(self.into);
         let count = self.area.rows.end - self.area.rows.start;
@@ -106,6 +101,31 @@ impl<'a> Cut<'a> {
             _ => (run, Dims::one(Dim { count, source_stride, target_stride })),
         };
         Ok(Segment { source, target, source_offset, target_offset, run, dims, transform })
+    }
+}
+
+/// What joins a source parameter to a target parameter, if anything does.
+pub(super) fn transform(from: &Param, into: &Param) -> Option<Transform> {
+    let ((map, ElementMap::Identity) | (ElementMap::Identity, map)) = (from.map, into.map) else {
+        return None;
+    };
+    Transform::mapping(map, from.dtype, into.dtype)
+}
+
+/// Why nothing joins them.
+fn no_transform(source: &Param, rank: u32, target: &Param) -> PlanError {
+    let (param, source_param) = (target.name.clone(), source.name.clone());
+    let (from, to) = (source.dtype, target.dtype);
+    match (source.map, target.map) {
+        (ElementMap::Identity, ElementMap::Identity) => {
+            PlanError::Dtype { param, source_param, rank, from, to }
+        }
+        (map, ElementMap::Identity) | (ElementMap::Identity, map) => {
+            PlanError::MapDtype { param, source_param, rank, map, from, to }
+        }
+        (source_map, target_map) => {
+            PlanError::MapsMeet { param, source_param, rank, source_map, target_map }
+        }
     }
 }
 

@@ -5,13 +5,13 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use super::Replicas;
-use super::pieces::Cut;
-use crate::SourceLayout;
+use super::pieces::{Cut, transform};
 use crate::source::Replica;
+use crate::{SourceLayout, Transform};
 
 /// The copy to read for each cut, in their order. `turn` rotates ties.
 ///
-/// A copy of the wanted element type comes first. Under [`Replicas::Spread`], shards that few ranks hold choose
+/// A copy that needs no transform comes first, then one that needs one that exists. Under [`Replicas::Spread`], shards that few ranks hold choose
 /// before those that many hold, and the latter keep to ranks that hold some of the former: a norm that every rank has
 /// is no reason to meet another peer. Among those, the rank that was asked least is read.
 pub(super) fn choose(
@@ -21,7 +21,12 @@ pub(super) fn choose(
     turn: u32,
 ) -> Vec<Replica> {
     let casts =
-        |cut: &Cut<'_>, replica: &Replica| source.param_of(*replica).dtype != cut.target().dtype;
+        |cut: &Cut<'_>, replica: &Replica| match transform(source.param_of(*replica), cut.target())
+        {
+            Some(Transform::Copy) => 0,
+            Some(_) => 1,
+            None => 2,
+        };
     if rule == Replicas::Lowest {
         let lowest = |cut: &Cut<'_>| best(cut, |replica, _| casts(cut, replica));
         return cuts.iter().map(lowest).collect();
