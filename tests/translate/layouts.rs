@@ -9,7 +9,7 @@ use refit_tests::oracle;
 use refit_translate::megatron::{self, LayerSpec, SourceRank, TrainerOptions};
 use refit_translate::roles::{Qkv, Role, SourceCoords, SourceRole, TargetCoords, TargetRole};
 use refit_translate::vllm::{self, TargetRank};
-use refit_translate::{Family, ModelConfig, Side, TensorSpec, TranslateError};
+use refit_translate::{Family, ModelConfig, Moe, Side, TensorSpec, TranslateError};
 use serde_json::{Value, json};
 
 /// Llama-3.1-8B, Qwen2.5-7B and Qwen3-4B as their configurations describe them.
@@ -428,6 +428,8 @@ fn model() -> impl Strategy<Value = ModelConfig> {
             config.vocab_size = vocab;
             config.tied = tied;
             config.qkv_bias = bias;
+            // For families that need them; others do not look.
+            config.moe = Some(Moe::new(4, config.intermediate_size));
             config
         })
 }
@@ -514,8 +516,10 @@ proptest! {
         padded in prop::option::of(number()),
         family in prop::sample::select(Family::ALL),
         shape in prop::collection::vec(number(), 0..3),
+        experts in prop::option::of((number(), number())),
     ) {
         let mut config = ModelConfig::new(family);
+        config.moe = experts.map(|(experts, intermediate)| Moe::new(experts, intermediate));
         (config.hidden_size, config.intermediate_size, config.vocab_size) = (sizes[0], sizes[1], sizes[2]);
         (config.num_heads, config.num_kv_heads, config.head_dim) = (sizes[3], sizes[4], sizes[5]);
         config.num_layers = layers;

@@ -4,6 +4,7 @@
 
 mod blocks;
 mod dense;
+mod qwen3_moe;
 
 use alloc::format;
 use alloc::string::String;
@@ -68,6 +69,8 @@ families! {
     Qwen2 = dense::QWEN2,
     /// `Qwen3ForCausalLM`: Llama's layout with norms on Q and K.
     Qwen3 = dense::QWEN3,
+    /// `Qwen3MoeForCausalLM`: Qwen3 with routed experts in all layers or some.
+    Qwen3Moe = qwen3_moe::QWEN3_MOE,
 }
 
 impl Family {

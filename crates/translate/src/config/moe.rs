@@ -97,7 +97,6 @@ mod json {
 
     impl Moe {
         /// Reads what `config.json` says of experts, of a model with this many layers.
-        #[allow(dead_code, reason = "no family described so far has experts")]
         pub(crate) fn read(json: &Json<'_>, num_layers: u32) -> Result<Self, TranslateError> {
             let keys: Keys = json.keys()?;
             let counts = [keys.num_experts, keys.n_routed_experts, keys.num_local_experts];

@@ -2,6 +2,8 @@
 //!
 //! Names and layouts were compared with Megatron-Core 0.19.2 through Megatron-Bridge 0.6.2 and with vLLM 0.32.
 
+pub(super) mod experts;
+
 use crate::ModelConfig;
 use crate::roles::{GatedMlp, Qkv, Replicated, Row, Vocab};
 use crate::slots::{Slots, te};
@@ -94,7 +96,11 @@ pub(super) fn mlp(config: &ModelConfig, slots: &mut Slots) {
         "post_attention_layernorm.weight",
     );
     slots.pair(
-        GatedMlp { intermediate: config.intermediate_size, cols: hidden },
+        GatedMlp {
+            what: "intermediate_size",
+            intermediate: config.intermediate_size,
+            cols: Some(hidden),
+        },
         ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
         "mlp.linear_fc1.weight",
         "mlp.gate_up_proj.weight",
