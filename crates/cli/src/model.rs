@@ -16,6 +16,8 @@ pub(crate) const PRESETS: &[(&str, &str)] = &[
     ("qwen3-4b", include_str!("../presets/qwen3-4b.json")),
     ("llama-3.1-8b", include_str!("../presets/llama-3.1-8b.json")),
     ("qwen2.5-7b", include_str!("../presets/qwen2.5-7b.json")),
+    ("nemotron-nano-9b-v2", include_str!("../presets/nemotron-nano-9b-v2.json")),
+    ("qwen3-next-80b-a3b", include_str!("../presets/qwen3-next-80b-a3b.json")),
 ];
 
 /// Reads a model by preset name or by the path of its `config.json`.

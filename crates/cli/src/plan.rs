@@ -17,7 +17,8 @@ use crate::sizes::{SourceSizes, TargetSizes};
 /// Plan a model's refit and print reads, bytes, amplification and hashes for every target rank.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// A Hugging Face config.json, or a bundled model: qwen3-4b, llama-3.1-8b, qwen2.5-7b
+    /// A Hugging Face config.json, or a bundled model: qwen3-4b, llama-3.1-8b, qwen2.5-7b, nemotron-nano-9b-v2,
+    /// qwen3-next-80b-a3b
     #[arg(long, default_value = "qwen3-4b")]
     config: String,
     /// Trainer sizes

@@ -4,7 +4,9 @@
 
 mod blocks;
 mod dense;
+mod nemotron_h;
 mod qwen3_moe;
+mod qwen3_next;
 
 use alloc::format;
 use alloc::string::String;
@@ -71,6 +73,12 @@ families! {
     Qwen3 = dense::QWEN3,
     /// `Qwen3MoeForCausalLM`: Qwen3 with routed experts in all layers or some.
     Qwen3Moe = qwen3_moe::QWEN3_MOE,
+    /// `NemotronHForCausalLM`: Mamba-2, attention and ungated MLPs, each a layer of its own.
+    NemotronH = nemotron_h::NEMOTRON_H,
+    /// `Qwen3NextForCausalLM`: gated delta nets and gated attention, experts.
+    Qwen3Next = qwen3_next::QWEN3_NEXT,
+    /// `Qwen3_5ForCausalLM`: the same with dense MLPs and other tensors in its checkpoint.
+    Qwen3_5 = qwen3_next::QWEN3_5,
 }
 
 impl Family {
