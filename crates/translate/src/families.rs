@@ -4,6 +4,8 @@
 
 mod blocks;
 mod dense;
+mod gpt_oss;
+mod mixtral;
 mod qwen3_moe;
 
 use alloc::format;
@@ -71,6 +73,11 @@ families! {
     Qwen3 = dense::QWEN3,
     /// `Qwen3MoeForCausalLM`: Qwen3 with routed experts in all layers or some.
     Qwen3Moe = qwen3_moe::QWEN3_MOE,
+    /// `MixtralForCausalLM`: Mistral's layout with routed experts in every layer.
+    Mixtral = mixtral::MIXTRAL,
+    /// `GptOssForCausalLM`: biases and attention sinks, routed experts in every layer. In bf16; its checkpoints in MXFP4
+    /// are refused.
+    GptOss = gpt_oss::GPT_OSS,
 }
 
 impl Family {
