@@ -14,9 +14,9 @@ use refit::planner::{
 use refit_tests::execute;
 use refit_tests::golden::{self, RoleLine};
 use refit_translate::roles::{
-    Column, GatedMlp, GatedQkv, GdnBa, GdnConv, GdnInProj, GdnLayout, GdnQkvz, MambaConv,
-    MambaInProj, Over, Placement, Qkv, Role, Row, SourceCoords, SourceRole, Stack, TargetCoords,
-    TargetRole, View, Vocab,
+    Column, GatedMlp, GatedQkv, GdnBa, GdnConv, GdnInProj, GdnLayout, GdnQkvz, InterleavedMlp,
+    MambaConv, MambaInProj, Over, Placement, Qkv, Role, Row, SourceCoords, SourceRole, Stack,
+    TargetCoords, TargetRole, View, Vocab,
 };
 use refit_translate::{Gdn, Mamba};
 
@@ -34,8 +34,13 @@ const ROLES: &[(&str, CaseOf)] = &[
     ("qkv", |line| pair(line, qkv(line, Some(line.size("H"))))),
     ("qkv_bias", |line| pair(line, qkv(line, None))),
     ("gated_mlp", |line| pair(line, gated(line))),
-    ("moe_w13", |line| experts(line, gated(line))),
-    ("moe_w2", |line| experts(line, Row { rows: line.size("H"), what: "I", cols: line.size("I") })),
+    ("moe_w13", |line| experts(line, gated(line), gated(line))),
+    ("moe_w2", |line| experts(line, down(line), down(line))),
+    ("gptoss_w13", |line| {
+        let GatedMlp { what, intermediate, cols } = gated(line);
+        experts(line, gated(line), InterleavedMlp { what, intermediate, cols })
+    }),
+    ("gptoss_w2", |line| experts(line, down(line), down(line))),
     ("vocab", |line| pair(line, Vocab { tokens: line.size("V"), cols: line.size("H") })),
     ("qkv_gated", |line| {
         let Qkv { heads, kv_heads, head_dim, cols } = qkv(line, Some(line.size("H")));
@@ -79,6 +84,10 @@ const ROLES: &[(&str, CaseOf)] = &[
 
 fn gated(line: &RoleLine) -> GatedMlp {
     GatedMlp { what: "I", intermediate: line.size("I"), cols: Some(line.size("H")) }
+}
+
+fn down(line: &RoleLine) -> Row {
+    Row { rows: line.size("H"), what: "I", cols: line.size("I") }
 }
 
 fn mamba(line: &RoleLine, head_dim: u64) -> Mamba {
@@ -130,33 +139,39 @@ fn pair(line: &RoleLine, role: impl SourceRole + TargetRole + Copy + 'static) ->
 
 /// One trainer parameter per local expert, one engine parameter of all: source tensors come by expert, then by expert
 /// tensor-parallel rank.
-fn experts(line: &RoleLine, each: impl SourceRole + TargetRole + Copy + 'static) -> Case {
-    let each = Over::routed_experts(each);
-    let tensors = each.logical().unwrap().len();
+fn experts(
+    line: &RoleLine,
+    source: impl SourceRole + Copy + 'static,
+    target: impl TargetRole + 'static,
+) -> Case {
+    let tensors = source.logical().unwrap().len();
     let logical = |experts: &[u64]| {
         let name = |expert| (0..tensors).map(move |tensor| format!("{expert}.{tensor}"));
         experts.iter().flat_map(name).collect()
     };
-    let (total, ep, etp) = (line.size("E"), line.count("ep"), line.count("etp"));
+    // Lines that say nothing have one trainer rank, and an engine that shares out every expert.
+    let count = |key| if line.cfg.contains_key(key) { line.count(key) } else { 1 };
+    let (total, ep, etp) = (line.size("E"), count("ep"), count("etp"));
     let mut sources = Vec::new();
     for ep_rank in 0..ep {
         let at = SourceCoords::new(0, 1).unwrap().with_ep(ep_rank, ep).unwrap();
         for expert in at.experts(total).unwrap() {
             sources.extend((0..etp).map(|etp_rank| {
                 let at = at.with_etp(etp_rank, etp).unwrap();
-                Held::new(Box::new(each) as Box<dyn SourceRole>, at, logical(&[expert]))
+                let role: Box<dyn SourceRole> = Box::new(Over::routed_experts(source));
+                Held::new(role, at, logical(&[expert]))
             }));
         }
     }
     let mut at = TargetCoords::new(0, 1).unwrap();
     at = at.with_flat(line.dst_rank, line.target_tp()).unwrap();
-    match line.word("dst") {
-        "ep" => at = at.with_expert_parallel(Placement::Linear),
-        "tp" => {}
-        other => panic!("experts spread by {other}"),
+    match line.cfg.get("dst").map(|_| line.word("dst")) {
+        Some("ep") => at = at.with_expert_parallel(Placement::Linear),
+        Some("tp") | None => {}
+        Some(other) => panic!("experts spread by {other}"),
     }
     let local = at.experts(total).unwrap();
-    let role = Stack { count: local.len() as u64, each };
+    let role = Stack { count: local.len() as u64, each: Over::routed_experts(target) };
     Case { sources, target: Held::new(Box::new(role), at, logical(&local)) }
 }
 

@@ -4,6 +4,8 @@
 
 mod blocks;
 mod dense;
+mod gpt_oss;
+mod mixtral;
 mod nemotron_h;
 mod qwen3_moe;
 mod qwen3_next;
@@ -73,6 +75,11 @@ families! {
     Qwen3 = dense::QWEN3,
     /// `Qwen3MoeForCausalLM`: Qwen3 with routed experts in all layers or some.
     Qwen3Moe = qwen3_moe::QWEN3_MOE,
+    /// `MixtralForCausalLM`: Mistral's layout with routed experts in every layer.
+    Mixtral = mixtral::MIXTRAL,
+    /// `GptOssForCausalLM`: biases and attention sinks, routed experts in every layer. In bf16; its checkpoints in MXFP4
+    /// are refused.
+    GptOss = gpt_oss::GPT_OSS,
     /// `NemotronHForCausalLM`: Mamba-2, attention and ungated MLPs, each a layer of its own.
     NemotronH = nemotron_h::NEMOTRON_H,
     /// `Qwen3NextForCausalLM`: gated delta nets and gated attention, experts.

@@ -8,7 +8,8 @@ use crate::ModelConfig;
 use crate::roles::{GatedMlp, GatedQkv, Qkv, Replicated, Row, Vocab};
 use crate::slots::{Slots, te};
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
+/// The embedding's logical name.
+pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// The embedding.
 pub(super) fn embedding(config: &ModelConfig, slots: &mut Slots) {
@@ -121,7 +122,7 @@ pub(super) fn mlp(config: &ModelConfig, slots: &mut Slots) {
     );
 }
 
-/// The rows of the embedding, and of the head.
+/// Rows are tokens.
 pub(super) fn vocab(config: &ModelConfig) -> Vocab {
     Vocab { tokens: config.vocab_size, cols: config.hidden_size }
 }
@@ -131,7 +132,7 @@ pub(super) fn norm(size: u64) -> Replicated {
     Replicated { rows: size, cols: None }
 }
 
-/// Query, key and value projection.
+/// Q, K and V; `None` for their biases.
 pub(super) fn qkv(config: &ModelConfig, cols: Option<u64>) -> Qkv {
     let ModelConfig { num_heads: heads, num_kv_heads: kv_heads, head_dim, .. } = *config;
     Qkv { heads, kv_heads, head_dim, cols }

@@ -56,19 +56,23 @@ impl Experts {
         config: &ModelConfig,
         slots: &mut Slots,
     ) -> Result<(), TranslateError> {
+        self.router(config, slots)?;
+        self.routed(config, slots)?;
+        self.shared(config, slots)
+    }
+
+    /// The norm and the router, `[experts, hidden_size]`: whole on every rank of both sides.
+    pub(crate) fn router(
+        &self,
+        config: &ModelConfig,
+        slots: &mut Slots,
+    ) -> Result<(), TranslateError> {
         slots.pair(
             norm(config.hidden_size),
             ["post_attention_layernorm.weight"],
             "pre_mlp_layernorm.weight",
             "post_attention_layernorm.weight",
         );
-        self.router(config, slots)?;
-        self.routed(config, slots)?;
-        self.shared(config, slots)
-    }
-
-    /// `[experts, hidden_size]` on every rank of both sides.
-    fn router(&self, config: &ModelConfig, slots: &mut Slots) -> Result<(), TranslateError> {
         let (Self { module, router, .. }, experts) = (self, config.moe()?.experts);
         let name = format!("{module}{router}.weight");
         let role = Replicated { rows: experts, cols: Some(config.hidden_size) };
