@@ -16,6 +16,10 @@ pub(crate) const PRESETS: &[(&str, &str)] = &[
     ("qwen3-4b", include_str!("../presets/qwen3-4b.json")),
     ("llama-3.1-8b", include_str!("../presets/llama-3.1-8b.json")),
     ("qwen2.5-7b", include_str!("../presets/qwen2.5-7b.json")),
+    ("qwen3-30b-a3b", include_str!("../presets/qwen3-30b-a3b.json")),
+    ("mixtral-8x7b", include_str!("../presets/mixtral-8x7b.json")),
+    // What is published is in MXFP4, which an engine does not hold in a writable form. This is the model in bf16.
+    ("gpt-oss-20b", include_str!("../presets/gpt-oss-20b.json")),
 ];
 
 /// Reads a model by preset name or by the path of its `config.json`.
