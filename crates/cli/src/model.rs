@@ -22,6 +22,15 @@ pub(crate) const PRESETS: &[(&str, &str)] = &[
     ("gpt-oss-20b", include_str!("../presets/gpt-oss-20b.json")),
 ];
 
+/// The help of arguments that [`config`] reads.
+pub(crate) fn help() -> String {
+    format!("A Hugging Face config.json, or a bundled model: {}", presets())
+}
+
+fn presets() -> String {
+    PRESETS.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
+}
+
 /// Reads a model by preset name or by the path of its `config.json`.
 pub(crate) fn config(name_or_path: &str) -> Result<ModelConfig, CliError> {
     if let Some((_, text)) = PRESETS.iter().find(|(name, _)| *name == name_or_path) {
@@ -30,10 +39,9 @@ pub(crate) fn config(name_or_path: &str) -> Result<ModelConfig, CliError> {
     let path = Path::new(name_or_path);
     let text = fs::read_to_string(path).map_err(|source| {
         if source.kind() == std::io::ErrorKind::NotFound {
-            let names: Vec<&str> = PRESETS.iter().map(|(name, _)| *name).collect();
             return CliError::Usage(format!(
                 "`{name_or_path}` is neither a file nor a bundled model; bundled are: {}",
-                names.join(", ")
+                presets()
             ));
         }
         CliError::Read { path: path.to_path_buf(), source }
