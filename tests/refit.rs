@@ -153,7 +153,8 @@ fn waves_end_with_the_same_bytes_and_need_less_memory() {
             polls += 1;
         }
         assert!(polls >= waves, "{polls} polls for {waves} waves: one lands at most one");
-        let (target, report) = pulling.wait(ranks::soon()).unwrap().land().unwrap().install();
+        let (target, report) =
+            pulling.wait(ranks::soon()).unwrap().land().unwrap().install().refreshed();
         assert_eq!(ranks::held(&target), wanted);
         assert!(report.staging_bytes <= 1_000 && at_once.staging_bytes > 10_000);
         assert_eq!(report.wire_bytes, at_once.wire_bytes);
@@ -193,7 +194,7 @@ fn a_source_that_leaves_between_waves_leaves_an_invalid_target() {
 
     let (_sources, published) = publish("trainer-2");
     let pulling = target.prepare(&published).unwrap().pull().unwrap();
-    let (target, _) = pulling.wait(ranks::soon()).unwrap().land().unwrap().install();
+    let (target, _) = pulling.wait(ranks::soon()).unwrap().land().unwrap().install().refreshed();
     assert_eq!(ranks::held(&target), oracle::buffers(&layout));
     canaries.check();
 }
@@ -301,7 +302,7 @@ fn source_that_leaves(
         Unfinished::Pulling(_) | Unfinished::Lost => panic!("the reads have settled"),
     };
     let (target, _) =
-        prepared.pull().unwrap().wait(ranks::soon()).unwrap().land().unwrap().install();
+        prepared.pull().unwrap().wait(ranks::soon()).unwrap().land().unwrap().install().refreshed();
     let held = ranks::held(&target);
     (Unfinished::Whole(target), held, oracle::buffers(&layout))
 }
@@ -329,11 +330,11 @@ fn a_deadline_gives_the_pull_back() {
     let pulling = target.prepare(&published).unwrap().pull().unwrap();
     let target = match pulling.wait(Instant::now() - Duration::from_secs(1)) {
         // The reads may have settled on the first look; a deadline is not a reason to throw them away.
-        Ok(pulled) => pulled.land().unwrap().install().0,
+        Ok(pulled) => pulled.land().unwrap().install().refreshed().0,
         Err(failed) => {
             assert!(matches!(failed.error, RefitError::Deadline { .. }), "{}", failed.error);
             let Unfinished::Pulling(pulling) = failed.state else { panic!("the pull is not over") };
-            pulling.wait(ranks::soon()).unwrap().land().unwrap().install().0
+            pulling.wait(ranks::soon()).unwrap().land().unwrap().install().refreshed().0
         }
     };
     assert_eq!(ranks::held(&target), oracle::buffers(&layout));

@@ -14,7 +14,7 @@ use refit::planner::{
 use refit_tests::execute;
 use refit_tests::golden::{self, RoleLine};
 use refit_translate::roles::{
-    Column, GatedMlp, Over, Placement, Qkv, Role, Row, SourceCoords, SourceRole, Stack,
+    Column, GatedMlp, Latent, Over, Placement, Qkv, Role, Row, SourceCoords, SourceRole, Stack,
     TargetCoords, TargetRole, View, Vocab,
 };
 
@@ -34,6 +34,7 @@ const ROLES: &[(&str, CaseOf)] = &[
     ("gated_mlp", |line| pair(line, gated(line))),
     ("moe_w13", |line| experts(line, gated(line))),
     ("moe_w2", |line| experts(line, Row { rows: line.size("H"), what: "I", cols: line.size("I") })),
+    ("mla_qkv_a", latents),
     ("vocab", |line| pair(line, Vocab { tokens: line.size("V"), cols: line.size("H") })),
 ];
 
@@ -109,6 +110,25 @@ fn experts(line: &RoleLine, each: impl SourceRole + TargetRole + Copy + 'static)
     let local = at.experts(total).unwrap();
     let role = Stack { count: local.len() as u64, each };
     Case { sources, target: Held::new(Box::new(role), at, logical(&local)) }
+}
+
+/// Two trainer parameters, whole on every rank (`dup`, of which a line has the first) or sharded (`col`), and one of
+/// the engine's.
+fn latents(line: &RoleLine) -> Case {
+    let (queries, keys_values) = (line.size("ql"), line.size("kl") + line.size("dr"));
+    let cols = line.src_shapes[0][1];
+    let mut sources = Vec::new();
+    let ranks = if line.word("style") == "dup" { 1 } else { line.source_tp() };
+    for rank in 0..ranks {
+        let at = SourceCoords::new(rank, line.source_tp()).unwrap();
+        for (name, rows) in [("q", queries), ("kv", keys_values)] {
+            let role = Box::new(Latent { rows: [rows], cols }) as Box<dyn SourceRole>;
+            sources.push(Held::new(role, at, vec![name.to_owned()]));
+        }
+    }
+    let at = TargetCoords::new(line.dst_rank, line.target_tp()).unwrap();
+    let role = Box::new(Latent { rows: [queries, keys_values], cols });
+    Case { sources, target: Held::new(role, at, vec!["q".to_owned(), "kv".to_owned()]) }
 }
 
 fn layout(rank: u32, role: &dyn Role, view: &View, logical: &[String]) -> RankLayout {

@@ -100,8 +100,8 @@
 //! }
 //! let rank = TargetRank::new(0, 0, 1);
 //! let target = vllm::layout(&config, &rank, &vllm::expected(&config, &rank)?)?;
-//! let plan = plan(&SourceLayout::new(source)?, &target, &PlanOptions::default())?;
-//! assert_eq!(plan.coverage().target_bytes, target.bytes());
+//! let plan = plan(&SourceLayout::new(source)?, &target.layout, &PlanOptions::default())?;
+//! assert_eq!(plan.coverage().target_bytes, target.layout.bytes());
 //! # Ok(()) }
 //! ```
 
@@ -111,10 +111,12 @@
 
 extern crate alloc;
 
+mod blockwise;
 mod config;
 mod error;
 mod families;
 mod inventory;
+mod post;
 mod slots;
 mod spec;
 
@@ -126,4 +128,5 @@ pub mod vllm;
 pub use config::{Mla, ModelConfig, Moe};
 pub use error::{Side, TranslateError};
 pub use families::Family;
+pub use post::{PostAction, TargetLayout};
 pub use spec::TensorSpec;

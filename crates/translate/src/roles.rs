@@ -9,6 +9,7 @@
 mod column;
 mod coords;
 mod gated_mlp;
+mod latent;
 mod over;
 mod qkv;
 mod replicated;
@@ -25,6 +26,7 @@ use crate::TranslateError;
 pub use column::Column;
 pub use coords::{ExpertNames, Group, Placement, Shard, SourceCoords, TargetCoords};
 pub use gated_mlp::GatedMlp;
+pub use latent::Latent;
 pub use over::Over;
 pub use qkv::Qkv;
 pub use replicated::Replicated;

@@ -2,13 +2,14 @@
 //! which declares the keys it knows.
 
 use alloc::borrow::ToOwned;
+use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use refit_planner::Dtype;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::ModelConfig;
 use crate::{Family, TranslateError};
@@ -67,15 +68,11 @@ pub(super) fn read(text: &str) -> Result<ModelConfig, TranslateError> {
     let json = Json::new(text);
     let keys: Keys = json.keys()?;
     let family = family(&keys)?;
-    if let Some(quantization) = &keys.quantization_config {
-        let method = quantization.get("quant_method").unwrap_or(quantization);
-        return Err(refusal(
-            "quantization_config",
-            method,
-            "quantised engine parameters are requantised or repacked after loading",
-        ));
-    }
     let mut config = ModelConfig::new(family);
+    config.block_fp8 = match &keys.quantization_config {
+        Some(quantization) => block_fp8(family, quantization)?,
+        None => false,
+    };
     config.dtype = dtype(&keys)?;
     config.hidden_size = required(keys.hidden_size, "hidden_size")?;
     config.num_layers = required(keys.num_hidden_layers, "num_hidden_layers")?;
@@ -86,6 +83,41 @@ pub(super) fn read(text: &str) -> Result<ModelConfig, TranslateError> {
     (family.description().read)(&json, &mut config)?;
     config.validate()?;
     Ok(config)
+}
+
+/// Blockwise FP8 as DeepSeek publishes it, in a family that describes it; everything else is refused.
+fn block_fp8(family: Family, quantization: &Value) -> Result<bool, TranslateError> {
+    let method = quantization.get("quant_method").unwrap_or(quantization);
+    let refuse = |key, why| {
+        let value = quantization.get(key).unwrap_or(&Value::Null);
+        Err(refusal("quantization_config", format!("{key}: {value}"), why))
+    };
+    if method != "fp8" || family.description().block_fp8.is_none() {
+        let why = "quantised engine parameters are requantised or repacked after loading";
+        return Err(refusal("quantization_config", method, why));
+    }
+    let is = |key, wanted: &[Value]| {
+        let value = quantization.get(key).unwrap_or(&Value::Null);
+        wanted.contains(value)
+    };
+    if !is("weight_block_size", &[json!([128, 128])]) || !is("fmt", &[json!("e4m3")]) {
+        return refuse("weight_block_size", "only e4m3 with blocks of 128 x 128 is described");
+    }
+    if !is("activation_scheme", &[Value::Null, json!("dynamic")]) {
+        return refuse(
+            "activation_scheme",
+            "scales of activations would be parameters of their own",
+        );
+    }
+    if !is("scale_fmt", &[Value::Null]) {
+        return refuse("scale_fmt", "engines requantise weights for scales of other formats");
+    }
+    for key in ["modules_to_not_convert", "ignored_layers"] {
+        if !is(key, &[Value::Null, json!([])]) {
+            return refuse(key, "which modules are quantised must follow from the family");
+        }
+    }
+    Ok(true)
 }
 
 /// The architecture says more than the model type: a reward model has its model type but another head.

@@ -13,6 +13,8 @@ pub struct Moe {
     pub intermediate_size: u64,
     /// The same of the experts that every token visits, all of them together; `None` where there are none.
     pub shared_intermediate_size: Option<u64>,
+    /// Whether the router corrects scores by a bias that it learns apart (`topk_method` is `noaux_tc`).
+    pub score_bias: bool,
     /// Layers with a dense MLP in place of experts, ascending.
     pub dense_layers: Vec<u32>,
 }
@@ -25,6 +27,7 @@ impl Moe {
             experts,
             intermediate_size,
             shared_intermediate_size: None,
+            score_bias: false,
             dense_layers: Vec::new(),
         }
     }
