@@ -167,9 +167,10 @@ fn scales(layout: &RankLayout) -> Buffers {
         let Some(held) = layout.param(&name) else { continue };
         let buffer = buffers.entry(name).or_insert_with(|| oracle::poisoned(held));
         let (at_row, at_col) = band.origin();
+        let scale_of = format!("{}_scale_inv", tensor.name);
         for (row, local) in band.logical_rows().zip(at_row..) {
             for (col, local_col) in band.logical_cols().zip(at_col..) {
-                let tag = oracle::tag(&format!("{}_scale_inv", tensor.name), row / 128, col / 128);
+                let tag = oracle::tag(&scale_of, row / 128, col / 128);
                 let at =
                     usize::try_from(4 * (local / 128 * held.cols() + local_col / 128)).unwrap();
                 let value = oracle::element(Dtype::F32, tag);
