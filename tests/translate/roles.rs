@@ -14,9 +14,11 @@ use refit::planner::{
 use refit_tests::execute;
 use refit_tests::golden::{self, RoleLine};
 use refit_translate::roles::{
-    Column, GatedMlp, Latent, Over, Placement, Qkv, Role, Row, SourceCoords, SourceRole, Stack,
-    TargetCoords, TargetRole, View, Vocab,
+    Column, GatedMlp, GatedQkv, GdnBa, GdnConv, GdnInProj, GdnLayout, GdnQkvz, InterleavedMlp,
+    Latent, MambaConv, MambaInProj, Over, Placement, Qkv, Role, Row, SourceCoords, SourceRole,
+    Stack, TargetCoords, TargetRole, View, Vocab,
 };
+use refit_translate::{Gdn, Mamba};
 
 /// Golden values are 32-bit integers, so nothing is cast and every element is four bytes.
 const DTYPE: Dtype = Dtype::I32;
@@ -32,14 +34,70 @@ const ROLES: &[(&str, CaseOf)] = &[
     ("qkv", |line| pair(line, qkv(line, Some(line.size("H"))))),
     ("qkv_bias", |line| pair(line, qkv(line, None))),
     ("gated_mlp", |line| pair(line, gated(line))),
-    ("moe_w13", |line| experts(line, gated(line))),
-    ("moe_w2", |line| experts(line, Row { rows: line.size("H"), what: "I", cols: line.size("I") })),
     ("mla_qkv_a", latents),
+    ("moe_w13", |line| experts(line, gated(line), gated(line))),
+    ("moe_w2", |line| experts(line, down(line), down(line))),
+    ("gptoss_w13", |line| {
+        let GatedMlp { what, intermediate, cols } = gated(line);
+        experts(line, gated(line), InterleavedMlp { what, intermediate, cols })
+    }),
+    ("gptoss_w2", |line| experts(line, down(line), down(line))),
     ("vocab", |line| pair(line, Vocab { tokens: line.size("V"), cols: line.size("H") })),
+    ("qkv_gated", |line| {
+        let Qkv { heads, kv_heads, head_dim, cols } = qkv(line, Some(line.size("H")));
+        pair(line, GatedQkv { heads, kv_heads, head_dim, cols })
+    }),
+    ("mamba_in_proj", |line| {
+        pair(line, MambaInProj { sizes: mamba(line, line.size("hd")), cols: line.src_shapes[0][1] })
+    }),
+    // These lines do not say how large a head is; it follows from the channels.
+    ("mamba_conv1d", |line| {
+        let channels: u64 = line.src_shapes.iter().map(|shape| shape[0]).sum();
+        let inner = channels - 2 * line.size("ng") * line.size("ds");
+        let sizes = mamba(line, inner / line.size("nheads"));
+        pair(line, MambaConv { sizes, kernel: Some(line.src_shapes[0][2]) })
+    }),
+    ("gdn_int_qkvz", |line| {
+        let source = gdn_in_proj(line, GdnLayout::Interleaved);
+        one_of(line, source, &["qkvz", "ba"], GdnQkvz(source), &["qkvz"])
+    }),
+    ("gdn_int_ba", |line| {
+        let source = gdn_in_proj(line, GdnLayout::Interleaved);
+        one_of(line, source, &["qkvz", "ba"], GdnBa(source), &["ba"])
+    }),
+    ("gdn_flat_qkvz", |line| {
+        let source = gdn_in_proj(line, GdnLayout::Flat);
+        one_of(line, source, &["qkv", "z", "b", "a"], GdnQkvz(source), &["qkv", "z"])
+    }),
+    ("gdn_flat_ba", |line| {
+        let source = gdn_in_proj(line, GdnLayout::Flat);
+        one_of(line, source, &["qkv", "z", "b", "a"], GdnBa(source), &["b", "a"])
+    }),
+    // Nor do these: key heads are two channels wide, as in the lines of the input projections.
+    ("gdn_conv", |line| {
+        let (keys, values) = (line.size("nk"), line.size("nv"));
+        let channels: u64 = line.src_shapes.iter().map(|shape| shape[0]).sum();
+        let dims = (2, (channels - 2 * keys * 2) / values);
+        let kernel = line.src_shapes[0][2];
+        pair(line, GdnConv { sizes: Gdn::new((keys, values), dims, kernel) })
+    }),
 ];
 
 fn gated(line: &RoleLine) -> GatedMlp {
     GatedMlp { what: "I", intermediate: line.size("I"), cols: Some(line.size("H")) }
+}
+
+fn down(line: &RoleLine) -> Row {
+    Row { rows: line.size("H"), what: "I", cols: line.size("I") }
+}
+
+fn mamba(line: &RoleLine, head_dim: u64) -> Mamba {
+    Mamba::new((line.size("nheads"), head_dim), (line.size("ng"), line.size("ds")), 4)
+}
+
+fn gdn_in_proj(line: &RoleLine, layout: GdnLayout) -> GdnInProj {
+    let (heads, dims) = ((line.size("nk"), line.size("nv")), (line.size("dk"), line.size("dv")));
+    GdnInProj { sizes: Gdn::new(heads, dims, 4), layout, cols: line.src_shapes[0][1] }
 }
 
 fn qkv(line: &RoleLine, cols: Option<u64>) -> Qkv {
@@ -82,33 +140,39 @@ fn pair(line: &RoleLine, role: impl SourceRole + TargetRole + Copy + 'static) ->
 
 /// One trainer parameter per local expert, one engine parameter of all: source tensors come by expert, then by expert
 /// tensor-parallel rank.
-fn experts(line: &RoleLine, each: impl SourceRole + TargetRole + Copy + 'static) -> Case {
-    let each = Over::routed_experts(each);
-    let tensors = each.logical().unwrap().len();
+fn experts(
+    line: &RoleLine,
+    source: impl SourceRole + Copy + 'static,
+    target: impl TargetRole + 'static,
+) -> Case {
+    let tensors = source.logical().unwrap().len();
     let logical = |experts: &[u64]| {
         let name = |expert| (0..tensors).map(move |tensor| format!("{expert}.{tensor}"));
         experts.iter().flat_map(name).collect()
     };
-    let (total, ep, etp) = (line.size("E"), line.count("ep"), line.count("etp"));
+    // Lines that say nothing have one trainer rank, and an engine that shares out every expert.
+    let count = |key| if line.cfg.contains_key(key) { line.count(key) } else { 1 };
+    let (total, ep, etp) = (line.size("E"), count("ep"), count("etp"));
     let mut sources = Vec::new();
     for ep_rank in 0..ep {
         let at = SourceCoords::new(0, 1).unwrap().with_ep(ep_rank, ep).unwrap();
         for expert in at.experts(total).unwrap() {
             sources.extend((0..etp).map(|etp_rank| {
                 let at = at.with_etp(etp_rank, etp).unwrap();
-                Held::new(Box::new(each) as Box<dyn SourceRole>, at, logical(&[expert]))
+                let role: Box<dyn SourceRole> = Box::new(Over::routed_experts(source));
+                Held::new(role, at, logical(&[expert]))
             }));
         }
     }
     let mut at = TargetCoords::new(0, 1).unwrap();
     at = at.with_flat(line.dst_rank, line.target_tp()).unwrap();
-    match line.word("dst") {
-        "ep" => at = at.with_expert_parallel(Placement::Linear),
-        "tp" => {}
-        other => panic!("experts spread by {other}"),
+    match line.cfg.get("dst").map(|_| line.word("dst")) {
+        Some("ep") => at = at.with_expert_parallel(Placement::Linear),
+        Some("tp") | None => {}
+        Some(other) => panic!("experts spread by {other}"),
     }
     let local = at.experts(total).unwrap();
-    let role = Stack { count: local.len() as u64, each };
+    let role = Stack { count: local.len() as u64, each: Over::routed_experts(target) };
     Case { sources, target: Held::new(Box::new(role), at, logical(&local)) }
 }
 
@@ -129,6 +193,26 @@ fn latents(line: &RoleLine) -> Case {
     let at = TargetCoords::new(line.dst_rank, line.target_tp()).unwrap();
     let role = Box::new(Latent { rows: [queries, keys_values], cols });
     Case { sources, target: Held::new(role, at, vec!["q".to_owned(), "kv".to_owned()]) }
+}
+
+/// A trainer parameter of which the engine parameter has a part.
+fn one_of(
+    line: &RoleLine,
+    source: impl SourceRole + Copy + 'static,
+    held: &[&str],
+    target: impl TargetRole + 'static,
+    wanted: &[&str],
+) -> Case {
+    let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
+    let held_by = |rank| {
+        let at = SourceCoords::new(rank, line.source_tp()).unwrap();
+        Held::new(Box::new(source) as Box<dyn SourceRole>, at, names(held))
+    };
+    let at = TargetCoords::new(line.dst_rank, line.target_tp()).unwrap();
+    Case {
+        sources: (0..line.source_tp()).map(held_by).collect(),
+        target: Held::new(Box::new(target), at, names(wanted)),
+    }
 }
 
 fn layout(rank: u32, role: &dyn Role, view: &View, logical: &[String]) -> RankLayout {

@@ -1,16 +1,24 @@
 //! The facts of a model that decide its layout.
 
+mod gdn;
 #[cfg(feature = "serde")]
 pub(crate) mod json;
+mod mamba;
 mod mla;
 mod moe;
+pub(crate) mod pattern;
+
+use alloc::vec::Vec;
 
 use refit_planner::Dtype;
 
 use crate::{Family, TranslateError};
 
+pub use gdn::Gdn;
+pub use mamba::Mamba;
 pub use mla::Mla;
 pub use moe::Moe;
+pub use pattern::LayerKind;
 
 /// No model has a size beyond this; it keeps products of two sizes, and small multiples of them, in 64 bits.
 pub(crate) const MAX_SIZE: u64 = 1 << 30;
@@ -63,6 +71,14 @@ pub struct ModelConfig {
     pub mtp_layers: u32,
     /// Whether both sides hold projections in e4m3 with an f32 scale for every 128 x 128 block.
     pub block_fp8: bool,
+    /// Whether queries come with a gate on the output of attention.
+    pub output_gate: bool,
+    /// Mamba-2 layers.
+    pub mamba: Option<Mamba>,
+    /// Gated delta net layers.
+    pub gdn: Option<Gdn>,
+    /// The kind of every layer, in hybrid models; it may go on behind the last layer of a model that was cut.
+    pub pattern: Vec<LayerKind>,
 }
 
 impl ModelConfig {
@@ -86,6 +102,10 @@ impl ModelConfig {
             mla: None,
             mtp_layers: 0,
             block_fp8: false,
+            output_gate: false,
+            mamba: None,
+            gdn: None,
+            pattern: Vec::new(),
         };
         (family.description().fixed)(&mut config);
         config
@@ -140,6 +160,12 @@ impl ModelConfig {
         if let Some(mla) = &self.mla {
             mla.validate()?;
         }
+        if let Some(mamba) = &self.mamba {
+            mamba.validate()?;
+        }
+        if let Some(gdn) = &self.gdn {
+            gdn.validate()?;
+        }
         (description.check)(self)
     }
 
@@ -191,6 +217,16 @@ impl ModelConfig {
     /// The element type of a parameter of these logical tensors that has none of its own.
     pub(crate) fn dtype_of(&self, logical: &[impl AsRef<str>]) -> Dtype {
         if self.is_quantized(logical) { Dtype::F8E4m3 } else { self.dtype }
+    }
+
+    /// The facts of Mamba layers: for families that have some.
+    pub(crate) fn mamba(&self) -> Result<&Mamba, TranslateError> {
+        self.mamba.as_ref().ok_or_else(|| self.missing("mamba"))
+    }
+
+    /// The facts of gated delta net layers: for families that have some.
+    pub(crate) fn gdn(&self) -> Result<&Gdn, TranslateError> {
+        self.gdn.as_ref().ok_or_else(|| self.missing("gdn"))
     }
 
     fn missing(&self, group: &'static str) -> TranslateError {

@@ -5,7 +5,11 @@
 mod blocks;
 mod deepseek;
 mod dense;
+mod gpt_oss;
+mod mixtral;
+mod nemotron_h;
 mod qwen3_moe;
+mod qwen3_next;
 
 use alloc::format;
 use alloc::string::String;
@@ -86,6 +90,17 @@ families! {
     DeepseekV3 = deepseek::V3,
     /// `KimiK2ForCausalLM`: DeepSeek-V3's layout.
     KimiK2 = deepseek::KIMI_K2,
+    /// `MixtralForCausalLM`: Mistral's layout with routed experts in every layer.
+    Mixtral = mixtral::MIXTRAL,
+    /// `GptOssForCausalLM`: biases and attention sinks, routed experts in every layer. In bf16; its checkpoints in MXFP4
+    /// are refused.
+    GptOss = gpt_oss::GPT_OSS,
+    /// `NemotronHForCausalLM`: Mamba-2, attention and ungated MLPs, each a layer of its own.
+    NemotronH = nemotron_h::NEMOTRON_H,
+    /// `Qwen3NextForCausalLM`: gated delta nets and gated attention, experts.
+    Qwen3Next = qwen3_next::QWEN3_NEXT,
+    /// `Qwen3_5ForCausalLM`: the same with dense MLPs and other tensors in its checkpoint.
+    Qwen3_5 = qwen3_next::QWEN3_5,
 }
 
 impl Family {

@@ -125,7 +125,7 @@ pub mod megatron;
 pub mod roles;
 pub mod vllm;
 
-pub use config::{Mla, ModelConfig, Moe};
+pub use config::{Gdn, LayerKind, Mamba, Mla, ModelConfig, Moe};
 pub use error::{Side, TranslateError};
 pub use families::Family;
 pub use post::{PostAction, TargetLayout};

@@ -59,7 +59,6 @@ impl fmt::Display for PostAction {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Refresh {
     AbsorbedMla,
-    #[allow(dead_code, reason = "no family described so far has attention sinks")]
     Sinks,
 }
 

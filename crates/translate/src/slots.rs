@@ -122,7 +122,6 @@ impl Facts {
     }
 
     /// Maps the parameter's elements.
-    #[allow(dead_code, reason = "no family described so far stores anything but logical values")]
     pub(crate) fn map(&mut self, map: ElementMap) -> &mut Self {
         self.map = map;
         self

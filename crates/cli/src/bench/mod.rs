@@ -35,8 +35,7 @@ const PAIRS: [(u32, u32); 4] = [(1, 1), (2, 2), (2, 1), (4, 2)];
 /// the model as half of the free memory holds, and says so.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// A Hugging Face config.json, or a bundled model: qwen3-4b, llama-3.1-8b, qwen2.5-7b
-    #[arg(long, default_value = "qwen3-4b")]
+    #[arg(long, default_value = "qwen3-4b", help = model::help())]
     config: String,
     /// Decoder layers to keep of the model (default: as many as half of the free memory holds)
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]

@@ -56,19 +56,23 @@ impl Experts {
         config: &ModelConfig,
         slots: &mut Slots,
     ) -> Result<(), TranslateError> {
+        self.router(config, slots)?;
+        self.routed(config, slots)?;
+        self.shared(config, slots)
+    }
+
+    /// The norm and the router, `[experts, hidden_size]`: whole on every rank of both sides.
+    pub(crate) fn router(
+        &self,
+        config: &ModelConfig,
+        slots: &mut Slots,
+    ) -> Result<(), TranslateError> {
         slots.pair(
             norm(config.hidden_size),
             ["post_attention_layernorm.weight"],
             "pre_mlp_layernorm.weight",
             "post_attention_layernorm.weight",
         );
-        self.router(config, slots)?;
-        self.routed(config, slots)?;
-        self.shared(config, slots)
-    }
-
-    /// `[experts, hidden_size]` on every rank of both sides.
-    fn router(&self, config: &ModelConfig, slots: &mut Slots) -> Result<(), TranslateError> {
         let (Self { module, router, .. }, experts) = (self, config.moe()?.experts);
         let name = format!("{module}{router}.weight");
         let role = Replicated { rows: experts, cols: Some(config.hidden_size) };
@@ -170,5 +174,91 @@ impl PerExpert {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use alloc::vec;
+    use alloc::vec::Vec;
+
+    use super::*;
+    use crate::Family;
+    use crate::roles::{Placement, SourceCoords, TargetCoords};
+
+    const ALL: Experts = Experts {
+        score_bias: true,
+        shared: Some(Shared { module: "shared_expert", gate: Some("shared_expert_gate") }),
+        ..Experts::MLP
+    };
+
+    fn config() -> ModelConfig {
+        let mut config = ModelConfig::new(Family::Qwen3Moe);
+        config.hidden_size = 8;
+        let mut moe = Moe::new(5, 12);
+        moe.shared_intermediate_size = Some(6);
+        config.moe = Some(moe);
+        config
+    }
+
+    /// Names, element types and shapes of an engine rank.
+    fn engine(at: TargetCoords) -> Vec<(String, Option<Dtype>, Vec<u64>)> {
+        let mut slots = Slots::new(Place::Target(at));
+        ALL.slots(&config(), &mut slots).unwrap();
+        let shape = |role: &dyn TargetRole| role.vllm(&at).unwrap().shape;
+        let slots = slots.into_target().into_iter();
+        slots.map(|it| (it.name, it.facts.dtype, shape(it.role.as_ref()))).collect()
+    }
+
+    #[test]
+    fn every_part_has_its_group() {
+        let at = TargetCoords::new(1, 2).unwrap().with_flat(3, 4).unwrap();
+        let slot = |name: &str, shape: Vec<u64>| (name.into(), None, shape);
+        let mut expected = vec![
+            slot("post_attention_layernorm.weight", vec![8]),
+            slot("mlp.gate.weight", vec![5, 8]),
+            ("mlp.gate.e_score_correction_bias".into(), Some(Dtype::F32), vec![5]),
+            slot("mlp.experts.routed_experts.w13_weight", vec![5, 6, 8]),
+            slot("mlp.experts.routed_experts.w2_weight", vec![5, 8, 3]),
+            slot("mlp.shared_expert.gate_up_proj.weight", vec![6, 8]),
+            slot("mlp.shared_expert.down_proj.weight", vec![8, 3]),
+            slot("mlp.shared_expert_gate.weight", vec![1, 8]),
+        ];
+        assert_eq!(engine(at), expected);
+        // Whole experts, of which the last ranks get fewer; whole shared experts where MoE is sequence-parallel.
+        let mut at = at.with_expert_parallel(Placement::Linear);
+        (at.whole_shared_experts, expected[3].2) = (true, vec![1, 24, 8]);
+        expected[4].2 = vec![1, 8, 12];
+        (expected[5].2, expected[6].2) = (vec![12, 8], vec![8, 6]);
+        assert_eq!(engine(at), expected);
+
+        let at = SourceCoords::new(1, 2).unwrap().with_ep(4, 5).unwrap().with_etp(2, 3).unwrap();
+        let mut slots = Slots::new(Place::Source(at));
+        ALL.slots(&config(), &mut slots).unwrap();
+        let shape = |role: &dyn SourceRole| role.megatron(&at, None).unwrap().shape;
+        let slots = slots.into_source().into_iter();
+        let held: Vec<_> =
+            slots.map(|it| (it.names.te.into_owned(), shape(it.role.as_ref()))).collect();
+        let slot = |name: &str, shape: Vec<u64>| (String::from(name), shape);
+        let expected = [
+            slot("pre_mlp_layernorm.weight", vec![8]),
+            slot("mlp.router.weight", vec![5, 8]),
+            slot("mlp.router.expert_bias", vec![5]),
+            slot("mlp.experts.linear_fc1.weight0", vec![8, 8]),
+            slot("mlp.experts.linear_fc2.weight0", vec![8, 4]),
+            slot("mlp.shared_experts.linear_fc1.weight", vec![6, 8]),
+            slot("mlp.shared_experts.linear_fc2.weight", vec![8, 3]),
+            slot("mlp.shared_experts.gate_weight", vec![1, 8]),
+        ];
+        assert_eq!(held, expected);
+    }
+
+    #[test]
+    fn shared_experts_need_a_size() {
+        let at = TargetCoords::new(0, 1).unwrap();
+        let mut none = config();
+        none.moe = Some(Moe::new(5, 12));
+        let error = ALL.slots(&none, &mut Slots::new(Place::Target(at))).unwrap_err();
+        assert_eq!(error, TranslateError::Zero { what: "shared_intermediate_size" });
     }
 }
