@@ -26,6 +26,7 @@ fn small() -> ModelConfig {
     let mut moe = Moe::new(8, 16);
     moe.shared_intermediate_size = Some(16);
     moe.score_bias = true;
+    moe.groups = 2;
     moe.dense_layers = vec![0];
     config.moe = Some(moe);
     config.mla = Some(Mla::new(Some(24), 16, [3, 8, 2]));

@@ -104,6 +104,11 @@ fn configurations_are_refused_by_name() {
     bare.moe = None;
     let group = E::MissingGroup { family: "MixtralForCausalLM", group: "moe" };
     assert_eq!(bare.validate(), Err(group));
+    let mut dense = read(&mixtral()).unwrap();
+    dense.moe.as_mut().unwrap().dense_layers = vec![0];
+    assert!(matches!(dense.validate(), Err(E::Combination { what: "dense_layers", .. })));
+    let shared = refused(with(qwen3(), "shared_expert_intermediate_size", json!(64)));
+    assert!(matches!(shared, E::Combination { what: "shared experts", .. }), "{shared}");
 }
 
 #[test]
@@ -128,6 +133,15 @@ fn clashing_sizes_are_named() {
     let flat = "vllm dp_size * pcp_size * tp_size";
     let share = indivisible("moe_intermediate_size", 768, flat, 20);
     assert_eq!(engine(&qwen3(), EngineSizes::new(4).with_dp(5)), Err(share));
+    let dealt = EngineSizes::new(4).with_expert_parallel(Placement::RoundRobin);
+    let error = engine(&qwen3(), dealt).unwrap_err();
+    assert!(
+        matches!(error, E::Combination { what: "round-robin placement of experts", .. }),
+        "{error}"
+    );
+    let few = with(qwen3(), "num_experts", json!(8));
+    let error = engine(&few, EngineSizes::new(16)).unwrap_err();
+    assert!(matches!(error, E::Combination { what, .. } if what.contains("tp_size")), "{error}");
     // Qwen3-30B-A3B takes up to 32, with KV heads on several ranks.
     assert!(engine(&qwen3(), EngineSizes::new(32)).is_ok());
     // vLLM's class of GPT-OSS does not put a KV head on several ranks.
@@ -191,8 +205,9 @@ fn model() -> impl Strategy<Value = ModelConfig> {
     let families = select(vec![Family::Qwen3Moe, Family::Mixtral, Family::GptOss]);
     let dense = prop::collection::btree_set(0u32..4, 0..3);
     let (kv, size) = (select(vec![2u64, 4, 6, 12]), select(vec![8u64, 12, 24]));
+    let families = (families, 1u64..3);
     (families, 1u64..4, 1u64..4, kv, 1u64..3, 1u64..13, size, dense).prop_map(
-        |(family, hidden, group, kv, head_dim, experts, intermediate, dense)| {
+        |((family, groups), hidden, group, kv, head_dim, experts, intermediate, dense)| {
             let mut config = ModelConfig::new(family);
             config.hidden_size = hidden;
             config.num_kv_heads = kv;
@@ -202,6 +217,7 @@ fn model() -> impl Strategy<Value = ModelConfig> {
             // Nothing is padded on either side, so that everything can go back.
             config.vocab_size = 64 * 3;
             let mut moe = Moe::new(experts, intermediate);
+            moe.groups = groups;
             if family == Family::Qwen3Moe {
                 config.intermediate_size = 48;
                 moe.dense_layers = dense.into_iter().filter(|&layer| layer < 2).collect();
@@ -249,10 +265,15 @@ fn is_legal(config: &ModelConfig, sizes: &Sizes) -> bool {
     let EngineSizes { tp, dp, pcp, .. } = sizes.engine;
     let flat = tp * dp * pcp;
     let spread = match sizes.engine.expert_parallel {
+        Some(Placement::RoundRobin) if moe.groups == 1 => false,
         Some(_) => moe.experts >= flat.into(),
         None => by(moe.intermediate_size, flat),
     };
-    let own = config.family != Family::GptOss || (by(kv, tp) && by(moe.intermediate_size, flat));
+    let own = match config.family {
+        Family::GptOss => by(kv, tp) && by(moe.intermediate_size, flat),
+        Family::Qwen3Moe => u64::from(tp) <= moe.experts,
+        _ => true,
+    };
     let engine = dense(tp)
         && by(config.vocab_size.next_multiple_of(64), tp)
         && (spread && own || moe.dense_layers.len() == 2);
@@ -314,6 +335,7 @@ proptest! {
                     TranslateError::Indivisible { .. }
                         | TranslateError::KvHeads { .. }
                         | TranslateError::TooFewExperts { .. }
+                        | TranslateError::Combination { .. }
                 );
                 prop_assert!(named, "{}", error);
                 return Ok(());

@@ -1,6 +1,9 @@
 //! The trainer's side: what each Megatron-Core rank holds, as bands.
 //!
-//! Only plain tensors are described. What makes a parameter something else than its name says (FSDP shards, adapters,
+//! Only plain tensors are described, and parameters in blockwise FP8 as two of them: the elements under the parameter's
+//! name (Transformer Engine's `rowwise_data`, e4m3 or its bytes) and under the same name with `_scale_inv` the scales
+//! (`rowwise_scale_inv`, f32, `[ceil(rows / 128), ceil(columns / 128)]`, the latter as it is or rounded up to a multiple
+//! of 4). What makes a parameter something else than its name says (FSDP shards, adapters,
 //! quantised parameter classes, interleaved GLU) must be refused where the tensors are collected: their shapes cannot
 //! tell.
 

@@ -45,10 +45,14 @@ impl fmt::Display for PostAction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::AbsorbMla { params } => {
-                write!(f, "recompute W_UK_T and W_UV from kv_b_proj in {} layers", params.len())
+                write!(f, "recompute W_UK_T and W_UV from {} x kv_b_proj", params.len())
             }
             Self::CopySinks { params } => {
-                write!(f, "copy attention sinks to their f32 twins in {} layers", params.len())
+                write!(
+                    f,
+                    "copy {} x sinks to the f32 twins of them that kernels read",
+                    params.len()
+                )
             }
             Self::DropCaches => f.write_str("drop the prefix cache and calculated KV-cache scales"),
         }

@@ -15,6 +15,9 @@ pub struct Moe {
     pub shared_intermediate_size: Option<u64>,
     /// Whether the router corrects scores by a bias that it learns apart (`topk_method` is `noaux_tc`).
     pub score_bias: bool,
+    /// `n_group`: groups of experts of which routing picks some first; 1 where it does not. An engine places experts
+    /// round robin only if there are several.
+    pub groups: u64,
     /// Layers with a dense MLP in place of experts, ascending.
     pub dense_layers: Vec<u32>,
 }
@@ -28,6 +31,7 @@ impl Moe {
             intermediate_size,
             shared_intermediate_size: None,
             score_bias: false,
+            groups: 1,
             dense_layers: Vec::new(),
         }
     }
@@ -86,6 +90,8 @@ mod json {
         moe_intermediate_size: Option<u64>,
         /// Qwen.
         shared_expert_intermediate_size: Option<u64>,
+        /// DeepSeek, Nemotron-H.
+        n_group: Option<u64>,
         /// DeepSeek: how many of `moe_intermediate_size`.
         n_shared_experts: Option<u64>,
         /// DeepSeek: this many layers at the beginning are dense.
@@ -115,6 +121,7 @@ mod json {
             }
             let mut moe =
                 Self::new(experts, required(keys.moe_intermediate_size, "moe_intermediate_size")?);
+            moe.groups = keys.n_group.unwrap_or(1);
             let positive = |size: &u64| *size > 0;
             let counted =
                 keys.n_shared_experts.map(|count| count.saturating_mul(moe.intermediate_size));
@@ -167,8 +174,9 @@ mod tests {
         assert_eq!(moe.dense_layers, [0, 2, 3, 4]);
         assert!(moe.has_experts(1) && !moe.has_experts(3));
         let deepseek = r#"{"n_routed_experts": 256, "moe_intermediate_size": 2048, "n_shared_experts": 2,
-            "first_k_dense_replace": 3, "moe_layer_freq": 1}"#;
+            "first_k_dense_replace": 3, "moe_layer_freq": 1, "n_group": 8}"#;
         let moe = read(deepseek).unwrap();
+        assert_eq!(moe.groups, 8);
         assert_eq!((moe.experts, moe.shared_intermediate_size), (256, Some(4096)));
         assert_eq!(moe.dense_layers, [0, 1, 2]);
         let plain =

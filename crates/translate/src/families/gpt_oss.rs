@@ -21,7 +21,7 @@
 use alloc::format;
 use alloc::string::String;
 
-use super::blocks::experts::{Experts, PerExpert};
+use super::blocks::experts::{self, Experts, PerExpert};
 use super::{Description, blocks};
 use crate::post::Refresh;
 use crate::roles::{Column, FirstRank, GatedMlp, InterleavedMlp, Row};
@@ -52,7 +52,7 @@ fn check(config: &ModelConfig) -> Result<(), TranslateError> {
         let why = "vLLM gives GPT-OSS a head of its own, whatever is said";
         return Err(TranslateError::Combination { what: "GPT-OSS with a tied head", why });
     }
-    config.moe().map(|_| ())
+    experts::routed_in_every_layer(config).map(|_| ())
 }
 
 fn first(config: &ModelConfig, slots: &mut Slots) -> Result<(), TranslateError> {

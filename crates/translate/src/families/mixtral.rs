@@ -2,7 +2,7 @@
 //!
 //! The engine's names are those of vLLM 0.32, whose class was read; the trainer's are Megatron-Core's own.
 
-use super::blocks::experts::Experts;
+use super::blocks::experts::{self, Experts};
 use super::{Description, blocks, dense};
 use crate::slots::{Layer, Slots};
 use crate::{ModelConfig, TranslateError};
@@ -23,7 +23,7 @@ const EXPERTS: Experts =
 
 fn check(config: &ModelConfig) -> Result<(), TranslateError> {
     config.check_attention()?;
-    config.moe().map(|_| ())
+    experts::routed_in_every_layer(config).map(|_| ())
 }
 
 fn layer(config: &ModelConfig, _: Layer, slots: &mut Slots) -> Result<(), TranslateError> {

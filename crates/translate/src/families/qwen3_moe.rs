@@ -1,8 +1,8 @@
 //! Qwen3 with experts: its attention, and routed experts in place of the MLP in all layers or some.
 
-use super::blocks::experts::Experts;
+use super::blocks::experts::{self, Experts};
 use super::{Description, blocks, dense};
-use crate::slots::{Layer, Slots};
+use crate::slots::{Layer, Place, Slots};
 use crate::{ModelConfig, TranslateError};
 
 pub(super) const QWEN3_MOE: Description = Description {
@@ -17,7 +17,7 @@ pub(super) const QWEN3_MOE: Description = Description {
 
 fn check(config: &ModelConfig) -> Result<(), TranslateError> {
     config.check_attention()?;
-    let moe = config.moe()?;
+    let moe = experts::routed_only(config)?;
     // Nobody reads the size of dense layers where there are none.
     if (0..config.num_layers).all(|layer| moe.has_experts(layer)) {
         return Ok(());
@@ -27,7 +27,15 @@ fn check(config: &ModelConfig) -> Result<(), TranslateError> {
 
 fn layer(config: &ModelConfig, layer: Layer, slots: &mut Slots) -> Result<(), TranslateError> {
     blocks::attention(config, slots);
-    if config.moe()?.has_experts(layer.global) {
+    let moe = config.moe()?;
+    if moe.has_experts(layer.global) {
+        if let Place::Target(at) = slots.place()
+            && at.tp.size() > moe.experts
+        {
+            let what = "vllm tp_size beyond the number of experts";
+            let why = "vLLM's class of this family refuses it";
+            return Err(TranslateError::Combination { what, why });
+        }
         Experts::MLP.slots(config, slots)
     } else {
         blocks::mlp(config, slots);

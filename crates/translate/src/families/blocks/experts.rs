@@ -6,7 +6,7 @@ use alloc::string::String;
 use refit_planner::Dtype;
 
 use super::norm;
-use crate::roles::{GatedMlp, Over, Replicated, Row, SourceRole, Stack, TargetRole};
+use crate::roles::{GatedMlp, Over, Placement, Replicated, Row, SourceRole, Stack, TargetRole};
 use crate::slots::{Place, Slots, te};
 use crate::{ModelConfig, Moe, TranslateError};
 
@@ -134,6 +134,32 @@ impl Experts {
     }
 }
 
+/// The experts of a family that has nothing but routed ones in every layer.
+///
+/// # Errors
+/// [`TranslateError::MissingGroup`], [`TranslateError::Combination`].
+pub(crate) fn routed_in_every_layer(config: &ModelConfig) -> Result<&Moe, TranslateError> {
+    let moe = routed_only(config)?;
+    if !moe.dense_layers.is_empty() {
+        let why = "this family has experts in every layer";
+        return Err(TranslateError::Combination { what: "dense_layers", why });
+    }
+    Ok(moe)
+}
+
+/// The experts of a family that has nothing but routed ones in its layers with experts.
+///
+/// # Errors
+/// [`TranslateError::MissingGroup`], [`TranslateError::Combination`].
+pub(crate) fn routed_only(config: &ModelConfig) -> Result<&Moe, TranslateError> {
+    let moe = config.moe()?;
+    if moe.shared_intermediate_size.is_some() {
+        let why = "this family has routed experts only";
+        return Err(TranslateError::Combination { what: "shared experts", why });
+    }
+    Ok(moe)
+}
+
 /// A parameter that every routed expert has: on the trainer's side one per local expert, on the engine's one of all
 /// local experts.
 #[derive(Clone, Copy, Debug)]
@@ -166,6 +192,13 @@ impl PerExpert {
                 }
             }
             Place::Target(at) => {
+                if at.placement == Some(Placement::RoundRobin) && moe.groups <= 1 {
+                    return Err(TranslateError::Combination {
+                        what: "round-robin placement of experts",
+                        why: "vLLM places them in order where routing has no groups (n_group), whatever was \
+                              asked for: say linear",
+                    });
+                }
                 let local = at.experts(moe.experts)?;
                 let count = local.len() as u64;
                 let role = Stack { count, each: Over::routed_experts(target) };
@@ -184,7 +217,7 @@ mod tests {
 
     use super::*;
     use crate::Family;
-    use crate::roles::{Placement, SourceCoords, TargetCoords};
+    use crate::roles::{SourceCoords, TargetCoords};
 
     const ALL: Experts = Experts {
         score_bias: true,
