@@ -22,7 +22,9 @@ fn refits(criterion: &mut Criterion) {
                 let pulling = prepared.pull().unwrap_or_else(|failed| panic!("{failed}"));
                 let pulled = pulling.wait(Instant::now() + Duration::from_secs(60));
                 let landed = pulled.unwrap_or_else(|failed| panic!("{failed}")).land();
-                slot = Some(landed.unwrap_or_else(|failed| panic!("{failed}")).install().0);
+                slot = Some(
+                    landed.unwrap_or_else(|failed| panic!("{failed}")).install().refreshed().0,
+                );
             });
         });
         drop(sources);

@@ -54,7 +54,7 @@ pub fn source_layouts(config: &ModelConfig, tp: u32) -> Vec<RankLayout> {
 #[must_use]
 pub fn target_layout(config: &ModelConfig, tp_rank: u32, tp: u32) -> RankLayout {
     let rank = TargetRank::new(tp_rank, tp_rank, tp);
-    vllm::layout(config, &rank, &vllm::expected(config, &rank).unwrap()).unwrap()
+    vllm::layout(config, &rank, &vllm::expected(config, &rank).unwrap()).unwrap().layout
 }
 
 /// The plan of the first engine rank.

@@ -7,10 +7,12 @@ use std::time::{Duration, Instant};
 use refit::planner::{Dtype, LayoutBuilder, LowerOptions, Mode, Param, RankLayout};
 use refit::transport::Progress;
 use refit::transport::local::Network;
-use refit::{RefitError, Source, TargetOptions, Unfinished};
+use refit::{RefitError, Source, Target, TargetOptions, Unfinished};
 use refit_tests::oracle::{self, Buffers};
 use refit_tests::{models, ranks};
+use refit_translate::PostAction;
 use refit_translate::megatron::{SourceRank, TrainerOptions};
+use refit_translate::vllm::{self, TargetRank};
 
 fn staged() -> TargetOptions {
     TargetOptions::default().with_lower(LowerOptions::default().with_mode(Mode::Staged))
@@ -153,7 +155,8 @@ fn waves_end_with_the_same_bytes_and_need_less_memory() {
             polls += 1;
         }
         assert!(polls >= waves, "{polls} polls for {waves} waves: one lands at most one");
-        let (target, report) = pulling.wait(ranks::soon()).unwrap().land().unwrap().install();
+        let (target, report) =
+            pulling.wait(ranks::soon()).unwrap().land().unwrap().install().refreshed();
         assert_eq!(ranks::held(&target), wanted);
         assert!(report.staging_bytes <= 1_000 && at_once.staging_bytes > 10_000);
         assert_eq!(report.wire_bytes, at_once.wire_bytes);
@@ -193,8 +196,40 @@ fn a_source_that_leaves_between_waves_leaves_an_invalid_target() {
 
     let (_sources, published) = publish("trainer-2");
     let pulling = target.prepare(&published).unwrap().pull().unwrap();
-    let (target, _) = pulling.wait(ranks::soon()).unwrap().land().unwrap().install();
+    let (target, _) = pulling.wait(ranks::soon()).unwrap().land().unwrap().install().refreshed();
     assert_eq!(ranks::held(&target), oracle::buffers(&layout));
+    canaries.check();
+}
+
+#[test]
+fn an_engine_that_has_not_derived_its_state_anew_is_not_whole() {
+    let network = Network::new();
+    let (trainer, engine) = (ranks::agent(&network, "trainer"), ranks::agent(&network, "engine"));
+    let config = models::tiny();
+    let sources: Vec<_> = models::source(&config, 1, 1, 1)
+        .iter()
+        .map(|layout| ranks::source(&trainer, layout))
+        .collect();
+    let published: Vec<_> = sources.iter().map(|source| source.publication().unwrap()).collect();
+    let rank = TargetRank::new(0, 0, 1);
+    let wanted = vllm::layout(&config, &rank, &vllm::expected(&config, &rank).unwrap()).unwrap();
+    let (params, canaries) = ranks::memory(&wanted.layout);
+    let pool = ranks::pool(&engine);
+    let options = TargetOptions::default();
+    let target = Target::new(engine, pool, wanted.clone(), params, options).unwrap();
+    let land = |prepared: refit::Prepared<_>| {
+        prepared.pull().unwrap().wait(ranks::soon()).unwrap().land().unwrap().install()
+    };
+
+    let installed = land(target.prepare(&published).unwrap());
+    assert_eq!(installed.post_actions(), wanted.post_actions);
+    assert_eq!(installed.post_actions(), [PostAction::DropCaches]);
+    assert!(installed.params().all(|(_, memory)| memory.host_bytes().is_some()));
+    assert_eq!(installed.report().plans, 1);
+    // What could not be derived leaves a target that only another refit makes whole.
+    let invalid = installed.stale();
+    let (target, report) = land(invalid.prepare(&published).unwrap()).refreshed();
+    assert_eq!((report.plans, ranks::held(&target)), (0, oracle::buffers(&wanted.layout)));
     canaries.check();
 }
 
@@ -301,7 +336,7 @@ fn source_that_leaves(
         Unfinished::Pulling(_) | Unfinished::Lost => panic!("the reads have settled"),
     };
     let (target, _) =
-        prepared.pull().unwrap().wait(ranks::soon()).unwrap().land().unwrap().install();
+        prepared.pull().unwrap().wait(ranks::soon()).unwrap().land().unwrap().install().refreshed();
     let held = ranks::held(&target);
     (Unfinished::Whole(target), held, oracle::buffers(&layout))
 }
@@ -329,11 +364,11 @@ fn a_deadline_gives_the_pull_back() {
     let pulling = target.prepare(&published).unwrap().pull().unwrap();
     let target = match pulling.wait(Instant::now() - Duration::from_secs(1)) {
         // The reads may have settled on the first look; a deadline is not a reason to throw them away.
-        Ok(pulled) => pulled.land().unwrap().install().0,
+        Ok(pulled) => pulled.land().unwrap().install().refreshed().0,
         Err(failed) => {
             assert!(matches!(failed.error, RefitError::Deadline { .. }), "{}", failed.error);
             let Unfinished::Pulling(pulling) = failed.state else { panic!("the pull is not over") };
-            pulling.wait(ranks::soon()).unwrap().land().unwrap().install().0
+            pulling.wait(ranks::soon()).unwrap().land().unwrap().install().refreshed().0
         }
     };
     assert_eq!(ranks::held(&target), oracle::buffers(&layout));

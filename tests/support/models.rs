@@ -65,7 +65,7 @@ pub fn target(config: &ModelConfig, tp: u32) -> Vec<RankLayout> {
 #[must_use]
 pub fn target_ranks(config: &ModelConfig, ranks: &[TargetRank]) -> Vec<RankLayout> {
     let layout = |rank: &TargetRank| {
-        vllm::layout(config, rank, &vllm::expected(config, rank).unwrap()).unwrap()
+        vllm::layout(config, rank, &vllm::expected(config, rank).unwrap()).unwrap().layout
     };
     ranks.iter().map(layout).collect()
 }

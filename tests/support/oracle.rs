@@ -40,7 +40,7 @@ pub fn element(dtype: Dtype, tag: u16) -> Vec<u8> {
     match dtype {
         Dtype::Bf16 | Dtype::F16 => tag.to_le_bytes().to_vec(),
         Dtype::F32 => (u32::from(tag) << 16).to_le_bytes().to_vec(),
-        Dtype::U8 => vec![tag.to_le_bytes()[0]],
+        Dtype::U8 | Dtype::F8E4m3 => vec![tag.to_le_bytes()[0]],
         other => panic!("no tags for {other}"),
     }
 }

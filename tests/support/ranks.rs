@@ -96,7 +96,7 @@ pub fn target<T: Transport>(
 #[must_use]
 pub fn refit<T: Transport>(target: Target<T>, published: &[Publication]) -> (Target<T>, Report) {
     let pulling = target.prepare(published).unwrap().pull().unwrap();
-    pulling.wait(soon()).unwrap().land().unwrap().install()
+    pulling.wait(soon()).unwrap().land().unwrap().install().refreshed()
 }
 
 /// A deadline that no test should reach.

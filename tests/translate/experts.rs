@@ -180,7 +180,7 @@ fn names_are_the_frameworks() {
 
     let config = config(&mixtral());
     let held = vllm::expected(&config, &rank).unwrap();
-    let layout = vllm::layout(&config, &rank, &held).unwrap();
+    let layout = vllm::layout(&config, &rank, &held).unwrap().layout;
     let first = |end: &str| -> Vec<String> {
         let of = layout.bands().filter(|(param, _, _)| param.name().ends_with(end));
         of.map(|(_, tensor, _)| tensor.name.to_string()).take(3).collect()
@@ -292,7 +292,9 @@ fn layouts(
     let source = |rank: &SourceRank| {
         megatron::layout(config, rank, &megatron::expected(config, rank, &options)?)
     };
-    let target = |rank: &TargetRank| vllm::layout(config, rank, &vllm::expected(config, rank)?);
+    let target = |rank: &TargetRank| {
+        vllm::layout(config, rank, &vllm::expected(config, rank)?).map(|target| target.layout)
+    };
     let ranks = sizes.trainer.ranks(&Pipeline::new(sizes.pp).stages(config.num_layers)?)?;
     let sources: Result<Vec<_>, _> = ranks.iter().map(source).collect();
     let targets: Result<Vec<_>, _> = sizes.engine.ranks()?.iter().map(target).collect();

@@ -65,7 +65,7 @@ fn check(case: &Case, config: &ModelConfig) {
         let wanted = case.tensors(&file.file).unwrap();
         let rank = case.target.place(file);
         assert_eq!(sorted(vllm::expected(config, &rank).unwrap()), wanted.specs);
-        let target = vllm::layout(config, &rank, &wanted.specs).unwrap();
+        let target = vllm::layout(config, &rank, &wanted.specs).unwrap().layout;
         for rule in [Replicas::Lowest, Replicas::Spread] {
             let plan = plan(&source, &target, &PlanOptions::default().with_replicas(rule)).unwrap();
             assert_same(&execute::plan(&plan, &sources), &wanted.bytes);

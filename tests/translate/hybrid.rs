@@ -274,7 +274,7 @@ fn refit(
     }
     let mut to = Vec::new();
     for rank in TargetRank::grid(engine)? {
-        to.push(vllm::layout(config, &rank, &vllm::expected(config, &rank)?)?);
+        to.push(vllm::layout(config, &rank, &vllm::expected(config, &rank)?)?.layout);
     }
     let held = by_rank(&from, from.iter().map(oracle::buffers).collect());
     let wanted: Vec<Buffers> = to.iter().map(|target| oracle::wanted(target, &from)).collect();

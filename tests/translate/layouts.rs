@@ -8,8 +8,8 @@ use refit_tests::execute::{self, Sources};
 use refit_tests::oracle;
 use refit_translate::megatron::{self, LayerSpec, SourceRank, TrainerOptions};
 use refit_translate::roles::{Qkv, Role, SourceCoords, SourceRole, TargetCoords, TargetRole};
-use refit_translate::vllm::{self, TargetRank};
-use refit_translate::{Family, ModelConfig, Moe, Side, TensorSpec, TranslateError};
+use refit_translate::vllm::{self, EngineModel, TargetRank};
+use refit_translate::{Family, Mla, ModelConfig, Moe, Side, TensorSpec, TranslateError};
 use serde_json::{Value, json};
 
 /// Llama-3.1-8B, Qwen2.5-7B and Qwen3-4B as their configurations describe them.
@@ -368,7 +368,7 @@ fn tied_heads_follow_the_embedding() {
     assert!(!head(&held, "lm_head.weight"));
     vllm::layout(&config, &rank, &held).unwrap();
     held.push(TensorSpec::new("lm_head.weight", Dtype::Bf16, [128, 8]));
-    let layout = vllm::layout(&config, &rank, &held).unwrap();
+    let layout = vllm::layout(&config, &rank, &held).unwrap().layout;
     let heads =
         layout.bands().filter(|(_, tensor, _)| &*tensor.name == "model.embed_tokens.weight");
     assert_eq!(heads.count(), 2);
@@ -379,7 +379,7 @@ fn tied_heads_follow_the_embedding() {
 fn logical_tensors_are_the_checkpoints() {
     let rank = TargetRank::new(0, 0, 1);
     let held = vllm::expected(&small(), &rank).unwrap();
-    let layout = vllm::layout(&small(), &rank, &held).unwrap();
+    let layout = vllm::layout(&small(), &rank, &held).unwrap().layout;
     let of = |param: &str| -> Vec<String> {
         let bands = layout.bands().filter(|(held, _, _)| held.name().ends_with(param));
         bands.map(|(_, tensor, _)| tensor.name.to_string()).collect()
@@ -458,7 +458,7 @@ fn refit(
                 spec.dtype = Dtype::F32;
             }
         }
-        let target = vllm::layout(config, &rank, &held)?;
+        let target = vllm::layout(config, &rank, &held)?.layout;
         let plan = plan(&source, &target, &PlanOptions::default().with_replicas(rule)).unwrap();
         assert_eq!(execute::plan(&plan, &sources), oracle::buffers(&target));
     }
@@ -517,13 +517,19 @@ proptest! {
         family in prop::sample::select(Family::ALL),
         shape in prop::collection::vec(number(), 0..3),
         experts in prop::option::of((number(), number())),
+        latent in prop::option::of((prop::option::of(number()), prop::collection::vec(number(), 4))),
+        predicting in (prop_oneof![0u32..4, any::<u32>()], prop::collection::vec(0u32..4, 0..3)),
+        block_fp8 in any::<bool>(),
     ) {
         let mut config = ModelConfig::new(family);
         config.moe = experts.map(|(experts, intermediate)| Moe::new(experts, intermediate));
         (config.hidden_size, config.intermediate_size, config.vocab_size) = (sizes[0], sizes[1], sizes[2]);
         (config.num_heads, config.num_kv_heads, config.head_dim) = (sizes[3], sizes[4], sizes[5]);
         config.num_layers = layers;
+        config.mla = latent.map(|(q, sizes)| Mla::new(q, sizes[0], [sizes[1], sizes[2], sizes[3]]));
+        (config.mtp_layers, config.block_fp8) = (predicting.0, block_fp8);
         let rank = SourceRank::new(0, list).with_tp(places[0], places[1]).with_pp(places[2], places[3]);
+        let rank = rank.with_mtp(predicting.1);
         let mut options = TrainerOptions::default();
         options.padded_vocab = padded;
         if let Ok(mut held) = megatron::expected(&config, &rank, &options) {
@@ -536,8 +542,10 @@ proptest! {
             }
         }
         let rank = TargetRank::new(0, places[0], places[1]);
-        if let Ok(held) = vllm::expected(&config, &rank) {
-            let _ = vllm::layout(&config, &rank, &held);
+        for rank in [rank, rank.with_model(EngineModel::Draft)] {
+            if let Ok(held) = vllm::expected(&config, &rank) {
+                let _ = vllm::layout(&config, &rank, &held);
+            }
         }
         let role = Qkv { heads: sizes[3], kv_heads: sizes[4], head_dim: sizes[5], cols: Some(sizes[0]) };
         if let (Ok(source), Ok(target)) = (SourceCoords::new(places[0], places[1]), TargetCoords::new(places[0], places[1])) {

@@ -35,7 +35,7 @@ fn engine(change: impl FnOnce(&mut EngineFacts)) -> Result<(), Refusal> {
     facts.layers = vec![
         LayerFacts::new("model.embed_tokens", "UnquantizedEmbeddingMethod"),
         LayerFacts::new("model.layers.0.mlp.gate_up_proj", LINEAR),
-        LayerFacts::new("model.layers.1.mlp.experts", EXPERTS).with_moe_backend("TRITON"),
+        LayerFacts::new("model.layers.1.mlp.experts", EXPERTS).with_kernel("TRITON"),
     ];
     change(&mut facts);
     facts.check()
@@ -46,7 +46,19 @@ fn layer(layer: LayerFacts) -> Result<(), Refusal> {
 }
 
 fn experts(backend: &str) -> Result<(), Refusal> {
-    layer(LayerFacts::new("model.layers.2.mlp.experts", EXPERTS).with_moe_backend(backend))
+    layer(LayerFacts::new("model.layers.2.mlp.experts", EXPERTS).with_kernel(backend))
+}
+
+fn fp8(method: &str, kernel: &str) -> LayerFacts {
+    LayerFacts::new("model.layers.2", method).with_kernel(kernel)
+}
+
+fn linear_fp8(kernel: &str) -> Result<(), Refusal> {
+    layer(fp8("vllm.model_executor.layers.quantization.fp8.Fp8LinearMethod", kernel))
+}
+
+fn experts_fp8(backend: &str) -> Result<(), Refusal> {
+    layer(fp8("Fp8MoEMethod", backend))
 }
 
 fn on(device: Device) -> Result<(), Refusal> {
@@ -77,6 +89,13 @@ fn plain_trainers_and_engines_are_taken() {
     engine(|_| {}).unwrap();
     experts("BATCHED_TRITON").unwrap();
     on(Device::Rocm).unwrap();
+    for kernel in
+        ["TritonFp8BlockScaledMMKernel", "scaled_mm.cutlass.CutlassFp8BlockScaledMMKernel"]
+    {
+        linear_fp8(kernel).unwrap();
+    }
+    experts_fp8("VLLM_CUTLASS").unwrap();
+    experts_fp8("TRITON").unwrap();
 }
 
 /// Every reason there is, each by what reports it.
@@ -118,7 +137,23 @@ fn refused() -> Vec<(Reason, Result<(), Refusal>)> {
         (R::CpuLinear, on(Device::Cpu)),
         (R::XpuLinear, on(Device::Xpu)),
         (R::Marlin, layer(LayerFacts::new("q", "AutoAWQMarlinLinearMethod"))),
+        (R::Marlin, linear_fp8("MarlinFP8ScaledMMLinearKernel")),
+        (R::Marlin, experts_fp8("MARLIN")),
+        (R::DeepGemm, linear_fp8("FlashInferFp8DeepGEMMDynamicBlockScaledKernel")),
+        (R::DeepGemm, linear_fp8("DeepGemmFp8BlockScaledMMKernel")),
+        (R::DeepGemm, experts_fp8("BATCHED_DEEPGEMM")),
+        (R::MoeFlashinferCutlass, experts_fp8("FLASHINFER_CUTLASS")),
+        (R::MoeUnknown, experts("VLLM_CUTLASS")),
         (R::QuantizedLayer, layer(LayerFacts::new("q", "Fp8LinearMethod"))),
+        (R::QuantizedLayer, linear_fp8("CutlassFP8ScaledMMLinearKernel")),
+        (R::QuantizedLayer, layer(LayerFacts::new("q", "ModelOptFp8LinearMethod"))),
+        (
+            R::QuantizedLayer,
+            engine(|facts| {
+                facts.device = Device::Rocm;
+                facts.layers = vec![fp8("Fp8LinearMethod", "TritonFp8BlockScaledMMKernel")];
+            }),
+        ),
         (R::QuantizedLayer, layer(LayerFacts::new("q", ""))),
         (R::Eplb, engine(|facts| facts.enable_eplb = true)),
         (R::Eplb, engine(|facts| facts.redundant_experts = 2)),

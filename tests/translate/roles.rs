@@ -15,8 +15,8 @@ use refit_tests::execute;
 use refit_tests::golden::{self, RoleLine};
 use refit_translate::roles::{
     Column, GatedMlp, GatedQkv, GdnBa, GdnConv, GdnInProj, GdnLayout, GdnQkvz, InterleavedMlp,
-    MambaConv, MambaInProj, Over, Placement, Qkv, Role, Row, SourceCoords, SourceRole, Stack,
-    TargetCoords, TargetRole, View, Vocab,
+    Latent, MambaConv, MambaInProj, Over, Placement, Qkv, Role, Row, SourceCoords, SourceRole,
+    Stack, TargetCoords, TargetRole, View, Vocab,
 };
 use refit_translate::{Gdn, Mamba};
 
@@ -34,6 +34,7 @@ const ROLES: &[(&str, CaseOf)] = &[
     ("qkv", |line| pair(line, qkv(line, Some(line.size("H"))))),
     ("qkv_bias", |line| pair(line, qkv(line, None))),
     ("gated_mlp", |line| pair(line, gated(line))),
+    ("mla_qkv_a", latents),
     ("moe_w13", |line| experts(line, gated(line), gated(line))),
     ("moe_w2", |line| experts(line, down(line), down(line))),
     ("gptoss_w13", |line| {
@@ -173,6 +174,25 @@ fn experts(
     let local = at.experts(total).unwrap();
     let role = Stack { count: local.len() as u64, each: Over::routed_experts(target) };
     Case { sources, target: Held::new(Box::new(role), at, logical(&local)) }
+}
+
+/// Two trainer parameters, whole on every rank (`dup`, of which a line has the first) or sharded (`col`), and one of
+/// the engine's.
+fn latents(line: &RoleLine) -> Case {
+    let (queries, keys_values) = (line.size("ql"), line.size("kl") + line.size("dr"));
+    let cols = line.src_shapes[0][1];
+    let mut sources = Vec::new();
+    let ranks = if line.word("style") == "dup" { 1 } else { line.source_tp() };
+    for rank in 0..ranks {
+        let at = SourceCoords::new(rank, line.source_tp()).unwrap();
+        for (name, rows) in [("q", queries), ("kv", keys_values)] {
+            let role = Box::new(Latent { rows: [rows], cols }) as Box<dyn SourceRole>;
+            sources.push(Held::new(role, at, vec![name.to_owned()]));
+        }
+    }
+    let at = TargetCoords::new(line.dst_rank, line.target_tp()).unwrap();
+    let role = Box::new(Latent { rows: [queries, keys_values], cols });
+    Case { sources, target: Held::new(role, at, vec!["q".to_owned(), "kv".to_owned()]) }
 }
 
 /// A trainer parameter of which the engine parameter has a part.

@@ -6,7 +6,7 @@ use std::path::Path;
 use refit::planner::{RankLayout, SourceLayout};
 use refit::translate::megatron::{self, SourceRank, TrainerOptions};
 use refit::translate::vllm::{self, TargetRank};
-use refit::translate::{ModelConfig, TranslateError};
+use refit::translate::{ModelConfig, TargetLayout, TranslateError};
 
 use crate::error::CliError;
 use crate::sizes::{SourceSizes, TargetSizes};
@@ -16,6 +16,9 @@ pub(crate) const PRESETS: &[(&str, &str)] = &[
     ("qwen3-4b", include_str!("../presets/qwen3-4b.json")),
     ("llama-3.1-8b", include_str!("../presets/llama-3.1-8b.json")),
     ("qwen2.5-7b", include_str!("../presets/qwen2.5-7b.json")),
+    ("deepseek-v3", include_str!("../presets/deepseek-v3.json")),
+    ("deepseek-v3-fp8", include_str!("../presets/deepseek-v3-fp8.json")),
+    ("kimi-k2", include_str!("../presets/kimi-k2.json")),
     ("qwen3-30b-a3b", include_str!("../presets/qwen3-30b-a3b.json")),
     ("mixtral-8x7b", include_str!("../presets/mixtral-8x7b.json")),
     // What is published is in MXFP4, which an engine does not hold in a writable form. This is the model in bf16.
@@ -69,7 +72,7 @@ pub(crate) fn source(
 pub(crate) fn target(
     config: &ModelConfig,
     sizes: TargetSizes,
-) -> Result<Vec<RankLayout>, CliError> {
+) -> Result<Vec<TargetLayout>, CliError> {
     let ranks = sizes.ranks()?;
     let layout = |rank: &TargetRank| vllm::layout(config, rank, &vllm::expected(config, rank)?);
     Ok(ranks.iter().map(layout).collect::<Result<_, TranslateError>>()?)

@@ -1,5 +1,6 @@
 //! `refit plan`: what a refit would read, without moving anything.
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -8,6 +9,7 @@ use refit::RefitError;
 use refit::planner::{
     Capabilities, LowerOptions, Method, Mode, Plan, PlanOptions, Policy, Program, lower, plan,
 };
+use refit::translate::{PostAction, TargetLayout};
 use serde::Serialize;
 
 use crate::error::CliError;
@@ -84,6 +86,14 @@ struct Rank {
     lower_s: f64,
     plan_hash: String,
     program_hash: String,
+    post_actions: Vec<Action>,
+}
+
+/// What the engine must do once all bytes are in place.
+#[derive(Serialize)]
+struct Action {
+    action: String,
+    params: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -91,6 +101,13 @@ struct FromSource {
     source: u32,
     needed_bytes: u64,
     wire_bytes: u64,
+}
+
+impl Action {
+    fn new(action: &PostAction) -> Self {
+        let params = action.params().iter().map(ToString::to_string).collect();
+        Self { action: action.to_string(), params }
+    }
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
@@ -111,21 +128,21 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
 
     let mut targets = model::target(&config, args.target)?;
     if let Some(rank) = args.rank {
-        targets.retain(|target| target.rank() == rank);
+        targets.retain(|target| target.layout.rank() == rank);
         if targets.is_empty() {
             let world = args.target.world();
             return Err(CliError::Usage(format!("--rank {rank}: the engine has ranks 0..{world}")));
         }
     }
     let mut ranks = Vec::new();
-    for target in targets {
+    for TargetLayout { layout: target, post_actions, .. } in targets {
         let started = Instant::now();
         let plan = plan(&source, &target, &PlanOptions::default()).map_err(RefitError::from)?;
         let plan_s = started.elapsed().as_secs_f64();
         let started = Instant::now();
         let program = lower(&plan, &capabilities, &options).map_err(RefitError::from)?;
         let lower_s = started.elapsed().as_secs_f64();
-        ranks.push(describe(&plan, &program, plan_s, lower_s));
+        ranks.push(describe(&plan, &program, &post_actions, plan_s, lower_s));
     }
     let output = Output { source: args.source.to_string(), target: args.target.to_string(), ranks };
     if args.json {
@@ -136,13 +153,19 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn describe(plan: &Plan, program: &Program, plan_s: f64, lower_s: f64) -> Rank {
+fn describe(
+    plan: &Plan,
+    program: &Program,
+    post_actions: &[PostAction],
+    plan_s: f64,
+    lower_s: f64,
+) -> Rank {
     let reads = |direct: bool| {
         let choices =
             program.choices().iter().filter(|choice| (choice.method == Method::Direct) == direct);
         choices.map(|choice| choice.reads).sum()
     };
-    let mut wire = std::collections::BTreeMap::<u32, u64>::new();
+    let mut wire = BTreeMap::<u32, u64>::new();
     for read in program.reads() {
         *wire.entry(program.sources()[read.source as usize].rank).or_default() += read.bytes();
     }
@@ -171,6 +194,7 @@ fn describe(plan: &Plan, program: &Program, plan_s: f64, lower_s: f64) -> Rank {
         lower_s,
         plan_hash: plan.hash().to_string(),
         program_hash: program.hash().to_string(),
+        post_actions: post_actions.iter().map(Action::new).collect(),
     }
 }
 
@@ -221,6 +245,21 @@ fn print(output: &Output) {
                 megabytes(from.needed_bytes),
                 megabytes(from.wire_bytes)
             );
+        }
+    }
+    // What every rank must do after its bytes have arrived, said once where ranks agree.
+    let actions = |rank: &Rank| rank.post_actions.iter().map(|it| it.action.clone()).collect();
+    let mut by_actions = BTreeMap::<Vec<String>, Vec<u32>>::new();
+    for rank in &output.ranks {
+        by_actions.entry(actions(rank)).or_default().push(rank.rank);
+    }
+    for (actions, ranks) in by_actions {
+        let who = match ranks.as_slice() {
+            ranks if ranks.len() == output.ranks.len() => "every target".to_owned(),
+            ranks => format!("targets {ranks:?}"),
+        };
+        for action in actions {
+            println!("then, on {who}: {action}");
         }
     }
 }

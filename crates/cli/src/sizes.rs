@@ -6,7 +6,7 @@ use std::str::FromStr;
 use refit::translate::TranslateError;
 use refit::translate::megatron::{Pipeline, SourceRank, TrainerSizes};
 use refit::translate::roles::Placement;
-use refit::translate::vllm::{EngineSizes, TargetRank};
+use refit::translate::vllm::{EngineModel, EngineSizes, TargetRank};
 
 /// Sizes of the trainer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,14 +18,16 @@ pub(crate) struct SourceSizes {
     ep: u32,
     etp: u32,
     vpp: u32,
+    /// Layers that predict tokens further ahead.
+    mtp: u32,
 }
 
 impl SourceSizes {
     /// How `--help` shows them.
-    pub(crate) const SHAPE: &str = "tp=N,pp=N,dp=N,ep=N,etp=N,vpp=N";
+    pub(crate) const SHAPE: &str = "tp=N,pp=N,dp=N,ep=N,etp=N,vpp=N,mtp=N";
 
     pub(crate) fn new(tp: u32) -> Self {
-        Self { tp, pp: 1, dp: 1, ep: 1, etp: 1, vpp: 1 }
+        Self { tp, pp: 1, dp: 1, ep: 1, etp: 1, vpp: 1, mtp: 0 }
     }
 
     /// Whether this many layers can be split over the stages.
@@ -35,8 +37,8 @@ impl SourceSizes {
 
     /// Every rank of a trainer with this many layers.
     pub(crate) fn ranks(&self, layers: u32) -> Result<Vec<SourceRank>, TranslateError> {
-        let Self { tp, pp, dp, ep, etp, vpp } = *self;
-        let sizes = TrainerSizes::new(tp).with_dp(dp).with_ep(ep).with_etp(etp);
+        let Self { tp, pp, dp, ep, etp, vpp, mtp } = *self;
+        let sizes = TrainerSizes::new(tp).with_dp(dp).with_ep(ep).with_etp(etp).with_mtp(mtp);
         sizes.ranks(&Pipeline::new(pp).with_chunks(vpp).stages(layers)?)
     }
 
@@ -47,8 +49,9 @@ impl SourceSizes {
 
     /// These sizes as `FromStr` reads them.
     pub(crate) fn argument(&self) -> String {
-        let Self { tp, pp, dp, ep, etp, vpp } = self;
-        format!("tp={tp},pp={pp},dp={dp},ep={ep},etp={etp},vpp={vpp}")
+        let Self { tp, pp, dp, ep, etp, vpp, mtp } = self;
+        let mtp = if *mtp == 0 { String::new() } else { format!(",mtp={mtp}") };
+        format!("tp={tp},pp={pp},dp={dp},ep={ep},etp={etp},vpp={vpp}{mtp}")
     }
 }
 
@@ -70,7 +73,8 @@ impl FromStr for SourceSizes {
                 "ep" => sizes.ep = size,
                 "etp" => sizes.etp = size,
                 "vpp" => sizes.vpp = size,
-                other => return Err(unknown(other, "tp, pp, dp, ep, etp, vpp")),
+                "mtp" => sizes.mtp = size,
+                other => return Err(unknown(other, "tp, pp, dp, ep, etp, vpp, mtp")),
             }
         }
         let experts = sizes.ep * sizes.etp;
@@ -81,14 +85,14 @@ impl FromStr for SourceSizes {
 
 impl fmt::Display for SourceSizes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { tp, pp, dp, ep, etp, vpp } = *self;
+        let Self { tp, pp, dp, ep, etp, vpp, mtp } = *self;
         write!(f, "TP{tp}")?;
         for (name, size) in [("PP", pp), ("VPP", vpp), ("DP", dp), ("EP", ep), ("ETP", etp)] {
             if size > 1 {
                 write!(f, " {name}{size}")?;
             }
         }
-        Ok(())
+        if mtp > 0 { write!(f, " MTP{mtp}") } else { Ok(()) }
     }
 }
 
@@ -98,7 +102,7 @@ pub(crate) struct TargetSizes(EngineSizes);
 
 impl TargetSizes {
     /// How `--help` shows them.
-    pub(crate) const SHAPE: &str = "tp=N,dp=N,pcp=N,ep[=linear|round_robin],sp";
+    pub(crate) const SHAPE: &str = "tp=N,dp=N,pcp=N,ep[=linear|round_robin],sp,draft";
 
     pub(crate) fn new(tp: u32) -> Self {
         Self(EngineSizes::new(tp))
@@ -130,6 +134,9 @@ impl TargetSizes {
         if self.0.sequence_parallel_moe {
             text += ",sp";
         }
+        if self.0.model == EngineModel::Draft {
+            text += ",draft";
+        }
         text
     }
 }
@@ -152,6 +159,7 @@ impl FromStr for TargetSizes {
                     );
                 }
                 ("sp", None) => sizes.sequence_parallel_moe = true,
+                ("draft", None) => sizes.model = EngineModel::Draft,
                 ("tp", Some(size)) => sizes.tp = number(size)?,
                 ("dp", Some(size)) => sizes.dp = number(size)?,
                 ("pcp", Some(size)) => sizes.pcp = number(size)?,
@@ -162,7 +170,7 @@ impl FromStr for TargetSizes {
                 ("tp" | "dp" | "pcp" | "pp", None) => {
                     return Err(format!("`{part}` is not name=size, as in tp=4,dp=2"));
                 }
-                (other, _) => return Err(unknown(other, "tp, dp, pcp, ep, sp")),
+                (other, _) => return Err(unknown(other, "tp, dp, pcp, ep, sp, draft")),
             }
         }
         Ok(Self(sizes))
@@ -183,7 +191,10 @@ impl fmt::Display for TargetSizes {
             Some(Placement::Linear) => f.write_str(" EP")?,
             Some(Placement::RoundRobin) => f.write_str(" EP round robin")?,
         }
-        if self.0.sequence_parallel_moe { f.write_str(" SP") } else { Ok(()) }
+        if self.0.sequence_parallel_moe {
+            f.write_str(" SP")?;
+        }
+        if self.0.model == EngineModel::Draft { f.write_str(" draft model") } else { Ok(()) }
     }
 }
 
@@ -214,6 +225,7 @@ mod tests {
             ("ep=4,tp=2", "TP2 DP2 EP4", 4),
             ("tp=1,ep=2,etp=3,vpp=2,pp=2", "TP1 PP2 VPP2 DP6 EP2 ETP3", 12),
             ("tp=2,dp=3", "TP2 DP3", 6),
+            ("tp=2,mtp=1", "TP2 MTP1", 2),
         ] {
             let sizes: SourceSizes = text.parse().unwrap();
             assert_eq!((sizes.to_string().as_str(), sizes.world()), (shown, world), "{text}");
@@ -225,6 +237,7 @@ mod tests {
             ("tp=2,dp=2,ep", "TP2 DP2 EP", 4),
             ("tp=2,pp=1,pcp=2,dp=3,ep=linear,sp", "TP2 PCP2 DP3 EP SP", 12),
             ("ep=round_robin", "TP1 EP round robin", 1),
+            ("tp=2,ep,draft", "TP2 EP draft model", 2),
         ] {
             let sizes: TargetSizes = text.parse().unwrap();
             assert_eq!((sizes.to_string().as_str(), sizes.world()), (shown, world), "{text}");

@@ -181,14 +181,15 @@ fn replay_over<T: Transport>(
     for rank in &case.target.ranks {
         let wanted = case.tensors(&rank.file)?;
         let layout = vllm::layout(&config, &case.target.place(rank), &wanted.specs)?;
-        let mut params = allocate(&layout, &HostAllocator)?;
+        let mut params = allocate(&layout.layout, &HostAllocator)?;
         for (name, memory) in &mut params {
             host_bytes(memory, name)?.fill(POISON);
         }
         let target =
             Target::new(puller.clone(), pool.clone(), layout, params, TargetOptions::default())?;
         let pulling = target.prepare(&published)?.pull()?;
-        let (target, report) = pulling.wait(Instant::now() + PATIENCE)?.land()?.install();
+        let (target, report) =
+            pulling.wait(Instant::now() + PATIENCE)?.land()?.install().refreshed();
         compare(rank.rank, &target, &wanted)?;
         passed.ranks += 1;
         passed.tensors += wanted.specs.len();

@@ -9,7 +9,7 @@
 //!
 //! A source rank makes a [`Source`] of its parameters and publishes it, in a [`Directory`] or by any other means. A
 //! target rank makes a [`Target`] of its live parameters and, for every version, goes through
-//! prepare → pull → land → install. The first refit plans, allocates and registers; every later one only moves bytes.
+//! prepare → pull → land → install → refreshed. The first refit plans, allocates and registers; every later one only moves bytes.
 //!
 //! # Example
 //!
@@ -49,7 +49,12 @@
 //! for cycle in 0..2 {
 //!     let pulling = target.prepare(&published)?.pull()?;
 //!     let pulled = pulling.wait(Instant::now() + Duration::from_secs(10))?;
-//!     let (installed, report) = pulled.land()?.install();
+//!     let installed = pulled.land()?.install();
+//!     for action in installed.post_actions() {
+//!         // The engine derives state anew; this layout, made by hand, calls for none.
+//!         println!("{action}");
+//!     }
+//!     let (installed, report) = installed.refreshed();
 //!     assert_eq!(report.plans, if cycle == 0 { 1 } else { 0 });
 //!     target = installed;
 //! }
@@ -81,6 +86,6 @@ pub use publication::{MAX_ENCODED_BYTES, Place, Publication, PublicationError, P
 pub use report::Report;
 pub use source::Source;
 pub use target::{
-    Cancelled, Failed, InvalidTarget, Landed, Prepared, Pulled, Pulling, Target, TargetOptions,
-    Unfinished,
+    Cancelled, Failed, Installed, InvalidTarget, Landed, Prepared, Pulled, Pulling, Target,
+    TargetOptions, Unfinished,
 };

@@ -1,7 +1,8 @@
-//! The side that wants the weights, as typestates: prepare → pull → land → install. The wrong order does not compile.
+//! The side that wants the weights, as typestates: prepare → pull → land → install → refreshed. The wrong order does not
+//! compile.
 //!
 //! ```text
-//! Target ──prepare──▶ Prepared ──pull──▶ Pulling ──wait──▶ Pulled ──land──▶ Landed ──install──▶ Target
+//! Target ──prepare──▶ Prepared ──pull──▶ Pulling ──wait──▶ Pulled ──land──▶ Landed ──install──▶ Installed ──refreshed──▶ Target
 //!                        │                  │                │
 //!                        └── cancel         └────── a failure in direct mode ──▶ InvalidTarget ──prepare──▶ …
 //! ```
@@ -15,6 +16,7 @@ use refit_planner::{
     LowerOptions, Mode, PlanOptions, Program, RankLayout, SourceLayout, lower, plan,
 };
 use refit_pool::Memory;
+use refit_translate::{PostAction, TargetLayout};
 use refit_transport::{
     Peer, Progress, Pull, PullError, Settled, Transport, TransportError, TransportLease,
     TransportPool,
@@ -104,6 +106,48 @@ pub struct Landed<T: Transport> {
     lease: TransportLease<T>,
 }
 
+/// A refit whose parameters are all new, while what the engine derived from the old ones may be as it was.
+///
+/// The engine carries out [`Installed::post_actions`] and then says so by [`Installed::refreshed`], which gives the
+/// target back.
+#[derive(Debug)]
+#[must_use = "the engine must carry out the post actions before it serves"]
+pub struct Installed<T: Transport> {
+    inner: Box<Inner<T>>,
+    report: Report,
+}
+
+impl<T: Transport> Installed<T> {
+    /// What the engine must do before it serves, in this order.
+    #[must_use]
+    pub fn post_actions(&self) -> &[PostAction] {
+        &self.inner.post_actions
+    }
+
+    /// What the refit came to.
+    #[must_use]
+    pub fn report(&self) -> &Report {
+        &self.report
+    }
+
+    /// Every live parameter, by name, to derive from.
+    pub fn params(&self) -> impl Iterator<Item = (&str, &Memory)> {
+        self.inner.layout.params().iter().map(|param| param.name().as_ref()).zip(&self.inner.live)
+    }
+
+    /// The target, after all of [`Installed::post_actions`] were carried out.
+    #[must_use]
+    pub fn refreshed(self) -> (Target<T>, Report) {
+        (Target(self.inner), self.report)
+    }
+
+    /// The target, after some of them could not be: what it computes is a mix of old and new weights.
+    #[must_use]
+    pub fn stale(self) -> InvalidTarget<T> {
+        InvalidTarget(self.inner)
+    }
+}
+
 /// A step failed; the state it leaves behind comes with the reason.
 #[derive(Debug)]
 pub struct Failed<S> {
@@ -144,6 +188,7 @@ struct Inner<T: Transport> {
     transport: Arc<T>,
     pool: TransportPool<T>,
     layout: RankLayout,
+    post_actions: Vec<PostAction>,
     options: TargetOptions,
     /// In the order of the layout's parameters. Empty only while a [`Pull`] owns them.
     live: Vec<Memory>,
@@ -191,15 +236,17 @@ impl<T: Transport> Target<T> {
     pub fn new(
         transport: Arc<T>,
         pool: TransportPool<T>,
-        layout: RankLayout,
+        layout: impl Into<TargetLayout>,
         params: impl IntoIterator<Item = (String, Memory)>,
         options: TargetOptions,
     ) -> Result<Self, RefitError> {
+        let TargetLayout { layout, post_actions, .. } = layout.into();
         let live = in_layout_order(&layout, params)?;
         Ok(Self(Box::new(Inner {
             transport,
             pool,
             layout,
+            post_actions,
             options,
             live,
             peers: BTreeMap::new(),
@@ -364,12 +411,11 @@ impl<T: Transport> Pulled<T> {
 
 impl<T: Transport> Landed<T> {
     /// Declares the parameters whole and returns the staging memory to the pool.
-    #[must_use]
-    pub fn install(self) -> (Target<T>, Report) {
+    pub fn install(self) -> Installed<T> {
         let Self { mut refit, lease } = self;
         drop(lease);
         refit.report.total = refit.began.elapsed();
-        (Target(refit.inner), refit.report)
+        Installed { inner: refit.inner, report: refit.report }
     }
 }
 

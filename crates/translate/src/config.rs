@@ -67,6 +67,10 @@ pub struct ModelConfig {
     pub moe: Option<Moe>,
     /// Multi-head latent attention.
     pub mla: Option<Mla>,
+    /// `num_nextn_predict_layers`: layers that predict tokens further ahead, behind the decoder layers (MTP).
+    pub mtp_layers: u32,
+    /// Whether both sides hold projections in e4m3 with an f32 scale for every 128 x 128 block.
+    pub block_fp8: bool,
     /// Whether queries come with a gate on the output of attention.
     pub output_gate: bool,
     /// Mamba-2 layers.
@@ -96,6 +100,8 @@ impl ModelConfig {
             qk_norm: false,
             moe: None,
             mla: None,
+            mtp_layers: 0,
+            block_fp8: false,
             output_gate: false,
             mamba: None,
             gdn: None,
@@ -136,6 +142,18 @@ impl ModelConfig {
                 why: "parameters are expected in bf16, f16 or f32",
             });
         }
+        let description = self.family.description();
+        if self.mtp_layers > MAX_LAYERS {
+            let limit = MAX_LAYERS.into();
+            return Err(TranslateError::TooLarge { what: "num_nextn_predict_layers", limit });
+        }
+        if self.block_fp8 && description.block_fp8.is_none() {
+            return Err(TranslateError::UnsupportedConfig {
+                key: "quantization_config",
+                value: "fp8".into(),
+                why: "blockwise FP8 is not described for this family",
+            });
+        }
         if let Some(moe) = &self.moe {
             moe.validate()?;
         }
@@ -148,7 +166,7 @@ impl ModelConfig {
         if let Some(gdn) = &self.gdn {
             gdn.validate()?;
         }
-        (self.family.description().check)(self)
+        (description.check)(self)
     }
 
     /// Checks the sizes of grouped-query attention: for families that have such layers.
@@ -186,9 +204,19 @@ impl ModelConfig {
     }
 
     /// The facts of latent attention: for families that have it.
-    #[allow(dead_code, reason = "no family described so far has latent attention")]
     pub(crate) fn mla(&self) -> Result<&Mla, TranslateError> {
         self.mla.as_ref().ok_or_else(|| self.missing("mla"))
+    }
+
+    /// Whether the parameter of these logical tensors is in blockwise FP8, with scales beside it.
+    pub(crate) fn is_quantized(&self, logical: &[impl AsRef<str>]) -> bool {
+        let rule = self.family.description().block_fp8.filter(|_| self.block_fp8);
+        rule.zip(logical.first()).is_some_and(|(rule, name)| rule(name.as_ref()))
+    }
+
+    /// The element type of a parameter of these logical tensors that has none of its own.
+    pub(crate) fn dtype_of(&self, logical: &[impl AsRef<str>]) -> Dtype {
+        if self.is_quantized(logical) { Dtype::F8E4m3 } else { self.dtype }
     }
 
     /// The facts of Mamba layers: for families that have some.

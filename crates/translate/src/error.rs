@@ -267,6 +267,57 @@ pub enum TranslateError {
         /// The model's.
         model: Dtype,
     },
+    /// A shard that cuts a block of elements with one scale.
+    #[error(
+        "{side} rank {rank}: `{param}` holds {axis} {start}..{end} of `{tensor}`, which must be whole blocks of 128: \
+         {why}; choose parallel sizes whose shards are multiples of 128, or refit in bf16"
+    )]
+    Block {
+        /// The side.
+        side: Side,
+        /// The rank.
+        rank: u32,
+        /// The parameter.
+        param: Arc<str>,
+        /// The logical tensor.
+        tensor: String,
+        /// Rows or columns.
+        axis: &'static str,
+        /// The first of them.
+        start: u64,
+        /// One past the last.
+        end: u64,
+        /// What is wrong with them.
+        why: &'static str,
+    },
+    /// A tensor that the engine of such a model has no place for, although it changes what the model computes.
+    #[error("megatron rank {rank} holds `{param}`: {why}")]
+    Unwanted {
+        /// The rank.
+        rank: u32,
+        /// The tensor.
+        param: Arc<str>,
+        /// What follows from it, and what to do.
+        why: &'static str,
+    },
+    /// An engine's draft model, or a trainer's predicting layers, of a model that has none.
+    #[error(
+        "{side} rank {rank} asks for {got} predicting layers, the model has {known} (num_nextn_predict_layers), \
+         numbered from 0, each once{}",
+        if *.described { "" } else { "; this family's are not described" }
+    )]
+    Mtp {
+        /// The side.
+        side: Side,
+        /// The rank.
+        rank: u32,
+        /// How many it has.
+        got: usize,
+        /// How many the model has.
+        known: u32,
+        /// Whether the family's are described.
+        described: bool,
+    },
     /// A role was given another number of logical names than it has logical tensors.
     #[error("a role with {expected} logical tensors was given {got} names for `{param}`")]
     LogicalNames {

@@ -3,6 +3,7 @@
 //! One file per family. Several may share what they have in common through [`blocks`].
 
 mod blocks;
+mod deepseek;
 mod dense;
 mod gpt_oss;
 mod mixtral;
@@ -17,6 +18,9 @@ use alloc::string::String;
 use crate::config::json::Json;
 use crate::slots::{Layer, Slots};
 use crate::{ModelConfig, TranslateError};
+
+/// Adds the slots of one layer.
+type OfLayer = fn(&ModelConfig, Layer, &mut Slots) -> Result<(), TranslateError>;
 
 /// What a family's file says about it.
 #[derive(Debug)]
@@ -36,9 +40,14 @@ pub(crate) struct Description {
     /// Slots before the first layer: on the trainer's first stage.
     pub(crate) first: fn(&ModelConfig, &mut Slots) -> Result<(), TranslateError>,
     /// Slots of a decoder layer, which hybrid models vary.
-    pub(crate) layer: fn(&ModelConfig, Layer, &mut Slots) -> Result<(), TranslateError>,
+    pub(crate) layer: OfLayer,
     /// Slots behind the last layer: on the trainer's last stage.
     pub(crate) last: fn(&ModelConfig, &mut Slots) -> Result<(), TranslateError>,
+    /// Slots of a layer that predicts a token further ahead (MTP), where such layers are described: of the trainer, and
+    /// of the engine's draft model. It sets its scopes. [`Layer::global`] counts on from the decoder layers.
+    pub(crate) mtp: Option<OfLayer>,
+    /// Which logical tensors a checkpoint in blockwise FP8 has quantised, where such models are described.
+    pub(crate) block_fp8: Option<fn(&str) -> bool>,
 }
 
 /// Lists the families once, so that a new one cannot be forgotten somewhere.
@@ -75,6 +84,12 @@ families! {
     Qwen3 = dense::QWEN3,
     /// `Qwen3MoeForCausalLM`: Qwen3 with routed experts in all layers or some.
     Qwen3Moe = qwen3_moe::QWEN3_MOE,
+    /// `DeepseekV2ForCausalLM`: DeepSeek-V3's layout, experts scored without a bias, queries projected in one step or two.
+    DeepseekV2 = deepseek::V2,
+    /// `DeepseekV3ForCausalLM`: latent attention, routed and shared experts, dense first layers. Kimi-K2 too.
+    DeepseekV3 = deepseek::V3,
+    /// `KimiK2ForCausalLM`: DeepSeek-V3's layout.
+    KimiK2 = deepseek::KIMI_K2,
     /// `MixtralForCausalLM`: Mistral's layout with routed experts in every layer.
     Mixtral = mixtral::MIXTRAL,
     /// `GptOssForCausalLM`: biases and attention sinks, routed experts in every layer. In bf16; its checkpoints in MXFP4

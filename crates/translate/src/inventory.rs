@@ -1,9 +1,12 @@
 //! The tensors a rank reports, each to be claimed by exactly one slot.
 
 use alloc::collections::BTreeMap;
+use alloc::string::String;
+use alloc::vec::Vec;
 
 use refit_planner::{Dtype, Transform};
 
+use crate::blockwise::{self, Holder};
 use crate::roles::View;
 use crate::{Side, TensorSpec, TranslateError};
 
@@ -46,10 +49,27 @@ impl<'a> Inventory<'a> {
         self.unclaimed.contains_key(name)
     }
 
-    /// Refuses a tensor whose shape or element type the model does not give.
+    /// Takes out the scales of a quantised weight.
+    pub(crate) fn scales(&mut self, weight: &str) -> Result<&'a TensorSpec, TranslateError> {
+        let name = blockwise::name(weight);
+        self.claim(&name).ok_or_else(|| TranslateError::MissingParam {
+            side: self.side,
+            rank: self.rank,
+            param: name.into(),
+            alternatives: Vec::new(),
+        })
+    }
+
+    /// The holder of a weight with these logical tensors.
+    pub(crate) fn holder<'b>(&self, weight: &'b TensorSpec, logical: &'b [String]) -> Holder<'b> {
+        Holder::new(self.side, self.rank, weight, logical)
+    }
+
+    /// Refuses a tensor whose shape or element type, as it is understood, the model does not give.
     pub(crate) fn check(
         &self,
         spec: &TensorSpec,
+        dtype: Dtype,
         view: &View,
         model: Dtype,
     ) -> Result<(), TranslateError> {
@@ -66,8 +86,8 @@ impl<'a> Inventory<'a> {
             });
         }
         let transform = match side {
-            Side::Megatron => Transform::between(spec.dtype, model),
-            Side::Vllm => Transform::between(model, spec.dtype),
+            Side::Megatron => Transform::between(dtype, model),
+            Side::Vllm => Transform::between(model, dtype),
         };
         match transform {
             Some(_) => Ok(()),

@@ -48,7 +48,9 @@
 //! | one fused parameter or several, whichever the rank has | `slots.either(&[&\|slots\| .., &\|slots\| ..])`, trainer only |
 //! | an element type of its own (fp32 in a bf16 model) | `.dtype(Dtype::F32)` behind any of them |
 //! | something else is stored than the logical value (`A` for `A_log`) | `.map(ElementMap::NegExp)` on that side's slot |
-//! | a second name for what another slot provides, which may be absent | `.copy()` |
+//! | a second name for what another slot provides, which may be absent | `.copy()`, or `slots.copies(..)` for several |
+//! | the engine derives something from it when it loads | `.refresh(Refresh::..)`, see [`PostAction`] |
+//! | a trainer must not have it, for a reason | `.unwanted("..")` |
 //!
 //! `slots.source` adds nothing on the engine's side and `slots.target` nothing on the trainer's, so one function says
 //! both. A source slot that no target wants is fine; a target slot needs every logical element from some source. Logical
@@ -64,6 +66,13 @@
 //! `at.tp`. [`roles::Over`] gives them the experts' groups instead, and [`roles::Stack`] puts one parameter per local
 //! expert into `[experts, ..]`: gated experts are `Over::routed_experts(GatedMlp { .. })` per trainer parameter and
 //! `Stack { count, each: Over::routed_experts(GatedMlp { .. }) }` for `w13`; `w2` is the same with [`roles::Row`].
+//!
+//! **Models beside the main one.** `Description::mtp` has the slots of a layer that predicts tokens further ahead: source
+//! slots of the ranks that say they have some ([`SourceRank::mtp`](megatron::SourceRank::mtp)), target slots of the
+//! engine's draft model ([`EngineModel::Draft`](vllm::EngineModel::Draft)). The main model wants none of them.
+//!
+//! **Blockwise FP8.** `Description::block_fp8` tells by logical name which tensors are quantised in such models. Their
+//! parameters get a second one, of scales, whose bands follow from the first one's; no role and no slot says so.
 //!
 //! **Values.** Bytes are copied or cast between floats. Where a framework stores something else than the logical value,
 //! the slot's `map` says how to get from what the trainer stores to the logical value, or from that to what the engine
@@ -101,8 +110,8 @@
 //! }
 //! let rank = TargetRank::new(0, 0, 1);
 //! let target = vllm::layout(&config, &rank, &vllm::expected(&config, &rank)?)?;
-//! let plan = plan(&SourceLayout::new(source)?, &target, &PlanOptions::default())?;
-//! assert_eq!(plan.coverage().target_bytes, target.bytes());
+//! let plan = plan(&SourceLayout::new(source)?, &target.layout, &PlanOptions::default())?;
+//! assert_eq!(plan.coverage().target_bytes, target.layout.bytes());
 //! # Ok(()) }
 //! ```
 
@@ -112,10 +121,12 @@
 
 extern crate alloc;
 
+mod blockwise;
 mod config;
 mod error;
 mod families;
 mod inventory;
+mod post;
 mod refusal;
 mod slots;
 mod spec;
@@ -128,5 +139,6 @@ pub mod vllm;
 pub use config::{Gdn, LayerKind, Mamba, Mla, ModelConfig, Moe};
 pub use error::{Side, TranslateError};
 pub use families::Family;
+pub use post::{PostAction, TargetLayout};
 pub use refusal::{Reason, Refusal};
 pub use spec::TensorSpec;

@@ -1,8 +1,12 @@
 //! The trainer's side: what each Megatron-Core rank holds, as bands.
 //!
-//! Only plain tensors are described. What makes a parameter something else than its name says (FSDP shards, quantised
-//! parameter classes, interleaved GLU) its shape cannot tell: have the trainer report [`TrainerFacts`] and check them
-//! before anything is published.
+//! Only plain tensors are described, and parameters in blockwise FP8 as two of them: the elements under the parameter's
+//! name (Transformer Engine's `rowwise_data`, e4m3 or its bytes) and under the same name with `_scale_inv` the scales
+//! (`rowwise_scale_inv`, f32, `[ceil(rows / 128), ceil(columns / 128)]`, the latter as it is or rounded up to a multiple
+//! of 4).
+//!
+//! What makes a parameter something else than its name says (FSDP shards, other quantised parameter classes, interleaved
+//! GLU) its shape cannot tell: have the trainer report [`TrainerFacts`] and check them before anything is published.
 
 mod facts;
 mod pipeline;
@@ -15,6 +19,7 @@ use alloc::vec::Vec;
 
 use refit_planner::{Dtype, LayoutBuilder, RankLayout};
 
+use crate::blockwise::{self, Holder};
 use crate::inventory::Inventory;
 use crate::roles::SourceCoords;
 use crate::slots::{Alternative, Layer, Place, Slots, SourceSlot};
@@ -70,14 +75,27 @@ pub(crate) fn lay_out(
             continue;
         }
         let Some(spec) = resolve(&mut inventory, slot, rank)? else { continue };
-        let view = slot.role.megatron(coords, Some(&spec.shape))?;
-        inventory.check(spec, &view, slot.facts.dtype.unwrap_or(config.dtype))?;
+        let role = slot.role.as_ref();
+        let view = role.megatron(coords, Some(&spec.shape))?;
+        let quantized = config.is_quantized(&slot.logical);
+        // Raw data of a quantised parameter may be reported as bytes.
+        let dtype = if quantized && spec.dtype == Dtype::U8 { Dtype::F8E4m3 } else { spec.dtype };
+        let model = slot.facts.dtype.unwrap_or_else(|| config.dtype_of(&slot.logical));
+        inventory.check(spec, dtype, &view, model)?;
         if slot.facts.copy {
             continue;
         }
-        let role = slot.role.as_ref();
-        let param = view.param(&mut layout, role, &spec.name, spec.dtype, &slot.logical)?;
+        let param = view.param(&mut layout, role, &spec.name, dtype, &slot.logical)?;
         layout.param(param.map(slot.facts.map))?;
+        if quantized {
+            let scales = inventory.scales(&spec.name)?;
+            let held = Some(scales.shape.as_slice());
+            let view = inventory.holder(spec, &slot.logical).scales(role, &view)?;
+            let view = blockwise::padded(view, held);
+            inventory.check(scales, scales.dtype, &view, Dtype::F32)?;
+            let param = blockwise::param(&view, &mut layout, role, scales, &slot.logical)?;
+            layout.param(param)?;
+        }
     }
     inventory.finish(|name| IGNORED_SUFFIXES.iter().any(|suffix| name.ends_with(suffix)))?;
     Ok(layout.build())
@@ -106,6 +124,17 @@ fn slots(
         if rank.pp_rank + 1 == rank.pp_size && number + 1 == rank.chunks.len() {
             slots.scope("", "", "");
             (family.last)(config, &mut slots)?;
+        }
+        if let Some(mtp) = family.mtp.filter(|_| number + 1 == rank.chunks.len()) {
+            for (local, &global) in (0..).zip(&rank.mtp) {
+                let global = config.num_layers.saturating_add(global);
+                mtp(config, Layer { local, global }, &mut slots)?;
+            }
+            if !rank.mtp.is_empty() && rank.pp_rank > 0 {
+                // The embedding of their own stage's tokens; the first stage's is read.
+                slots.scope("", "", "");
+                slots.copies(|slots| (family.first)(config, slots))?;
+            }
         }
     }
     Ok(slots.into_source())
@@ -155,8 +184,13 @@ fn resolve<'a>(
         Some(spec) if slot.facts.copy && rank.pp_size == 1 => {
             Err(TranslateError::UntiedHead { rank: rank.rank, param: spec.name.clone() })
         }
-        Some(spec) => Ok(Some(spec)),
-        None if slot.facts.copy => Ok(None),
+        Some(spec) => match slot.facts.unwanted {
+            Some(why) => {
+                Err(TranslateError::Unwanted { rank: rank.rank, param: spec.name.clone(), why })
+            }
+            None => Ok(Some(spec)),
+        },
+        None if slot.facts.copy || slot.facts.unwanted.is_some() => Ok(None),
         None => {
             let mut names = slot.names.iter().map(Into::into);
             Err(TranslateError::MissingParam {
@@ -224,7 +258,8 @@ pub fn expected(
     options: &TrainerOptions,
 ) -> Result<Vec<TensorSpec>, TranslateError> {
     config.validate()?;
-    let coords = rank.check(config)?.with_padded_vocab(options.padded_vocab);
+    let mut coords = rank.check(config)?.with_padded_vocab(options.padded_vocab);
+    coords.sharded_latents = options.spec == LayerSpec::Local;
     expect(config, rank, &coords, slots(config, rank, coords)?, options)
 }
 
@@ -239,16 +274,32 @@ pub(crate) fn expect(
     let mut held = Vec::new();
     for slot in slots {
         let other_set = slot.alternative.is_some_and(|it| it.set > 0);
-        if other_set || (slot.facts.copy && rank.pp_size == 1) {
+        let absent = slot.facts.unwanted.is_some() || (slot.facts.copy && rank.pp_size == 1);
+        if other_set || absent {
             continue;
         }
-        let dtype = slot.facts.dtype.or(options.dtype).unwrap_or(config.dtype);
+        let quantized = config.is_quantized(&slot.logical);
+        let dtype = match slot.facts.dtype {
+            Some(dtype) => dtype,
+            None if quantized => Dtype::F8E4m3,
+            None => options.dtype.unwrap_or(config.dtype),
+        };
         let name = match (options.spec, slot.names.local) {
             (LayerSpec::Local, Some(local)) => local,
             _ => slot.names.te,
         };
-        let view = slot.role.megatron(coords, None)?;
-        held.push(TensorSpec::new(name.as_ref(), dtype, view.shape));
+        let role = slot.role.as_ref();
+        let view = role.megatron(coords, None)?;
+        let spec = TensorSpec::new(name.as_ref(), dtype, view.shape.clone());
+        let scales = if quantized {
+            let holder = Holder::new(Side::Megatron, rank.rank, &spec, &slot.logical);
+            let view = blockwise::padded(holder.scales(role, &view)?, None);
+            Some(TensorSpec::new(blockwise::name(&name), Dtype::F32, view.shape))
+        } else {
+            None
+        };
+        held.push(spec);
+        held.extend(scales);
     }
     Ok(held)
 }

@@ -109,13 +109,16 @@ reasons! {
         => "give the engine load-time tensors and have it process them again after every refit",
     /// A backend that nobody has described, or that was not reported.
     MoeUnknown: Vllm, "the kernels of experts are not described, or were not reported"
-        => "report quant_method.unquantized_backend, and start the engine with moe_backend=\"triton\"",
+        => "report their backend, and start the engine with moe_backend=\"triton\"",
     /// Emptied after loading.
     CpuLinear: Vllm, "linear layers run on a CPU, where loading packs and frees their weights"
         => "give the engine load-time tensors and have it process them again after every refit",
     /// Perhaps transposed.
     XpuLinear: Vllm, "linear layers run on an XPU, where loading may transpose their weights"
         => "give the engine load-time tensors and have it process them again after every refit",
+    /// Scales in another layout, weights perhaps requantised.
+    DeepGemm: Vllm, "a layer runs on DeepGEMM, which lays scales out anew and may requantise weights"
+        => "turn DeepGEMM off (VLLM_USE_DEEP_GEMM=0)",
     /// Repacked.
     Marlin: Vllm, "a layer is packed for Marlin kernels"
         => "serve the model unquantised",

@@ -15,6 +15,7 @@ use alloc::vec::Vec;
 
 use refit_planner::{Dtype, ElementMap};
 
+use crate::post::Refresh;
 use crate::roles::{SourceCoords, SourceRole, TargetCoords, TargetRole};
 
 /// A name relative to a scope.
@@ -89,12 +90,28 @@ pub(crate) struct Facts {
     /// Whether this is a second name for a tensor that another slot provides, and either side may lack it: a tied
     /// head. A trainer's copy is accounted for but never read; an engine that has untied its head is served.
     pub(crate) copy: bool,
+    /// What the engine derives from the parameter.
+    pub(crate) refresh: Option<Refresh>,
+    /// Why a trainer must not hold the parameter; it is expected to be absent.
+    pub(crate) unwanted: Option<&'static str>,
 }
 
 impl Facts {
     /// Makes the slot a second name for a tensor that another slot provides.
     pub(crate) fn copy(&mut self) -> &mut Self {
         self.copy = true;
+        self
+    }
+
+    /// Says what the engine derives from the parameter and must derive anew.
+    pub(crate) fn refresh(&mut self, refresh: Refresh) -> &mut Self {
+        self.refresh = Some(refresh);
+        self
+    }
+
+    /// Refuses a trainer that holds the parameter, for this reason.
+    pub(crate) fn unwanted(&mut self, why: &'static str) -> &mut Self {
+        self.unwanted = Some(why);
         self
     }
 
@@ -167,6 +184,8 @@ pub(crate) struct Slots {
     alternative: Option<Alternative>,
     /// How many choices between sets there are.
     choices: u32,
+    /// Whether slots that are being added are copies.
+    copies: bool,
     /// Where facts of slots go that the other side has.
     aside: Facts,
 }
@@ -182,6 +201,7 @@ impl Slots {
             target: Vec::new(),
             alternative: None,
             choices: 0,
+            copies: false,
             aside: Facts::default(),
         }
     }
@@ -235,7 +255,7 @@ impl Slots {
         logical: impl IntoIterator<Item = L>,
         megatron: impl Into<Names>,
     ) -> &mut Facts {
-        let Self { place: Place::Source(_), scope, source, alternative, .. } = self else {
+        let Self { place: Place::Source(_), scope, source, alternative, copies, .. } = self else {
             return self.aside();
         };
         let logical = logical.into_iter().map(|name| join(&scope.logical, &name.into())).collect();
@@ -249,7 +269,7 @@ impl Slots {
                 local: local.map(full),
                 also: also.into_iter().map(full).collect(),
             },
-            facts: Facts::default(),
+            facts: Facts { copy: *copies, ..Facts::default() },
             alternative: *alternative,
         });
         source.last_mut().map_or(&mut self.aside, |slot| &mut slot.facts)
@@ -278,7 +298,6 @@ impl Slots {
     /// Adds parameters of the trainer's that come in one of several sets: one fused parameter or two, say. The set of
     /// which a rank holds something is the one it must hold; none of a set's names may be in another. The first is
     /// what is expected of a trainer that nobody has asked.
-    #[allow(dead_code, reason = "no family described so far comes in sets")]
     pub(crate) fn either(&mut self, sets: &[&dyn Fn(&mut Self)]) {
         let choice = self.choices;
         self.choices += 1;
@@ -287,6 +306,17 @@ impl Slots {
             fill(self);
         }
         self.alternative = None;
+    }
+
+    /// Adds what `fill` does, each a second name for what another rank provides, see [`Facts::copy`].
+    pub(crate) fn copies<E>(
+        &mut self,
+        fill: impl FnOnce(&mut Self) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.copies = true;
+        let filled = fill(self);
+        self.copies = false;
+        filled
     }
 
     /// The trainer's slots.

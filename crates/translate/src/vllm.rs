@@ -6,18 +6,22 @@
 mod facts;
 mod rank;
 
+use alloc::collections::BTreeMap;
+use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
 
-use refit_planner::{LayoutBuilder, RankLayout};
+use refit_planner::{Dtype, LayoutBuilder};
 
+use crate::blockwise::{self, Holder};
 use crate::inventory::Inventory;
+use crate::post::Refresh;
 use crate::roles::TargetCoords;
 use crate::slots::{Layer, Place, Slots, TargetSlot};
-use crate::{ModelConfig, Side, TensorSpec, TranslateError};
+use crate::{ModelConfig, PostAction, Side, TargetLayout, TensorSpec, TranslateError};
 
 pub use facts::{Device, EngineFacts, LayerFacts};
-pub use rank::{EngineSizes, TargetRank};
+pub use rank::{EngineModel, EngineSizes, TargetRank};
 
 /// The layout of an engine rank that holds these tensors.
 ///
@@ -34,10 +38,10 @@ pub fn layout(
     config: &ModelConfig,
     rank: &TargetRank,
     held: &[TensorSpec],
-) -> Result<RankLayout, TranslateError> {
+) -> Result<TargetLayout, TranslateError> {
     config.validate()?;
     let coords = rank.coords()?;
-    lay_out(config, rank, &coords, slots(config, coords)?, held)
+    lay_out(config, rank, &coords, slots(config, rank, coords)?, held)
 }
 
 /// The layout of a rank with these slots.
@@ -47,9 +51,10 @@ pub(crate) fn lay_out(
     coords: &TargetCoords,
     slots: Vec<TargetSlot>,
     held: &[TensorSpec],
-) -> Result<RankLayout, TranslateError> {
+) -> Result<TargetLayout, TranslateError> {
     let mut inventory = Inventory::new(Side::Vllm, rank.rank, held)?;
     let mut layout = LayoutBuilder::new(rank.rank);
+    let mut derived = BTreeMap::<Refresh, Vec<Arc<str>>>::new();
     for slot in slots {
         let Some(spec) = inventory.claim(&slot.name) else {
             if slot.facts.copy {
@@ -62,14 +67,27 @@ pub(crate) fn lay_out(
                 alternatives: vec![],
             });
         };
-        let view = slot.role.vllm(coords)?;
-        inventory.check(spec, &view, slot.facts.dtype.unwrap_or(config.dtype))?;
         let role = slot.role.as_ref();
+        let view = role.vllm(coords)?;
+        let model = slot.facts.dtype.unwrap_or_else(|| config.dtype_of(&slot.logical));
+        inventory.check(spec, spec.dtype, &view, model)?;
         let param = view.param(&mut layout, role, &spec.name, spec.dtype, &slot.logical)?;
         layout.param(param.map(slot.facts.map))?;
+        if config.is_quantized(&slot.logical) {
+            let scales = inventory.scales(&spec.name)?;
+            let view = inventory.holder(spec, &slot.logical).scales(role, &view)?;
+            inventory.check(scales, scales.dtype, &view, Dtype::F32)?;
+            let param = blockwise::param(&view, &mut layout, role, scales, &slot.logical)?;
+            layout.param(param)?;
+        }
+        if let Some(refresh) = slot.facts.refresh {
+            derived.entry(refresh).or_default().push(spec.name.clone());
+        }
     }
     inventory.finish(|_| false)?;
-    Ok(layout.build())
+    let actions = derived.into_iter().map(|(refresh, params)| refresh.action(params));
+    let post_actions = actions.chain([PostAction::DropCaches]).collect();
+    Ok(TargetLayout { layout: layout.build(), post_actions })
 }
 
 /// What such a rank holds, in the order of the model: for planning without an engine.
@@ -82,27 +100,57 @@ pub fn expected(
 ) -> Result<Vec<TensorSpec>, TranslateError> {
     config.validate()?;
     let coords = rank.coords()?;
-    expect(config, &coords, slots(config, coords)?)
+    expect(config, rank, &coords, slots(config, rank, coords)?)
 }
 
 /// What a rank with these slots holds.
 pub(crate) fn expect(
     config: &ModelConfig,
+    rank: &TargetRank,
     coords: &TargetCoords,
     slots: Vec<TargetSlot>,
 ) -> Result<Vec<TensorSpec>, TranslateError> {
     let mut held = Vec::new();
     for slot in slots.into_iter().filter(|slot| !slot.facts.copy) {
-        let view = slot.role.vllm(coords)?;
-        held.push(TensorSpec::new(slot.name, slot.facts.dtype.unwrap_or(config.dtype), view.shape));
+        let role = slot.role.as_ref();
+        let view = role.vllm(coords)?;
+        let dtype = slot.facts.dtype.unwrap_or_else(|| config.dtype_of(&slot.logical));
+        let spec = TensorSpec::new(slot.name.as_str(), dtype, view.shape.clone());
+        let scales = if config.is_quantized(&slot.logical) {
+            let holder = Holder::new(Side::Vllm, rank.rank, &spec, &slot.logical);
+            let view = holder.scales(role, &view)?;
+            Some(TensorSpec::new(blockwise::name(&slot.name), Dtype::F32, view.shape))
+        } else {
+            None
+        };
+        held.push(spec);
+        held.extend(scales);
     }
     Ok(held)
 }
 
 /// The slots of a rank, in the order of the model.
-fn slots(config: &ModelConfig, at: TargetCoords) -> Result<Vec<TargetSlot>, TranslateError> {
+fn slots(
+    config: &ModelConfig,
+    rank: &TargetRank,
+    at: TargetCoords,
+) -> Result<Vec<TargetSlot>, TranslateError> {
     let family = config.family.description();
     let mut slots = Slots::new(Place::Target(at));
+    if rank.model == EngineModel::Draft {
+        let known = config.mtp_layers;
+        let (side, rank, described) = (Side::Vllm, rank.rank, family.mtp.is_some());
+        let Some(mtp) = family.mtp.filter(|_| known > 0) else {
+            return Err(TranslateError::Mtp { side, rank, got: 1, known, described });
+        };
+        slots.scope("", "", "");
+        (family.first)(config, &mut slots)?;
+        for local in 0..known {
+            let global = config.num_layers.saturating_add(local);
+            mtp(config, Layer { local, global }, &mut slots)?;
+        }
+        return Ok(slots.into_target());
+    }
     for global in 0..config.num_layers {
         let layer = Layer { local: global, global };
         slots.layer_scope(layer);

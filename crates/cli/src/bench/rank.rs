@@ -85,7 +85,8 @@ pub(crate) fn target<T: Transport>(
     commands: impl Iterator<Item = Command>,
     mut answer: impl FnMut(Reply),
 ) -> Result<(), CliError> {
-    let layout = setup.layout(model::target(&setup.model()?, setup.target)?)?;
+    let layout = model::target(&setup.model()?, setup.target)?.into_iter();
+    let layout = setup.layout(layout.map(|target| target.layout).collect())?;
     let directory = Directory::new(&setup.directory).map_err(RefitError::from)?;
     let sources = 0..setup.source.world();
     let published = directory.wait(sources, setup.patience).map_err(RefitError::from)?;
@@ -265,7 +266,7 @@ fn cycle<T: Transport>(
     patience: Duration,
 ) -> Result<(Target<T>, Report), CliError> {
     let pulling = target.prepare(published)?.pull()?;
-    Ok(pulling.wait(Instant::now() + patience)?.land()?.install())
+    Ok(pulling.wait(Instant::now() + patience)?.land()?.install().refreshed())
 }
 
 fn lost() -> CliError {

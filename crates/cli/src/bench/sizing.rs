@@ -18,7 +18,7 @@ pub(crate) fn bytes(
     let sources: u64 =
         model::source(config, source)?.iter().map(refit::planner::RankLayout::bytes).sum();
     let targets: u64 =
-        model::target(config, target)?.iter().map(refit::planner::RankLayout::bytes).sum();
+        model::target(config, target)?.iter().map(|target| target.layout.bytes()).sum();
     Ok(sources + 3 * targets)
 }
 

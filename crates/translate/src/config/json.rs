@@ -2,13 +2,14 @@
 //! which declares the keys it knows.
 
 use alloc::borrow::ToOwned;
+use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use refit_planner::Dtype;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::ModelConfig;
 use crate::{Family, TranslateError};
@@ -68,18 +69,11 @@ pub(super) fn read(text: &str) -> Result<ModelConfig, TranslateError> {
     let json = Json::new(&text);
     let keys: Keys = json.keys()?;
     let family = family(&keys)?;
-    if let Some(quantization) = &keys.quantization_config {
-        let method = quantization.get("quant_method").unwrap_or(quantization);
-        let why = match method.as_str() {
-            Some("mxfp4") => {
-                "the engine packs such experts into blocks and scales of its kernel's; give it a bf16 checkpoint \
-                 and state that one's config.json, which has no such key"
-            }
-            _ => "quantised engine parameters are requantised or repacked after loading",
-        };
-        return Err(refusal("quantization_config", method, why));
-    }
     let mut config = ModelConfig::new(family);
+    config.block_fp8 = match &keys.quantization_config {
+        Some(quantization) => block_fp8(family, quantization)?,
+        None => false,
+    };
     config.dtype = dtype(&keys)?;
     config.hidden_size = required(keys.hidden_size, "hidden_size")?;
     // Hybrid models may have a list of layers instead.
@@ -94,6 +88,47 @@ pub(super) fn read(text: &str) -> Result<ModelConfig, TranslateError> {
     }
     config.validate()?;
     Ok(config)
+}
+
+/// Blockwise FP8 as DeepSeek publishes it, in a family that describes it; everything else is refused.
+fn block_fp8(family: Family, quantization: &Value) -> Result<bool, TranslateError> {
+    let method = quantization.get("quant_method").unwrap_or(quantization);
+    let refuse = |key, why| {
+        let value = quantization.get(key).unwrap_or(&Value::Null);
+        Err(refusal("quantization_config", format!("{key}: {value}"), why))
+    };
+    if method != "fp8" || family.description().block_fp8.is_none() {
+        let why = match method.as_str() {
+            Some("mxfp4") => {
+                "the engine packs such experts into blocks and scales of its kernel's; give it a bf16 checkpoint \
+                 and state that one's config.json, which has no such key"
+            }
+            _ => "quantised engine parameters are requantised or repacked after loading",
+        };
+        return Err(refusal("quantization_config", method, why));
+    }
+    let is = |key, wanted: &[Value]| {
+        let value = quantization.get(key).unwrap_or(&Value::Null);
+        wanted.contains(value)
+    };
+    if !is("weight_block_size", &[json!([128, 128])]) || !is("fmt", &[json!("e4m3")]) {
+        return refuse("weight_block_size", "only e4m3 with blocks of 128 x 128 is described");
+    }
+    if !is("activation_scheme", &[Value::Null, json!("dynamic")]) {
+        return refuse(
+            "activation_scheme",
+            "scales of activations would be parameters of their own",
+        );
+    }
+    if !is("scale_fmt", &[Value::Null]) {
+        return refuse("scale_fmt", "engines requantise weights for scales of other formats");
+    }
+    for key in ["modules_to_not_convert", "ignored_layers"] {
+        if !is(key, &[Value::Null, json!([])]) {
+            return refuse(key, "which modules are quantised must follow from the family");
+        }
+    }
+    Ok(true)
 }
 
 /// Python writes floats that JSON has no words for, as in the time step limits of Mamba: here they become null.

@@ -29,6 +29,34 @@ impl Mla {
         Self { q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim }
     }
 
+    /// Rows of the projection that keys and values share, their rotary part included.
+    pub(crate) fn kv_a_rows(&self) -> u64 {
+        self.kv_lora_rank.saturating_add(self.qk_rope_head_dim)
+    }
+
+    /// Rows of the projections of all these heads: queries; keys without position and values; values.
+    ///
+    /// # Errors
+    /// [`TranslateError::Zero`] and [`TranslateError::TooLarge`].
+    pub(crate) fn widths(&self, heads: u64) -> Result<(u64, u64, u64), TranslateError> {
+        check_sizes(&[("num_attention_heads", heads, MAX_HEADS.into())])?;
+        let width = |what, dim: u64| {
+            let width = heads.checked_mul(dim).filter(|width| *width <= MAX_SIZE);
+            width.ok_or(TranslateError::TooLarge { what, limit: MAX_SIZE })
+        };
+        let nope = self.qk_nope_head_dim;
+        let queries = width(
+            "num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)",
+            nope.saturating_add(self.qk_rope_head_dim),
+        )?;
+        let keys_values = width(
+            "num_attention_heads * (qk_nope_head_dim + v_head_dim)",
+            nope.saturating_add(self.v_head_dim),
+        )?;
+        // Less than keys and values together.
+        Ok((queries, keys_values, heads.saturating_mul(self.v_head_dim)))
+    }
+
     /// Checks that the sizes are possible.
     ///
     /// # Errors
@@ -63,7 +91,6 @@ mod json {
 
     impl Mla {
         /// Reads what `config.json` says of latent attention.
-        #[allow(dead_code, reason = "no family described so far has latent attention")]
         pub(crate) fn read(json: &Json<'_>) -> Result<Self, TranslateError> {
             let keys: Keys = json.keys()?;
             let mla = Self {

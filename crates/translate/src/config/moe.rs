@@ -13,6 +13,8 @@ pub struct Moe {
     pub intermediate_size: u64,
     /// The same of the experts that every token visits, all of them together; `None` where there are none.
     pub shared_intermediate_size: Option<u64>,
+    /// Whether the router corrects scores by a bias that it learns apart (`topk_method` is `noaux_tc`).
+    pub score_bias: bool,
     /// `n_group`: groups of experts of which routing picks some first; 1 where it does not. An engine places experts
     /// round robin only if there are several.
     pub groups: u64,
@@ -28,6 +30,7 @@ impl Moe {
             experts,
             intermediate_size,
             shared_intermediate_size: None,
+            score_bias: false,
             groups: 1,
             dense_layers: Vec::new(),
         }

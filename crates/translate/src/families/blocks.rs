@@ -3,6 +3,7 @@
 //! Names and layouts were compared with Megatron-Core 0.19.2 through Megatron-Bridge 0.6.2 and with vLLM 0.32.
 
 pub(super) mod experts;
+pub(super) mod mla;
 
 use crate::ModelConfig;
 use crate::roles::{GatedMlp, GatedQkv, Qkv, Replicated, Row, Vocab};
@@ -10,6 +11,9 @@ use crate::slots::{Slots, te};
 
 /// The embedding's logical name.
 pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
+
+/// That of a head of its own.
+pub(super) const HEAD: &str = "lm_head.weight";
 
 /// The embedding.
 pub(super) fn embedding(config: &ModelConfig, slots: &mut Slots) {
@@ -41,7 +45,7 @@ pub(super) fn lm_head(config: &ModelConfig, embedding: &'static str, slots: &mut
     if config.tied {
         slots.pair(vocab(config), [embedding], megatron, vllm).copy();
     } else {
-        slots.pair(vocab(config), ["lm_head.weight"], megatron, vllm);
+        slots.pair(vocab(config), [HEAD], megatron, vllm);
     }
 }
 

@@ -14,6 +14,8 @@ pub(super) const LLAMA: Description = Description {
     first,
     layer,
     last,
+    mtp: None,
+    block_fp8: None,
 };
 
 pub(super) const MISTRAL: Description =

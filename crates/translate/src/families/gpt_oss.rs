@@ -23,6 +23,7 @@ use alloc::string::String;
 
 use super::blocks::experts::{self, Experts, PerExpert};
 use super::{Description, blocks};
+use crate::post::Refresh;
 use crate::roles::{Column, FirstRank, GatedMlp, InterleavedMlp, Row};
 use crate::slots::{Layer, Place, Slots, te};
 use crate::{ModelConfig, TranslateError};
@@ -37,6 +38,8 @@ pub(super) const GPT_OSS: Description = Description {
     first,
     layer,
     last,
+    mtp: None,
+    block_fp8: None,
 };
 
 const EXPERTS: Experts = Experts { router: "router", ..Experts::MLP };
@@ -115,12 +118,14 @@ fn attention(config: &ModelConfig, slots: &mut Slots) {
         "self_attention.linear_proj.bias",
         "attn.o_proj.bias",
     );
-    slots.pair(
-        Column { what: HEADS, rows: config.num_heads, cols: None },
-        ["self_attn.sinks"],
-        "self_attention.core_attention.softmax_offset",
-        "attn.sinks",
-    );
+    slots
+        .pair(
+            Column { what: HEADS, rows: config.num_heads, cols: None },
+            ["self_attn.sinks"],
+            "self_attention.core_attention.softmax_offset",
+            "attn.sinks",
+        )
+        .refresh(Refresh::Sinks);
 }
 
 fn routed(config: &ModelConfig, slots: &mut Slots) -> Result<(), TranslateError> {

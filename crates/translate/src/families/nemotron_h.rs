@@ -22,6 +22,8 @@ pub(super) const NEMOTRON_H: Description = Description {
     first,
     layer,
     last,
+    mtp: None,
+    block_fp8: None,
 };
 
 const EMBEDDING: &str = "backbone.embeddings.weight";

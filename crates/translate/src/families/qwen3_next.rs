@@ -30,6 +30,8 @@ pub(super) const QWEN3_NEXT: Description = Description {
     first,
     layer,
     last,
+    mtp: None,
+    block_fp8: None,
 };
 
 /// The text model of Qwen3.5 without experts; the published checkpoints have a vision tower around it.

@@ -5,9 +5,9 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use super::pipeline::{Pipeline, Stages};
-use crate::config::MAX_RANKS;
+use crate::config::{MAX_LAYERS, MAX_RANKS};
 use crate::roles::{Shard, SourceCoords};
-use crate::{ModelConfig, TranslateError};
+use crate::{ModelConfig, Side, TranslateError};
 
 /// A trainer rank: its place in the parallel groups and the layers it has.
 ///
@@ -40,6 +40,9 @@ pub struct SourceRank {
     /// With one chunk, tensors go by their plain names. With several (virtual pipeline stages), whose names repeat,
     /// those of chunk `v` begin with `model{v}.`, as in Megatron's own state dictionaries.
     pub chunks: Vec<Vec<u32>>,
+    /// For each local layer that predicts a token further ahead (MTP, `mtp.layers.{local}`), its number among those of
+    /// the model, from 0. They are in the rank's last chunk. Empty where the trainer has none, whatever the model has.
+    pub mtp: Vec<u32>,
 }
 
 impl SourceRank {
@@ -57,6 +60,7 @@ impl SourceRank {
             etp_rank: 0,
             etp_size: 1,
             chunks: vec![layers],
+            mtp: vec![],
         }
     }
 
@@ -95,6 +99,13 @@ impl SourceRank {
         self
     }
 
+    /// This rank with these predicting layers.
+    #[must_use]
+    pub fn with_mtp(mut self, layers: Vec<u32>) -> Self {
+        self.mtp = layers;
+        self
+    }
+
     /// All ranks of a trainer of these sizes, layers split evenly, without expert parallelism.
     ///
     /// # Errors
@@ -122,6 +133,14 @@ impl SourceRank {
                 return Err(TranslateError::DuplicateLayer { rank: self.rank, layer });
             }
         }
+        let known = config.mtp_layers;
+        let described = config.family.description().mtp.is_some();
+        let mut seen = BTreeSet::new();
+        let numbered = self.mtp.iter().all(|&layer| layer < known && seen.insert(layer));
+        if !numbered || !(described || self.mtp.is_empty()) {
+            let (side, rank, got) = (Side::Megatron, self.rank, self.mtp.len());
+            return Err(TranslateError::Mtp { side, rank, got, known, described });
+        }
         SourceCoords::new(self.tp_rank, self.tp_size)?
             .with_ep(self.ep_rank, self.ep_size)?
             .with_etp(self.etp_rank, self.etp_size)
@@ -140,13 +159,15 @@ pub struct TrainerSizes {
     pub ep: u32,
     /// Tensor parallelism of routed experts. Megatron-Core's default is `tp`; here it is what is said, or 1.
     pub etp: u32,
+    /// Layers that predict tokens further ahead, all of them on the last stage. See [`SourceRank::mtp`].
+    pub mtp: u32,
 }
 
 impl TrainerSizes {
     /// Tensor parallelism alone.
     #[must_use]
     pub fn new(tp: u32) -> Self {
-        Self { tp, dp: 1, ep: 1, etp: 1 }
+        Self { tp, dp: 1, ep: 1, etp: 1, mtp: 0 }
     }
 
     /// These sizes with this many copies of dense layers.
@@ -170,6 +191,13 @@ impl TrainerSizes {
         self
     }
 
+    /// These sizes with this many predicting layers.
+    #[must_use]
+    pub fn with_mtp(mut self, layers: u32) -> Self {
+        self.mtp = layers;
+        self
+    }
+
     /// All ranks, given the layers of every stage's chunks: [`Pipeline::stages`], or the trainer's own table.
     ///
     /// The order is Megatron's default. Within a stage, tensor parallelism varies fastest, then data parallelism; of
@@ -179,7 +207,7 @@ impl TrainerSizes {
     /// [`TranslateError::Zero`], [`TranslateError::TooLarge`] beyond 2^20 ranks, [`TranslateError::Indivisible`] when
     /// the experts' groups do not divide the ranks of a stage.
     pub fn ranks(&self, stages: &Stages) -> Result<Vec<SourceRank>, TranslateError> {
-        let Self { tp, dp, ep, etp } = *self;
+        let Self { tp, dp, ep, etp, mtp } = *self;
         let sizes = [
             ("megatron tp_size", tp),
             ("megatron dp_size", dp),
@@ -191,6 +219,10 @@ impl TrainerSizes {
         }
         let limit = MAX_RANKS.into();
         let too_large = || TranslateError::TooLarge { what: "megatron ranks", limit };
+        if mtp > MAX_LAYERS {
+            let limit = MAX_LAYERS.into();
+            return Err(TranslateError::TooLarge { what: "num_nextn_predict_layers", limit });
+        }
         let pp = u32::try_from(stages.len()).map_err(|_| too_large())?;
         let stage_size = tp.checked_mul(dp).ok_or_else(too_large)?;
         if stage_size.checked_mul(pp).is_none_or(|size| size > MAX_RANKS) {
@@ -207,10 +239,12 @@ impl TrainerSizes {
         }
         let mut ranks = Vec::new();
         for (stage, chunks) in (0..).zip(stages) {
+            let mtp: Vec<u32> = (0..mtp).filter(|_| stage + 1 == pp).collect();
             for within in 0..stage_size {
                 ranks.push(
                     SourceRank::new(stage * stage_size + within, Vec::new())
                         .with_chunks(chunks.clone())
+                        .with_mtp(mtp.clone())
                         .with_tp(within % tp, tp)
                         .with_pp(stage, pp)
                         .with_ep(within / etp % ep, ep)

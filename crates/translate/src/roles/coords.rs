@@ -102,6 +102,8 @@ pub struct SourceCoords {
     pub etp: Shard,
     /// Rows of the padded vocabulary over all ranks, where no held tensor says it. `None`: as few as divide evenly.
     pub padded_vocab: Option<u64>,
+    /// Whether down projections of latent attention are sharded, where no held tensor says it: in the local spec.
+    pub sharded_latents: bool,
 }
 
 impl SourceCoords {
@@ -115,6 +117,7 @@ impl SourceCoords {
             ep: Shard::whole("megatron ep_size"),
             etp: Shard::whole("megatron etp_size"),
             padded_vocab: None,
+            sharded_latents: false,
         })
     }
 

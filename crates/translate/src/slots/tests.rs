@@ -48,9 +48,9 @@ fn source(
 
 fn target(at: TargetCoords, table: Table) -> (Vec<TensorSpec>, RankLayout) {
     let slots = || fill(Place::Target(at), table).into_target();
-    let held = vllm::expect(&config(), &at, slots()).unwrap();
     let rank = TargetRank::new(0, 0, 1);
-    let layout = vllm::lay_out(&config(), &rank, &at, slots(), &held).unwrap();
+    let held = vllm::expect(&config(), &rank, &at, slots()).unwrap();
+    let layout = vllm::lay_out(&config(), &rank, &at, slots(), &held).unwrap().layout;
     (held, layout)
 }
 

@@ -50,59 +50,85 @@ pub struct LayerFacts {
     pub name: String,
     /// The class of its `quant_method`, with or without its module: `UnquantizedLinearMethod`.
     pub quant_method: String,
-    /// Of experts, `quant_method.unquantized_backend`: the name (`TRITON`) or the value of the enumeration.
-    pub moe_backend: Option<String>,
+    /// The kernel, of experts and of blockwise FP8. Of experts, `unquantized_backend` or `fp8_backend` of their
+    /// `quant_method`, by name (`TRITON`) or value; of a linear layer, the class of `quant_method.fp8_linear`.
+    pub kernel: Option<String>,
 }
 
 impl LayerFacts {
     /// A layer that `quant_method` looks after.
     #[must_use]
     pub fn new(name: impl Into<String>, quant_method: impl Into<String>) -> Self {
-        Self { name: name.into(), quant_method: quant_method.into(), moe_backend: None }
+        Self { name: name.into(), quant_method: quant_method.into(), kernel: None }
     }
 
-    /// This layer of experts on these kernels.
+    /// This layer on this kernel.
     #[must_use]
-    pub fn with_moe_backend(mut self, backend: impl Into<String>) -> Self {
-        self.moe_backend = Some(backend.into());
+    pub fn with_kernel(mut self, kernel: impl Into<String>) -> Self {
+        self.kernel = Some(kernel.into());
         self
     }
 
     fn check(&self, device: Device) -> Result<(), Refusal> {
-        let reason = match self.quant_method.rsplit('.').next().unwrap_or_default() {
-            "UnquantizedEmbeddingMethod" => return Ok(()),
-            "UnquantizedLinearMethod" => match device {
-                Device::Cuda | Device::Rocm => return Ok(()),
-                Device::Cpu => Reason::CpuLinear,
-                Device::Xpu => Reason::XpuLinear,
-            },
-            "UnquantizedFusedMoEMethod" => match self.moe_reason() {
-                None => return Ok(()),
-                Some(reason) => reason,
-            },
-            method if method.contains("Marlin") => Reason::Marlin,
-            _ => Reason::QuantizedLayer,
-        };
-        let Self { name, quant_method, moe_backend } = self;
-        let backend = moe_backend.as_ref().map(|backend| format!(" on {backend}"));
-        let found = format!("`{name}` of {quant_method}{}", backend.unwrap_or_default());
-        Err(Refusal::new(reason, found))
+        let Some(reason) = self.reason(device) else { return Ok(()) };
+        let Self { name, quant_method, kernel } = self;
+        let kernel = kernel.as_ref().map(|kernel| format!(" on {kernel}")).unwrap_or_default();
+        Err(Refusal::new(reason, format!("`{name}` of {quant_method}{kernel}")))
     }
 
-    /// Why kernels of unquantised experts are refused; `None` where they take experts as they are loaded.
-    fn moe_reason(&self) -> Option<Reason> {
-        let backend = self.moe_backend.as_deref().unwrap_or_default();
+    /// Why the layer is refused; `None` where it keeps what it has loaded.
+    fn reason(&self, device: Device) -> Option<Reason> {
+        match last(&self.quant_method) {
+            "UnquantizedEmbeddingMethod" => None,
+            "UnquantizedLinearMethod" => match device {
+                Device::Cuda | Device::Rocm => None,
+                Device::Cpu => Some(Reason::CpuLinear),
+                Device::Xpu => Some(Reason::XpuLinear),
+            },
+            "UnquantizedFusedMoEMethod" => self.experts(&["TRITON", "BATCHED_TRITON"]),
+            // On other devices FP8 is another format.
+            "Fp8LinearMethod" if device == Device::Cuda => self.blockwise(),
+            "Fp8MoEMethod" if device == Device::Cuda => {
+                self.experts(&["TRITON", "BATCHED_TRITON", "VLLM_CUTLASS", "BATCHED_VLLM_CUTLASS"])
+            }
+            method if method.contains("Marlin") => Some(Reason::Marlin),
+            _ => Some(Reason::QuantizedLayer),
+        }
+    }
+
+    /// Of experts, unless they run on one of these.
+    fn experts(&self, taken: &[&str]) -> Option<Reason> {
+        let backend = self.kernel.as_deref().unwrap_or_default();
         match backend.to_ascii_uppercase().replace(' ', "_").as_str() {
-            "TRITON" | "BATCHED_TRITON" => None,
+            backend if taken.contains(&backend) => None,
             "FLASHINFER_CUTLASS" => Some(Reason::MoeFlashinferCutlass),
             "FLASHINFER_TRTLLM" => Some(Reason::MoeFlashinferTrtllm),
             "AITER" | "ROCM_AITER" => Some(Reason::MoeAiter),
             "MOONEP" => Some(Reason::MoeMoonep),
             "XPU" => Some(Reason::MoeXpu),
             "CPU" => Some(Reason::MoeCpu),
+            "DEEPGEMM" | "BATCHED_DEEPGEMM" => Some(Reason::DeepGemm),
+            "MARLIN" => Some(Reason::Marlin),
             _ => Some(Reason::MoeUnknown),
         }
     }
+
+    /// Of a linear layer in FP8: kernels of blocks keep what they load, but for some.
+    fn blockwise(&self) -> Option<Reason> {
+        match last(self.kernel.as_deref().unwrap_or_default()) {
+            "CutlassFp8BlockScaledMMKernel"
+            | "TritonFp8BlockScaledMMKernel"
+            | "BlockWiseTorchFP8ScaledMMLinearKernel" => None,
+            kernel if kernel.to_ascii_lowercase().contains("deepgemm") => Some(Reason::DeepGemm),
+            kernel if kernel.contains("Marlin") => Some(Reason::Marlin),
+            _ => Some(Reason::QuantizedLayer),
+        }
+    }
+}
+
+/// A class without its module.
+fn last(class: &str) -> &str {
+    class.rsplit('.').next().unwrap_or_default()
 }
 
 impl EngineFacts {

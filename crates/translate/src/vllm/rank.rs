@@ -37,6 +37,19 @@ pub struct TargetRank {
     pub sequence_parallel_moe: bool,
     /// What this release calls parameters of routed experts.
     pub expert_names: ExpertNames,
+    /// Which of the engine's module trees these are the parameters of.
+    pub model: EngineModel,
+}
+
+/// One of the models that an engine runs, each a module tree of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum EngineModel {
+    /// The model itself. It has no layers that predict tokens further ahead.
+    #[default]
+    Main,
+    /// The draft model of speculative decoding with the model's own predicting layers (`method` mtp): those layers,
+    /// and an embedding and heads that hold what the main model's do. Refit it as a target of its own.
+    Draft,
 }
 
 impl TargetRank {
@@ -54,6 +67,7 @@ impl TargetRank {
             expert_parallel: None,
             sequence_parallel_moe: false,
             expert_names: ExpertNames::default(),
+            model: EngineModel::Main,
         }
     }
 
@@ -89,6 +103,13 @@ impl TargetRank {
     #[must_use]
     pub fn with_expert_names(mut self, names: ExpertNames) -> Self {
         self.expert_names = names;
+        self
+    }
+
+    /// This rank's part of another of the engine's models.
+    #[must_use]
+    pub fn with_model(mut self, model: EngineModel) -> Self {
+        self.model = model;
         self
     }
 
@@ -142,6 +163,8 @@ pub struct EngineSizes {
     pub sequence_parallel_moe: bool,
     /// See [`TargetRank::expert_names`].
     pub expert_names: ExpertNames,
+    /// See [`TargetRank::model`].
+    pub model: EngineModel,
 }
 
 impl EngineSizes {
@@ -155,6 +178,7 @@ impl EngineSizes {
             expert_parallel: None,
             sequence_parallel_moe: false,
             expert_names: ExpertNames::default(),
+            model: EngineModel::Main,
         }
     }
 
@@ -186,6 +210,13 @@ impl EngineSizes {
         self
     }
 
+    /// These sizes, for another of the engine's models.
+    #[must_use]
+    pub fn with_model(mut self, model: EngineModel) -> Self {
+        self.model = model;
+        self
+    }
+
     /// How many ranks there are.
     ///
     /// # Errors
@@ -213,6 +244,7 @@ impl EngineSizes {
             expert_parallel: self.expert_parallel,
             sequence_parallel_moe: self.sequence_parallel_moe,
             expert_names: self.expert_names,
+            model: self.model,
             ..TargetRank::new(number, number % tp, tp)
                 .with_pcp(number / tp % pcp, pcp)
                 .with_dp(number / tp / pcp, dp)

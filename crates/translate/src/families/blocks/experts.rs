@@ -77,7 +77,12 @@ impl Experts {
         let name = format!("{module}{router}.weight");
         let role = Replicated { rows: experts, cols: Some(config.hidden_size) };
         slots.pair(role, [name.clone()], "mlp.router.weight", name);
-        if self.score_bias {
+        if !self.score_bias {
+            slots.source(norm(experts), [format!("{module}{router}.bias")], "mlp.router.expert_bias").unwanted(
+                "the engine of this model corrects no scores, so it would choose other experts than the trainer; \
+                 where the checkpoint has this bias, set topk_method to noaux_tc in config.json on both sides",
+            );
+        } else {
             let name = format!("{module}{router}.e_score_correction_bias");
             slots
                 .pair(norm(experts), [name.clone()], "mlp.router.expert_bias", name)
