@@ -8,7 +8,7 @@ use refit::planner::Dtype;
 use refit::translate::TensorSpec;
 use refit::translate::megatron::SourceRank;
 use refit::translate::roles::Placement;
-use refit::translate::vllm::TargetRank;
+use refit::translate::vllm::{EngineModel, TargetRank};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 
@@ -118,6 +118,9 @@ pub struct SourceFile {
     /// The same of each model chunk, in place of `layers` where a rank has several.
     #[serde(default)]
     pub chunks: Vec<Vec<u32>>,
+    /// Number of each local layer that predicts a token further ahead.
+    #[serde(default)]
+    pub mtp: Vec<u32>,
     /// Its tensors, relative to the case.
     pub file: String,
 }
@@ -139,6 +142,9 @@ pub struct Target {
     /// Whether MoE layers are sequence-parallel.
     #[serde(default)]
     pub sequence_parallel_moe: bool,
+    /// Whether the tensors are those of the draft model.
+    #[serde(default)]
+    pub draft: bool,
     /// Its ranks.
     pub ranks: Vec<TargetFile>,
 }
@@ -169,7 +175,8 @@ impl Source {
             .with_tp(file.tp, self.tp)
             .with_pp(file.pp, self.pp)
             .with_ep(file.ep, self.ep)
-            .with_etp(file.etp, self.etp);
+            .with_etp(file.etp, self.etp)
+            .with_mtp(file.mtp.clone());
         if file.chunks.is_empty() { rank } else { rank.with_chunks(file.chunks.clone()) }
     }
 }
@@ -183,6 +190,9 @@ impl Target {
             let placement =
                 if self.round_robin { Placement::RoundRobin } else { Placement::Linear };
             rank = rank.with_expert_parallel(placement);
+        }
+        if self.draft {
+            rank = rank.with_model(EngineModel::Draft);
         }
         if self.sequence_parallel_moe { rank.with_sequence_parallel_moe() } else { rank }
     }
