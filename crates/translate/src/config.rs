@@ -6,7 +6,7 @@ pub(crate) mod json;
 mod mamba;
 mod mla;
 mod moe;
-pub(crate) mod pattern;
+mod pattern;
 
 use alloc::vec::Vec;
 

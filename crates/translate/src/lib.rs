@@ -67,6 +67,10 @@
 //! expert into `[experts, ..]`: gated experts are `Over::routed_experts(GatedMlp { .. })` per trainer parameter and
 //! `Stack { count, each: Over::routed_experts(GatedMlp { .. }) }` for `w13`; `w2` is the same with [`roles::Row`].
 //!
+//! **Hybrid models.** [`ModelConfig::pattern`] has the kind of every layer: `check_pattern` says which a family has,
+//! `read_pattern` reads them, `kind` tells the one of a layer. Parameters of several blocks of rows, each shared out by
+//! heads of its own, are lists of `roles/blocks.rs`' blocks.
+//!
 //! **Models beside the main one.** `Description::mtp` has the slots of a layer that predicts tokens further ahead: source
 //! slots of the ranks that say they have some ([`SourceRank::mtp`](megatron::SourceRank::mtp)), target slots of the
 //! engine's draft model ([`EngineModel::Draft`](vllm::EngineModel::Draft)). The main model wants none of them.

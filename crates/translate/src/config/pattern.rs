@@ -45,7 +45,6 @@ impl ModelConfig {
 #[cfg(feature = "serde")]
 mod json {
     use alloc::format;
-    use alloc::string::String;
     use alloc::vec::Vec;
 
     use super::LayerKind;
@@ -99,12 +98,4 @@ mod json {
             Ok(())
         }
     }
-
-    /// The symbols of a pattern written as one text.
-    pub(crate) fn symbols(pattern: &str) -> Vec<String> {
-        pattern.chars().map(Into::into).collect()
-    }
 }
-
-#[cfg(feature = "serde")]
-pub(crate) use json::symbols;

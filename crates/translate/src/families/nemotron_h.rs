@@ -171,7 +171,6 @@ mod json {
     use serde::Deserialize;
 
     use crate::config::json::{Json, derived_head_dim, refusal, required};
-    use crate::config::pattern::symbols;
     use crate::{LayerKind, Mamba, ModelConfig, TranslateError};
 
     #[derive(Deserialize)]
@@ -206,7 +205,8 @@ mod json {
             return Err(refusal("mlp_hidden_act", other, why));
         }
         if let Some(pattern) = &keys.hybrid_override_pattern {
-            config.read_pattern("hybrid_override_pattern", &symbols(pattern), kind_of)?;
+            let symbols: Vec<String> = pattern.chars().map(String::from).collect();
+            config.read_pattern("hybrid_override_pattern", &symbols, kind_of)?;
         }
         if let Some(names) = &keys.layers_block_type {
             let said = core::mem::take(&mut config.pattern);
