@@ -1,4 +1,4 @@
-//! Parallel sizes as a person writes them: `tp=4,pp=1`.
+//! Sizes as a person writes and reads them: `tp=4,pp=1`, `1.5 GB`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -42,5 +42,15 @@ impl fmt::Display for Sizes {
             write!(f, " PP{}", self.pp)?;
         }
         Ok(())
+    }
+}
+
+/// Bytes as a person reads them.
+#[allow(clippy::cast_precision_loss, reason = "sizes for people")]
+pub(crate) fn bytes(bytes: u64) -> String {
+    match bytes {
+        0..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
+        _ => format!("{:.2} GB", bytes as f64 / 1e9),
     }
 }
