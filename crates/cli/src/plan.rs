@@ -17,7 +17,7 @@ use crate::sizes::{SourceSizes, TargetSizes};
 /// Plan a model's refit and print reads, bytes, amplification and hashes for every target rank.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// A Hugging Face config.json, or a bundled model: qwen3-4b, llama-3.1-8b, qwen2.5-7b
+    /// A Hugging Face config.json, or a bundled model: qwen3-4b, llama-3.1-8b, llama-3.1-70b, qwen2.5-7b
     #[arg(long, default_value = "qwen3-4b")]
     config: String,
     /// Trainer sizes

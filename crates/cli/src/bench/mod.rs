@@ -19,6 +19,7 @@ use refit::planner::LowerOptions;
 
 use self::protocol::{Command, Mode, RankReport, Reply};
 use self::rank::RankSetup;
+pub(crate) use self::table::machine;
 use self::table::{Cycle, PairResult, Run};
 use self::workers::{Launcher, Worker};
 use crate::error::CliError;
@@ -35,7 +36,7 @@ const PAIRS: [(u32, u32); 4] = [(1, 1), (2, 2), (2, 1), (4, 2)];
 /// the model as half of the free memory holds, and says so.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// A Hugging Face config.json, or a bundled model: qwen3-4b, llama-3.1-8b, qwen2.5-7b
+    /// A Hugging Face config.json, or a bundled model: qwen3-4b, llama-3.1-8b, llama-3.1-70b, qwen2.5-7b
     #[arg(long, default_value = "qwen3-4b")]
     config: String,
     /// Decoder layers to keep of the model (default: as many as half of the free memory holds)
