@@ -1,9 +1,11 @@
 //! Golden data: tensors that real trainer ranks held and real engine ranks wanted.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use flate2::read::GzDecoder;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -32,6 +34,11 @@ pub enum GoldenError {
         source: serde_json::Error,
     },
 }
+
+/// How the files of roles end.
+const PLAIN: &str = ".jsonl";
+/// How they end where they are compressed.
+const PACKED: &str = ".jsonl.gz";
 
 /// `$REFIT_GOLDEN`, or the folder in the repository.
 #[must_use]
@@ -71,6 +78,12 @@ impl RoleLine {
         self.cfg[key].as_u64().unwrap_or_else(|| panic!("`{key}` in {:?}", self.cfg))
     }
 
+    /// A parallel size.
+    #[must_use]
+    pub fn count(&self, key: &str) -> u32 {
+        u32::try_from(self.size(key)).unwrap_or_else(|_| panic!("`{key}` in {:?}", self.cfg))
+    }
+
     /// A fact in words.
     #[must_use]
     pub fn word(&self, key: &str) -> &str {
@@ -96,13 +109,21 @@ fn tp(size: &Value) -> u32 {
     digits.parse().unwrap_or_else(|_| panic!("{text} is no size"))
 }
 
-/// The lines of one role.
+/// The lines of one role, of `<name>.jsonl` or, where that is not there, `<name>.jsonl.gz`.
 ///
 /// # Errors
 /// [`GoldenError::Io`] and [`GoldenError::Json`].
 pub fn role(root: &Path, name: &str) -> Result<Vec<RoleLine>, GoldenError> {
-    let path = root.join("roles").join(format!("{name}.jsonl"));
-    let text = read_text(&path)?;
+    let plain = root.join("roles").join(format!("{name}{PLAIN}"));
+    let packed = root.join("roles").join(format!("{name}{PACKED}"));
+    let (path, text) = if plain.exists() {
+        let text = fs::read_to_string(&plain);
+        (plain, text)
+    } else {
+        let text = unpack(&packed);
+        (packed, text)
+    };
+    let text = text.map_err(|source| GoldenError::Io { path: path.clone(), source })?;
     (1..).zip(text.lines()).map(|(line, text)| json(&path, line, text)).collect()
 }
 
@@ -112,7 +133,12 @@ pub fn role(root: &Path, name: &str) -> Result<Vec<RoleLine>, GoldenError> {
 /// [`GoldenError::Io`].
 pub fn roles(root: &Path) -> Result<Vec<String>, GoldenError> {
     let names = entries(&root.join("roles"))?;
-    Ok(names.iter().filter_map(|name| name.strip_suffix(".jsonl")).map(Into::into).collect())
+    let role = |name: &String| {
+        name.strip_suffix(PLAIN).or_else(|| name.strip_suffix(PACKED)).map(Into::into)
+    };
+    let mut roles: Vec<String> = names.iter().filter_map(role).collect();
+    roles.dedup();
+    Ok(roles)
 }
 
 /// The folders of all model cases, sorted.
@@ -123,8 +149,10 @@ pub fn cases(root: &Path) -> Result<Vec<PathBuf>, CaseError> {
     refit_cli::case::find(root)
 }
 
-fn read_text(path: &Path) -> Result<String, GoldenError> {
-    fs::read_to_string(path).map_err(|source| GoldenError::Io { path: path.into(), source })
+fn unpack(path: &Path) -> std::io::Result<String> {
+    let mut text = String::new();
+    GzDecoder::new(File::open(path)?).read_to_string(&mut text)?;
+    Ok(text)
 }
 
 fn json<T: DeserializeOwned>(path: &Path, line: usize, text: &str) -> Result<T, GoldenError> {

@@ -393,7 +393,7 @@ proptest! {
     ) {
         let (tp, ep, etp) = (places[0], places[1], places[2]);
         let [experts, count, rows, cols] = sizes[..] else { unreachable!() };
-        let each = GatedMlp { intermediate: rows, cols };
+        let each = GatedMlp { what: "rows", intermediate: rows, cols: Some(cols) };
         let role = Over { group: if whole { Group::SharedExperts } else { Group::RoutedExperts }, role: each };
         let source = SourceCoords::new(tp.0, tp.1)
             .and_then(|at| at.with_ep(ep.0, ep.1))

@@ -14,8 +14,8 @@ use refit::planner::{
 use refit_tests::execute;
 use refit_tests::golden::{self, RoleLine};
 use refit_translate::roles::{
-    Column, GatedMlp, Qkv, Role, Row, SourceCoords, SourceRole, TargetCoords, TargetRole, View,
-    Vocab,
+    Column, GatedMlp, InterleavedMlp, Over, Placement, Qkv, Role, Row, SourceCoords, SourceRole,
+    Stack, TargetCoords, TargetRole, View, Vocab,
 };
 
 /// Golden values are 32-bit integers, so nothing is cast and every element is four bytes.
@@ -31,11 +31,24 @@ const ROLES: &[(&str, CaseOf)] = &[
     ("row", |line| pair(line, Row { rows: line.size("R"), what: "C", cols: line.size("C") })),
     ("qkv", |line| pair(line, qkv(line, Some(line.size("H"))))),
     ("qkv_bias", |line| pair(line, qkv(line, None))),
-    ("gated_mlp", |line| {
-        pair(line, GatedMlp { intermediate: line.size("I"), cols: line.size("H") })
+    ("gated_mlp", |line| pair(line, gated(line))),
+    ("moe_w13", |line| experts(line, gated(line), gated(line))),
+    ("moe_w2", |line| experts(line, down(line), down(line))),
+    ("gptoss_w13", |line| {
+        let GatedMlp { what, intermediate, cols } = gated(line);
+        experts(line, gated(line), InterleavedMlp { what, intermediate, cols })
     }),
+    ("gptoss_w2", |line| experts(line, down(line), down(line))),
     ("vocab", |line| pair(line, Vocab { tokens: line.size("V"), cols: line.size("H") })),
 ];
+
+fn gated(line: &RoleLine) -> GatedMlp {
+    GatedMlp { what: "I", intermediate: line.size("I"), cols: Some(line.size("H")) }
+}
+
+fn down(line: &RoleLine) -> Row {
+    Row { rows: line.size("H"), what: "I", cols: line.size("I") }
+}
 
 fn qkv(line: &RoleLine, cols: Option<u64>) -> Qkv {
     Qkv { heads: line.size("nh"), kv_heads: line.size("ng"), head_dim: line.size("hd"), cols }
@@ -73,6 +86,44 @@ fn pair(line: &RoleLine, role: impl SourceRole + TargetRole + Copy + 'static) ->
         sources: (0..line.source_tp()).map(source).collect(),
         target: Held::new(Box::new(role), at, logical.clone()),
     }
+}
+
+/// One trainer parameter per local expert, one engine parameter of all: source tensors come by expert, then by expert
+/// tensor-parallel rank.
+fn experts(
+    line: &RoleLine,
+    source: impl SourceRole + Copy + 'static,
+    target: impl TargetRole + 'static,
+) -> Case {
+    let tensors = source.logical().unwrap().len();
+    let logical = |experts: &[u64]| {
+        let name = |expert| (0..tensors).map(move |tensor| format!("{expert}.{tensor}"));
+        experts.iter().flat_map(name).collect()
+    };
+    // Lines that say nothing have one trainer rank, and an engine that shares out every expert.
+    let count = |key| if line.cfg.contains_key(key) { line.count(key) } else { 1 };
+    let (total, ep, etp) = (line.size("E"), count("ep"), count("etp"));
+    let mut sources = Vec::new();
+    for ep_rank in 0..ep {
+        let at = SourceCoords::new(0, 1).unwrap().with_ep(ep_rank, ep).unwrap();
+        for expert in at.experts(total).unwrap() {
+            sources.extend((0..etp).map(|etp_rank| {
+                let at = at.with_etp(etp_rank, etp).unwrap();
+                let role: Box<dyn SourceRole> = Box::new(Over::routed_experts(source));
+                Held::new(role, at, logical(&[expert]))
+            }));
+        }
+    }
+    let mut at = TargetCoords::new(0, 1).unwrap();
+    at = at.with_flat(line.dst_rank, line.target_tp()).unwrap();
+    match line.cfg.get("dst").map(|_| line.word("dst")) {
+        Some("ep") => at = at.with_expert_parallel(Placement::Linear),
+        Some("tp") | None => {}
+        Some(other) => panic!("experts spread by {other}"),
+    }
+    let local = at.experts(total).unwrap();
+    let role = Stack { count: local.len() as u64, each: Over::routed_experts(target) };
+    Case { sources, target: Held::new(Box::new(role), at, logical(&local)) }
 }
 
 fn layout(rank: u32, role: &dyn Role, view: &View, logical: &[String]) -> RankLayout {

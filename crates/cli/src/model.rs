@@ -17,7 +17,20 @@ pub(crate) const PRESETS: &[(&str, &str)] = &[
     ("llama-3.1-8b", include_str!("../presets/llama-3.1-8b.json")),
     ("llama-3.1-70b", include_str!("../presets/llama-3.1-70b.json")),
     ("qwen2.5-7b", include_str!("../presets/qwen2.5-7b.json")),
+    ("qwen3-30b-a3b", include_str!("../presets/qwen3-30b-a3b.json")),
+    ("mixtral-8x7b", include_str!("../presets/mixtral-8x7b.json")),
+    // What is published is in MXFP4, which an engine does not hold in a writable form. This is the model in bf16.
+    ("gpt-oss-20b", include_str!("../presets/gpt-oss-20b.json")),
 ];
+
+/// The help of arguments that [`config`] reads.
+pub(crate) fn help() -> String {
+    format!("A Hugging Face config.json, or a bundled model: {}", presets())
+}
+
+fn presets() -> String {
+    PRESETS.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
+}
 
 /// Reads a model by preset name or by the path of its `config.json`.
 pub(crate) fn config(name_or_path: &str) -> Result<ModelConfig, CliError> {
@@ -27,10 +40,9 @@ pub(crate) fn config(name_or_path: &str) -> Result<ModelConfig, CliError> {
     let path = Path::new(name_or_path);
     let text = fs::read_to_string(path).map_err(|source| {
         if source.kind() == std::io::ErrorKind::NotFound {
-            let names: Vec<&str> = PRESETS.iter().map(|(name, _)| *name).collect();
             return CliError::Usage(format!(
                 "`{name_or_path}` is neither a file nor a bundled model; bundled are: {}",
-                names.join(", ")
+                presets()
             ));
         }
         CliError::Read { path: path.to_path_buf(), source }

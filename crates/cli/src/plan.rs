@@ -17,15 +17,17 @@ use crate::sizes::{SourceSizes, TargetSizes};
 /// Plan a model's refit and print reads, bytes, amplification and hashes for every target rank.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// A Hugging Face config.json, or a bundled model: qwen3-4b, llama-3.1-8b, llama-3.1-70b, qwen2.5-7b
-    #[arg(long, default_value = "qwen3-4b")]
+    #[arg(long, default_value = "qwen3-4b", help = model::help())]
     config: String,
-    /// Trainer sizes
+    /// Trainer sizes; what is not said is 1, etp too, although Megatron's own default for it is tp
     #[arg(long, default_value = "tp=4,pp=1", value_name = SourceSizes::SHAPE)]
     source: SourceSizes,
     /// Engine sizes
     #[arg(long, default_value = "tp=2", value_name = TargetSizes::SHAPE)]
     target: TargetSizes,
+    /// Only this engine rank (default: all)
+    #[arg(long)]
+    rank: Option<u32>,
     /// Only move bytes that are needed, even where reading more would be faster
     #[arg(long)]
     exact_wire: bool,
@@ -107,8 +109,16 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
     };
     let options = LowerOptions::default().with_policy(policy).with_mode(mode);
 
+    let mut targets = model::target(&config, args.target)?;
+    if let Some(rank) = args.rank {
+        targets.retain(|target| target.rank() == rank);
+        if targets.is_empty() {
+            let world = args.target.world();
+            return Err(CliError::Usage(format!("--rank {rank}: the engine has ranks 0..{world}")));
+        }
+    }
     let mut ranks = Vec::new();
-    for target in model::target(&config, args.target)? {
+    for target in targets {
         let started = Instant::now();
         let plan = plan(&source, &target, &PlanOptions::default()).map_err(RefitError::from)?;
         let plan_s = started.elapsed().as_secs_f64();

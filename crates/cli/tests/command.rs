@@ -197,7 +197,7 @@ fn verify_reads_the_chunks_of_a_rank() {
 
 #[test]
 fn mistakes_are_one_line_and_status_2() {
-    let mistakes: [(&[&str], &str); 12] = [
+    let mistakes: [(&[&str], &str); 16] = [
         (&["plan", "--config", "no-such-model"], "bundled are: qwen3-4b"),
         (&["plan", "--source", "tp=3"], "megatron tp_size = 3"),
         (&["plan", "--source", "tp=0"], "between 1 and 4096"),
@@ -208,6 +208,10 @@ fn mistakes_are_one_line_and_status_2() {
         (&["plan", "--target", "tp=2,sp"], "sequence-parallel MoE"),
         (&["plan", "--target", "tp=2,pp=2"], "pipeline stages"),
         (&["plan", "--source", "pp=5"], "pp_size = 5"),
+        (&["plan", "--rank", "2"], "ranks 0..2"),
+        (&["plan", "--config", "mixtral-8x7b", "--source", "ep=3"], "number of experts = 8"),
+        (&["plan", "--config", "mixtral-8x7b", "--target", "tp=8,dp=2,ep"], "8 experts leave some"),
+        (&["plan", "--config", "gpt-oss-20b", "--target", "tp=16"], "num_key_value_heads = 8"),
         (&["bench", "--layers", "40"], "the model has 36"),
         (&["bench", "--source", "tp=7", "--layers", "1"], "tp_size = 7"),
     ];
@@ -295,4 +299,38 @@ fn a_build_without_nixl_says_so() {
         assert_eq!(output.status.code(), Some(2));
         assert!(stderr(&output).contains("no NIXL"), "{}", stderr(&output));
     }
+}
+
+/// Every plan in the documentation is what its command prints, times apart.
+#[test]
+fn documented_plans_are_what_the_command_prints() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/plans");
+    let listed = fs::read_to_string(folder.join("README.md")).unwrap();
+    let timeless = |text: &[u8]| {
+        let mut plan: serde_json::Value = serde_json::from_slice(text).unwrap();
+        for rank in plan["ranks"].as_array_mut().unwrap() {
+            for time in ["plan_s", "lower_s"] {
+                assert!(rank.as_object_mut().unwrap().remove(time).is_some_and(|it| it.is_f64()));
+            }
+        }
+        plan
+    };
+    let mut plans = 0;
+    for row in listed.lines().filter(|row| row.starts_with("| [")) {
+        let (file, rest) = row[3..].split_once(']').unwrap();
+        let command = rest.split('`').nth(1).unwrap();
+        let arguments: Vec<&str> = command.split(' ').collect();
+        assert_eq!(arguments[0], "refit", "{command}");
+        let output = refit(&arguments[1..]);
+        assert_eq!(output.status.code(), Some(0), "{command}: {}", stderr(&output));
+        let documented = fs::read(folder.join(file)).unwrap();
+        let (documented, printed) = (timeless(&documented), timeless(&output.stdout));
+        assert!(
+            documented == printed,
+            "docs/plans/{file} is out of date: {command} > docs/plans/{file}"
+        );
+        plans += 1;
+    }
+    let files = fs::read_dir(&folder).unwrap().count() - 1;
+    assert!(plans > 0 && plans == files, "{plans} of {files} plans are listed");
 }

@@ -155,7 +155,6 @@ impl ModelConfig {
     }
 
     /// The facts of experts: for families that have some.
-    #[allow(dead_code, reason = "no family described so far has experts")]
     pub(crate) fn moe(&self) -> Result<&Moe, TranslateError> {
         self.moe.as_ref().ok_or_else(|| self.missing("moe"))
     }

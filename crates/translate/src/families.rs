@@ -4,6 +4,9 @@
 
 mod blocks;
 mod dense;
+mod gpt_oss;
+mod mixtral;
+mod qwen3_moe;
 
 use alloc::format;
 use alloc::string::String;
@@ -68,6 +71,13 @@ families! {
     Qwen2 = dense::QWEN2,
     /// `Qwen3ForCausalLM`: Llama's layout with norms on Q and K.
     Qwen3 = dense::QWEN3,
+    /// `Qwen3MoeForCausalLM`: Qwen3 with routed experts in all layers or some.
+    Qwen3Moe = qwen3_moe::QWEN3_MOE,
+    /// `MixtralForCausalLM`: Mistral's layout with routed experts in every layer.
+    Mixtral = mixtral::MIXTRAL,
+    /// `GptOssForCausalLM`: biases and attention sinks, routed experts in every layer. In bf16; its checkpoints in MXFP4
+    /// are refused.
+    GptOss = gpt_oss::GPT_OSS,
 }
 
 impl Family {

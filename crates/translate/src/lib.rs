@@ -54,6 +54,8 @@
 //! both. A source slot that no target wants is fine; a target slot needs every logical element from some source. Logical
 //! tensors of one name must have one shape on both sides, so write each family's logical names once. Names may be
 //! `&'static str` or `String`. `families/blocks.rs` has what decoders share: embedding, head, attention, dense MLP.
+//! `families/blocks/experts.rs` has mixtures of experts: `Experts { score_bias: true, shared: Some(Shared { .. }),
+//! ..Experts::MLP }.slots(config, slots)?`, or `PerExpert` for a layer that does not fit.
 //!
 //! **Roles.** [`roles::Role`] gives the logical extents, [`roles::SourceRole`] the [`roles::View`] of a trainer rank
 //! (with the shape it reports, where sizes alone do not decide), [`roles::TargetRole`] that of an engine rank. A view is

@@ -8,7 +8,9 @@
 
 mod column;
 mod coords;
+mod first_rank;
 mod gated_mlp;
+mod interleaved_mlp;
 mod over;
 mod qkv;
 mod replicated;
@@ -24,7 +26,9 @@ use crate::TranslateError;
 
 pub use column::Column;
 pub use coords::{ExpertNames, Group, Placement, Shard, SourceCoords, TargetCoords};
+pub use first_rank::FirstRank;
 pub use gated_mlp::GatedMlp;
+pub use interleaved_mlp::InterleavedMlp;
 pub use over::Over;
 pub use qkv::Qkv;
 pub use replicated::Replicated;

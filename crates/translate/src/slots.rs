@@ -31,7 +31,6 @@ pub(crate) struct Layer {
 
 /// Whose slots are filled in, and where that rank stands.
 #[derive(Clone, Copy, Debug)]
-#[allow(dead_code, reason = "no family described so far has sides that differ")]
 pub(crate) enum Place {
     /// A trainer rank.
     Source(SourceCoords),
@@ -101,7 +100,6 @@ impl Facts {
     }
 
     /// Gives the parameter an element type of its own.
-    #[allow(dead_code, reason = "no family described so far has one")]
     pub(crate) fn dtype(&mut self, dtype: Dtype) -> &mut Self {
         self.dtype = Some(dtype);
         self
@@ -191,7 +189,6 @@ impl Slots {
     }
 
     /// Whose slots these are. Families ask where one table cannot say both sides: experts, say.
-    #[allow(dead_code, reason = "no family described so far has sides that differ")]
     pub(crate) fn place(&self) -> Place {
         self.place
     }

@@ -36,13 +36,13 @@ const PAIRS: [(u32, u32); 4] = [(1, 1), (2, 2), (2, 1), (4, 2)];
 /// the model as half of the free memory holds, and says so.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// A Hugging Face config.json, or a bundled model: qwen3-4b, llama-3.1-8b, llama-3.1-70b, qwen2.5-7b
-    #[arg(long, default_value = "qwen3-4b")]
+    #[arg(long, default_value = "qwen3-4b", help = model::help())]
     config: String,
     /// Decoder layers to keep of the model (default: as many as half of the free memory holds)
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     layers: Option<u32>,
-    /// Trainer sizes (with neither side given: TP 1 -> 1, 2 -> 2, 2 -> 1 and 4 -> 2 in turn)
+    /// Trainer sizes; what is not said is 1, etp too, although Megatron's own default for it is tp (with neither side
+    /// given: TP 1 -> 1, 2 -> 2, 2 -> 1 and 4 -> 2 in turn)
     #[arg(long, value_name = SourceSizes::SHAPE)]
     source: Option<SourceSizes>,
     /// Engine sizes (default, where the trainer's are given: tp=1)

@@ -69,11 +69,14 @@ pub(super) fn read(text: &str) -> Result<ModelConfig, TranslateError> {
     let family = family(&keys)?;
     if let Some(quantization) = &keys.quantization_config {
         let method = quantization.get("quant_method").unwrap_or(quantization);
-        return Err(refusal(
-            "quantization_config",
-            method,
-            "quantised engine parameters are requantised or repacked after loading",
-        ));
+        let why = match method.as_str() {
+            Some("mxfp4") => {
+                "the engine packs such experts into blocks and scales of its kernel's; give it a bf16 checkpoint \
+                 and state that one's config.json, which has no such key"
+            }
+            _ => "quantised engine parameters are requantised or repacked after loading",
+        };
+        return Err(refusal("quantization_config", method, why));
     }
     let mut config = ModelConfig::new(family);
     config.dtype = dtype(&keys)?;

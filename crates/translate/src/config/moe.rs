@@ -13,6 +13,9 @@ pub struct Moe {
     pub intermediate_size: u64,
     /// The same of the experts that every token visits, all of them together; `None` where there are none.
     pub shared_intermediate_size: Option<u64>,
+    /// `n_group`: groups of experts of which routing picks some first; 1 where it does not. An engine places experts
+    /// round robin only if there are several.
+    pub groups: u64,
     /// Layers with a dense MLP in place of experts, ascending.
     pub dense_layers: Vec<u32>,
 }
@@ -25,6 +28,7 @@ impl Moe {
             experts,
             intermediate_size,
             shared_intermediate_size: None,
+            groups: 1,
             dense_layers: Vec::new(),
         }
     }
@@ -83,6 +87,8 @@ mod json {
         moe_intermediate_size: Option<u64>,
         /// Qwen.
         shared_expert_intermediate_size: Option<u64>,
+        /// DeepSeek, Nemotron-H.
+        n_group: Option<u64>,
         /// DeepSeek: how many of `moe_intermediate_size`.
         n_shared_experts: Option<u64>,
         /// DeepSeek: this many layers at the beginning are dense.
@@ -97,7 +103,6 @@ mod json {
 
     impl Moe {
         /// Reads what `config.json` says of experts, of a model with this many layers.
-        #[allow(dead_code, reason = "no family described so far has experts")]
         pub(crate) fn read(json: &Json<'_>, num_layers: u32) -> Result<Self, TranslateError> {
             let keys: Keys = json.keys()?;
             let counts = [keys.num_experts, keys.n_routed_experts, keys.num_local_experts];
@@ -113,6 +118,7 @@ mod json {
             }
             let mut moe =
                 Self::new(experts, required(keys.moe_intermediate_size, "moe_intermediate_size")?);
+            moe.groups = keys.n_group.unwrap_or(1);
             let positive = |size: &u64| *size > 0;
             let counted =
                 keys.n_shared_experts.map(|count| count.saturating_mul(moe.intermediate_size));
@@ -165,8 +171,9 @@ mod tests {
         assert_eq!(moe.dense_layers, [0, 2, 3, 4]);
         assert!(moe.has_experts(1) && !moe.has_experts(3));
         let deepseek = r#"{"n_routed_experts": 256, "moe_intermediate_size": 2048, "n_shared_experts": 2,
-            "first_k_dense_replace": 3, "moe_layer_freq": 1}"#;
+            "first_k_dense_replace": 3, "moe_layer_freq": 1, "n_group": 8}"#;
         let moe = read(deepseek).unwrap();
+        assert_eq!(moe.groups, 8);
         assert_eq!((moe.experts, moe.shared_intermediate_size), (256, Some(4096)));
         assert_eq!(moe.dense_layers, [0, 1, 2]);
         let plain =

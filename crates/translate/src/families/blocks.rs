@@ -2,11 +2,14 @@
 //!
 //! Names and layouts were compared with Megatron-Core 0.19.2 through Megatron-Bridge 0.6.2 and with vLLM 0.32.
 
+pub(super) mod experts;
+
 use crate::ModelConfig;
 use crate::roles::{GatedMlp, Qkv, Replicated, Row, Vocab};
 use crate::slots::{Slots, te};
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
+/// The embedding's logical name.
+pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// The embedding.
 pub(super) fn embedding(config: &ModelConfig, slots: &mut Slots) {
@@ -94,7 +97,11 @@ pub(super) fn mlp(config: &ModelConfig, slots: &mut Slots) {
         "post_attention_layernorm.weight",
     );
     slots.pair(
-        GatedMlp { intermediate: config.intermediate_size, cols: hidden },
+        GatedMlp {
+            what: "intermediate_size",
+            intermediate: config.intermediate_size,
+            cols: Some(hidden),
+        },
         ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
         "mlp.linear_fc1.weight",
         "mlp.gate_up_proj.weight",
@@ -107,7 +114,8 @@ pub(super) fn mlp(config: &ModelConfig, slots: &mut Slots) {
     );
 }
 
-fn vocab(config: &ModelConfig) -> Vocab {
+/// Rows are tokens.
+pub(super) fn vocab(config: &ModelConfig) -> Vocab {
     Vocab { tokens: config.vocab_size, cols: config.hidden_size }
 }
 
@@ -116,7 +124,8 @@ pub(super) fn norm(size: u64) -> Replicated {
     Replicated { rows: size, cols: None }
 }
 
-fn qkv(config: &ModelConfig, cols: Option<u64>) -> Qkv {
+/// Q, K and V; `None` for their biases.
+pub(super) fn qkv(config: &ModelConfig, cols: Option<u64>) -> Qkv {
     let ModelConfig { num_heads: heads, num_kv_heads: kv_heads, head_dim, .. } = *config;
     Qkv { heads, kv_heads, head_dim, cols }
 }

@@ -78,7 +78,11 @@ fn engine(tp_rank: u32, tp_size: u32) -> TargetCoords {
 
 /// One trainer parameter per expert, one engine parameter of all of them.
 fn experts(slots: &mut Slots) {
-    let each = Over::routed_experts(GatedMlp { intermediate: 4, cols: 3 });
+    let each = Over::routed_experts(GatedMlp {
+        what: "moe_intermediate_size",
+        intermediate: 4,
+        cols: Some(3),
+    });
     let logical = |e: u64| ["gate", "up"].map(|half| format!("mlp.experts.{e}.{half}_proj.weight"));
     match slots.place() {
         Place::Source(at) => {
