@@ -212,11 +212,14 @@ fn experts_move_between_any_sizes() {
 fn many_copies_share_the_load_of_many_targets() {
     let source = moe(Sharding { ranks: 64, tp: 4, ep: 4 });
     let joined = SourceLayout::new(&source).unwrap();
+    let reversed = SourceLayout::new(source.iter().rev()).unwrap();
     let targets = moe(Sharding { ranks: 32, tp: 4, ep: 4 });
     let mut asked = std::collections::BTreeMap::<u32, u64>::new();
     for target in &targets {
         let plan = plan(&joined, target, &PlanOptions::default()).unwrap();
         assert_eq!(plan.segments().len(), target.params().len());
+        let options = PlanOptions::default();
+        assert_eq!(plan, refit::planner::plan(&reversed, target, &options).unwrap());
         for (rank, bytes) in plan.bytes_by_source() {
             assert_eq!(rank % 4, target.rank() % 4);
             *asked.entry(rank).or_default() += bytes;

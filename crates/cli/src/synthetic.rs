@@ -47,6 +47,18 @@ pub struct Sharding {
     pub ep: u32,
 }
 
+impl Sharding {
+    /// Ranks until layouts repeat: the least common multiple of the parallel sizes.
+    #[must_use]
+    pub fn distinct(&self) -> u32 {
+        let (mut a, mut b) = (self.tp.max(1), self.ep.max(1));
+        while b != 0 {
+            (a, b) = (b, a % b);
+        }
+        (self.tp.max(1) / a).saturating_mul(self.ep.max(1)).min(self.ranks)
+    }
+}
+
 /// DeepSeek-V3 without its multi-token prediction layer.
 pub const DEEPSEEK_V3: Moe = Moe {
     layers: 61,
@@ -269,6 +281,10 @@ mod tests {
             .map(|param| param.rows() * param.cols())
             .sum();
         assert_eq!(experts, 60 * 384 * 3 * 7168 * 2048);
+        assert_eq!(
+            (sharding.distinct(), Sharding { tp: 6, ep: 4, ..sharding }.distinct()),
+            (32, 12)
+        );
         // Copies differ in nothing but their number.
         let copy = layout(&KIMI_K2, sharding, 32).unwrap();
         assert_eq!((copy.params(), copy.tensors()), (kimi.params(), kimi.tensors()));

@@ -62,6 +62,22 @@ fn bench_plan_measures_and_writes_what_it_measured() {
     assert!((8_044_000_000..8_046_000_000).contains(&wire), "{wire}");
     assert!(row["peak_bytes"].as_u64().unwrap() > 1 << 20, "{row}");
 
+    let layouts = folder.path().join("layouts");
+    let output = refit(&[
+        "bench-plan",
+        "--preset",
+        "llama-70b-8to4",
+        "--layouts",
+        layouts.to_str().unwrap(),
+    ]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let read = |name: &str| -> serde_json::Value {
+        serde_json::from_str(&fs::read_to_string(layouts.join(name)).unwrap()).unwrap()
+    };
+    assert_eq!(read("sides.json")["source"]["layouts"], 8);
+    assert_eq!(read("source-7.json")["rank"], 7);
+    assert_eq!(read("target-3.json")["params"].as_array().unwrap().len(), 80 * 6 + 3);
+
     let output = refit(&["bench-plan", "--preset", "gpt-2"]);
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("kimi-k2-256x128"), "{}", stderr(&output));

@@ -15,7 +15,7 @@ use crate::error::CliError;
 use crate::sizes::bytes;
 
 /// Target ranks of the growth table.
-const CURVE: [u32; 9] = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096];
+const CURVE: [u32; 5] = [16, 64, 256, 1024, 4096];
 
 /// Plan every target rank of a large job, on one core, and print time, memory and what the plans hold.
 ///
@@ -36,6 +36,9 @@ pub(crate) struct Args {
     /// Write every number to a file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Write the layouts to a folder, as JSON, for other planners to be measured on; measure nothing
+    #[arg(long, value_name = "FOLDER", conflicts_with_all = ["curve", "json", "rounds"])]
+    layouts: Option<PathBuf>,
 }
 
 /// A job by name.
@@ -69,6 +72,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
     let name =
         args.preset.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned());
     println!("{name}: {sides}");
+    if let Some(folder) = &args.layouts {
+        sides.write(folder)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     print_head();
     let mut rows = Vec::new();
     let mut add = |sides: &Sides| -> Result<(), CliError> {

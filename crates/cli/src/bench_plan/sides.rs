@@ -1,12 +1,14 @@
 //! Who plans from whom.
 
-use std::fmt;
+use std::path::Path;
+use std::{fmt, fs};
 
 use refit::RefitError;
 use refit::planner::RankLayout;
 use refit::translate::ModelConfig;
 use refit::translate::megatron::{self, SourceRank, TrainerOptions};
 use refit::translate::vllm::{self, TargetRank};
+use serde_json::json;
 
 use super::Preset;
 use crate::error::CliError;
@@ -56,6 +58,30 @@ impl Sides {
             Model::Moe(model) => Model::Moe(*model),
         };
         Self { model, source: scaled(self.source, 2 * ranks), target: scaled(self.target, ranks) }
+    }
+
+    /// Writes `sides.json` and every layout of which there are copies once: rank `r` of a side holds what
+    /// `SIDE-N.json` says, N being `r` modulo the number of such files.
+    pub(super) fn write(&self, folder: &Path) -> Result<(), CliError> {
+        let write = |name: String, text: String| {
+            let path = folder.join(name);
+            fs::write(&path, text).map_err(|source| CliError::Write { path, source })
+        };
+        fs::create_dir_all(folder).map_err(|source| {
+            let path = folder.to_path_buf();
+            CliError::Write { path, source }
+        })?;
+        let describe = |side: Sharding| json!({ "ranks": side.ranks, "tp": side.tp, "ep": side.ep, "layouts": side.distinct() });
+        let sides = json!({ "source": describe(self.source), "target": describe(self.target) });
+        write("sides.json".to_owned(), format!("{sides:#}\n"))?;
+        let to_text = |layout: &RankLayout| serde_json::to_string(layout).unwrap_or_default();
+        for rank in 0..self.source.distinct() {
+            write(format!("source-{rank}.json"), to_text(&self.source(rank)?))?;
+        }
+        for rank in 0..self.target.distinct() {
+            write(format!("target-{rank}.json"), to_text(&self.target(rank)?))?;
+        }
+        Ok(())
     }
 
     pub(super) fn source_ranks(&self) -> u32 {
