@@ -10,4 +10,5 @@ pub mod landing;
 pub mod models;
 pub mod oracle;
 pub mod ranks;
+pub mod reference;
 pub mod strategies;

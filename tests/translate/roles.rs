@@ -14,9 +14,11 @@ use refit::planner::{
 use refit_tests::execute;
 use refit_tests::golden::{self, RoleLine};
 use refit_translate::roles::{
-    Column, GatedMlp, InterleavedMlp, Over, Placement, Qkv, Role, Row, SourceCoords, SourceRole,
-    Stack, TargetCoords, TargetRole, View, Vocab,
+    Column, GatedMlp, GatedQkv, GdnBa, GdnConv, GdnInProj, GdnLayout, GdnQkvz, InterleavedMlp,
+    MambaConv, MambaInProj, Over, Placement, Qkv, Role, Row, SourceCoords, SourceRole, Stack,
+    TargetCoords, TargetRole, View, Vocab,
 };
+use refit_translate::{Gdn, Mamba};
 
 /// Golden values are 32-bit integers, so nothing is cast and every element is four bytes.
 const DTYPE: Dtype = Dtype::I32;
@@ -40,6 +42,44 @@ const ROLES: &[(&str, CaseOf)] = &[
     }),
     ("gptoss_w2", |line| experts(line, down(line), down(line))),
     ("vocab", |line| pair(line, Vocab { tokens: line.size("V"), cols: line.size("H") })),
+    ("qkv_gated", |line| {
+        let Qkv { heads, kv_heads, head_dim, cols } = qkv(line, Some(line.size("H")));
+        pair(line, GatedQkv { heads, kv_heads, head_dim, cols })
+    }),
+    ("mamba_in_proj", |line| {
+        pair(line, MambaInProj { sizes: mamba(line, line.size("hd")), cols: line.src_shapes[0][1] })
+    }),
+    // These lines do not say how large a head is; it follows from the channels.
+    ("mamba_conv1d", |line| {
+        let channels: u64 = line.src_shapes.iter().map(|shape| shape[0]).sum();
+        let inner = channels - 2 * line.size("ng") * line.size("ds");
+        let sizes = mamba(line, inner / line.size("nheads"));
+        pair(line, MambaConv { sizes, kernel: Some(line.src_shapes[0][2]) })
+    }),
+    ("gdn_int_qkvz", |line| {
+        let source = gdn_in_proj(line, GdnLayout::Interleaved);
+        one_of(line, source, &["qkvz", "ba"], GdnQkvz(source), &["qkvz"])
+    }),
+    ("gdn_int_ba", |line| {
+        let source = gdn_in_proj(line, GdnLayout::Interleaved);
+        one_of(line, source, &["qkvz", "ba"], GdnBa(source), &["ba"])
+    }),
+    ("gdn_flat_qkvz", |line| {
+        let source = gdn_in_proj(line, GdnLayout::Flat);
+        one_of(line, source, &["qkv", "z", "b", "a"], GdnQkvz(source), &["qkv", "z"])
+    }),
+    ("gdn_flat_ba", |line| {
+        let source = gdn_in_proj(line, GdnLayout::Flat);
+        one_of(line, source, &["qkv", "z", "b", "a"], GdnBa(source), &["b", "a"])
+    }),
+    // Nor do these: key heads are two channels wide, as in the lines of the input projections.
+    ("gdn_conv", |line| {
+        let (keys, values) = (line.size("nk"), line.size("nv"));
+        let channels: u64 = line.src_shapes.iter().map(|shape| shape[0]).sum();
+        let dims = (2, (channels - 2 * keys * 2) / values);
+        let kernel = line.src_shapes[0][2];
+        pair(line, GdnConv { sizes: Gdn::new((keys, values), dims, kernel) })
+    }),
 ];
 
 fn gated(line: &RoleLine) -> GatedMlp {
@@ -48,6 +88,15 @@ fn gated(line: &RoleLine) -> GatedMlp {
 
 fn down(line: &RoleLine) -> Row {
     Row { rows: line.size("H"), what: "I", cols: line.size("I") }
+}
+
+fn mamba(line: &RoleLine, head_dim: u64) -> Mamba {
+    Mamba::new((line.size("nheads"), head_dim), (line.size("ng"), line.size("ds")), 4)
+}
+
+fn gdn_in_proj(line: &RoleLine, layout: GdnLayout) -> GdnInProj {
+    let (heads, dims) = ((line.size("nk"), line.size("nv")), (line.size("dk"), line.size("dv")));
+    GdnInProj { sizes: Gdn::new(heads, dims, 4), layout, cols: line.src_shapes[0][1] }
 }
 
 fn qkv(line: &RoleLine, cols: Option<u64>) -> Qkv {
@@ -124,6 +173,26 @@ fn experts(
     let local = at.experts(total).unwrap();
     let role = Stack { count: local.len() as u64, each: Over::routed_experts(target) };
     Case { sources, target: Held::new(Box::new(role), at, logical(&local)) }
+}
+
+/// A trainer parameter of which the engine parameter has a part.
+fn one_of(
+    line: &RoleLine,
+    source: impl SourceRole + Copy + 'static,
+    held: &[&str],
+    target: impl TargetRole + 'static,
+    wanted: &[&str],
+) -> Case {
+    let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
+    let held_by = |rank| {
+        let at = SourceCoords::new(rank, line.source_tp()).unwrap();
+        Held::new(Box::new(source) as Box<dyn SourceRole>, at, names(held))
+    };
+    let at = TargetCoords::new(line.dst_rank, line.target_tp()).unwrap();
+    Case {
+        sources: (0..line.source_tp()).map(held_by).collect(),
+        target: Held::new(Box::new(target), at, names(wanted)),
+    }
 }
 
 fn layout(rank: u32, role: &dyn Role, view: &View, logical: &[String]) -> RankLayout {

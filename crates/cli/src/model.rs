@@ -21,6 +21,8 @@ pub(crate) const PRESETS: &[(&str, &str)] = &[
     ("mixtral-8x7b", include_str!("../presets/mixtral-8x7b.json")),
     // What is published is in MXFP4, which an engine does not hold in a writable form. This is the model in bf16.
     ("gpt-oss-20b", include_str!("../presets/gpt-oss-20b.json")),
+    ("nemotron-nano-9b-v2", include_str!("../presets/nemotron-nano-9b-v2.json")),
+    ("qwen3-next-80b-a3b", include_str!("../presets/qwen3-next-80b-a3b.json")),
 ];
 
 /// The help of arguments that [`config`] reads.

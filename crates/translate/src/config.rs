@@ -1,16 +1,24 @@
 //! The facts of a model that decide its layout.
 
+mod gdn;
 #[cfg(feature = "serde")]
 pub(crate) mod json;
+mod mamba;
 mod mla;
 mod moe;
+pub(crate) mod pattern;
+
+use alloc::vec::Vec;
 
 use refit_planner::Dtype;
 
 use crate::{Family, TranslateError};
 
+pub use gdn::Gdn;
+pub use mamba::Mamba;
 pub use mla::Mla;
 pub use moe::Moe;
+pub use pattern::LayerKind;
 
 /// No model has a size beyond this; it keeps products of two sizes, and small multiples of them, in 64 bits.
 pub(crate) const MAX_SIZE: u64 = 1 << 30;
@@ -59,6 +67,14 @@ pub struct ModelConfig {
     pub moe: Option<Moe>,
     /// Multi-head latent attention.
     pub mla: Option<Mla>,
+    /// Whether queries come with a gate on the output of attention.
+    pub output_gate: bool,
+    /// Mamba-2 layers.
+    pub mamba: Option<Mamba>,
+    /// Gated delta net layers.
+    pub gdn: Option<Gdn>,
+    /// The kind of every layer, in hybrid models; it may go on behind the last layer of a model that was cut.
+    pub pattern: Vec<LayerKind>,
 }
 
 impl ModelConfig {
@@ -80,6 +96,10 @@ impl ModelConfig {
             qk_norm: false,
             moe: None,
             mla: None,
+            output_gate: false,
+            mamba: None,
+            gdn: None,
+            pattern: Vec::new(),
         };
         (family.description().fixed)(&mut config);
         config
@@ -122,6 +142,12 @@ impl ModelConfig {
         if let Some(mla) = &self.mla {
             mla.validate()?;
         }
+        if let Some(mamba) = &self.mamba {
+            mamba.validate()?;
+        }
+        if let Some(gdn) = &self.gdn {
+            gdn.validate()?;
+        }
         (self.family.description().check)(self)
     }
 
@@ -163,6 +189,16 @@ impl ModelConfig {
     #[allow(dead_code, reason = "no family described so far has latent attention")]
     pub(crate) fn mla(&self) -> Result<&Mla, TranslateError> {
         self.mla.as_ref().ok_or_else(|| self.missing("mla"))
+    }
+
+    /// The facts of Mamba layers: for families that have some.
+    pub(crate) fn mamba(&self) -> Result<&Mamba, TranslateError> {
+        self.mamba.as_ref().ok_or_else(|| self.missing("mamba"))
+    }
+
+    /// The facts of gated delta net layers: for families that have some.
+    pub(crate) fn gdn(&self) -> Result<&Gdn, TranslateError> {
+        self.gdn.as_ref().ok_or_else(|| self.missing("gdn"))
     }
 
     fn missing(&self, group: &'static str) -> TranslateError {

@@ -6,7 +6,9 @@ mod blocks;
 mod dense;
 mod gpt_oss;
 mod mixtral;
+mod nemotron_h;
 mod qwen3_moe;
+mod qwen3_next;
 
 use alloc::format;
 use alloc::string::String;
@@ -78,6 +80,12 @@ families! {
     /// `GptOssForCausalLM`: biases and attention sinks, routed experts in every layer. In bf16; its checkpoints in MXFP4
     /// are refused.
     GptOss = gpt_oss::GPT_OSS,
+    /// `NemotronHForCausalLM`: Mamba-2, attention and ungated MLPs, each a layer of its own.
+    NemotronH = nemotron_h::NEMOTRON_H,
+    /// `Qwen3NextForCausalLM`: gated delta nets and gated attention, experts.
+    Qwen3Next = qwen3_next::QWEN3_NEXT,
+    /// `Qwen3_5ForCausalLM`: the same with dense MLPs and other tensors in its checkpoint.
+    Qwen3_5 = qwen3_next::QWEN3_5,
 }
 
 impl Family {

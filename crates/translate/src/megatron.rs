@@ -1,9 +1,10 @@
 //! The trainer's side: what each Megatron-Core rank holds, as bands.
 //!
-//! Only plain tensors are described. What makes a parameter something else than its name says (FSDP shards, adapters,
-//! quantised parameter classes, interleaved GLU) must be refused where the tensors are collected: their shapes cannot
-//! tell.
+//! Only plain tensors are described. What makes a parameter something else than its name says (FSDP shards, quantised
+//! parameter classes, interleaved GLU) its shape cannot tell: have the trainer report [`TrainerFacts`] and check them
+//! before anything is published.
 
+mod facts;
 mod pipeline;
 mod rank;
 
@@ -19,6 +20,7 @@ use crate::roles::SourceCoords;
 use crate::slots::{Alternative, Layer, Place, Slots, SourceSlot};
 use crate::{ModelConfig, Side, TensorSpec, TranslateError};
 
+pub use facts::{ParamFacts, TrainerFacts};
 pub use pipeline::{Pipeline, Stages, stages};
 pub use rank::{SourceRank, TrainerSizes};
 
@@ -38,7 +40,7 @@ pub const IGNORED_SUFFIXES: &[&str] = &["._extra_state"];
 /// [`TranslateError::LayerRange`] and [`TranslateError::DuplicateLayer`] for impossible coordinates; the errors of
 /// [`SourceRole::megatron`](crate::roles::SourceRole::megatron) for sizes that clash; [`TranslateError::NoParams`],
 /// [`TranslateError::DuplicateParam`], [`TranslateError::MissingParam`], [`TranslateError::AmbiguousParam`],
-/// [`TranslateError::UntiedHead`], [`TranslateError::Shape`], [`TranslateError::Dtype`] and
+/// [`TranslateError::UntiedHead`], [`TranslateError::Shape`], [`TranslateError::Dtype`], [`TranslateError::Refused`] and
 /// [`TranslateError::UnknownParam`] for tensors that are not those of such a rank.
 pub fn layout(
     config: &ModelConfig,
@@ -59,6 +61,7 @@ pub(crate) fn lay_out(
     held: &[TensorSpec],
 ) -> Result<RankLayout, TranslateError> {
     let mut inventory = Inventory::new(Side::Megatron, rank.rank, held)?;
+    held.iter().try_for_each(|spec| facts::check_name(&spec.name))?;
     let mut layout = LayoutBuilder::new(rank.rank);
     let sets = sets(&inventory, slots, rank)?;
     for slot in slots {

@@ -6,11 +6,17 @@
 //!
 //! [`Over`] moves a role to the experts' groups, [`Stack`] puts one parameter per expert into one of all.
 
+mod blocks;
 mod column;
 mod coords;
 mod first_rank;
 mod gated_mlp;
+mod gated_qkv;
+mod gdn_conv;
+mod gdn_in_proj;
 mod interleaved_mlp;
+mod mamba_conv;
+mod mamba_in_proj;
 mod over;
 mod qkv;
 mod replicated;
@@ -28,7 +34,12 @@ pub use column::Column;
 pub use coords::{ExpertNames, Group, Placement, Shard, SourceCoords, TargetCoords};
 pub use first_rank::FirstRank;
 pub use gated_mlp::GatedMlp;
+pub use gated_qkv::GatedQkv;
+pub use gdn_conv::GdnConv;
+pub use gdn_in_proj::{GdnBa, GdnInProj, GdnLayout, GdnQkvz};
 pub use interleaved_mlp::InterleavedMlp;
+pub use mamba_conv::MambaConv;
+pub use mamba_in_proj::MambaInProj;
 pub use over::Over;
 pub use qkv::Qkv;
 pub use replicated::Replicated;

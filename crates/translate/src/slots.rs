@@ -68,7 +68,6 @@ impl Names {
     }
 
     /// These names with one that other releases use: taken where it is found, never expected.
-    #[allow(dead_code, reason = "no family described so far was renamed")]
     pub(crate) fn also(mut self, name: impl Into<Name>) -> Self {
         self.also.push(name.into());
         self
@@ -106,7 +105,6 @@ impl Facts {
     }
 
     /// Maps the parameter's elements.
-    #[allow(dead_code, reason = "no family described so far stores anything but logical values")]
     pub(crate) fn map(&mut self, map: ElementMap) -> &mut Self {
         self.map = map;
         self

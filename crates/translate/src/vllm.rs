@@ -3,6 +3,7 @@
 //! The layout is the one after vLLM has loaded a checkpoint and before any kernel has repacked it; for unquantised
 //! dense models on CUDA that is the live one. One pipeline stage.
 
+mod facts;
 mod rank;
 
 use alloc::vec;
@@ -15,6 +16,7 @@ use crate::roles::TargetCoords;
 use crate::slots::{Layer, Place, Slots, TargetSlot};
 use crate::{ModelConfig, Side, TensorSpec, TranslateError};
 
+pub use facts::{Device, EngineFacts, LayerFacts};
 pub use rank::{EngineSizes, TargetRank};
 
 /// The layout of an engine rank that holds these tensors.

@@ -64,7 +64,8 @@ struct Keys {
 }
 
 pub(super) fn read(text: &str) -> Result<ModelConfig, TranslateError> {
-    let json = Json::new(text);
+    let text = without_python_floats(text);
+    let json = Json::new(&text);
     let keys: Keys = json.keys()?;
     let family = family(&keys)?;
     if let Some(quantization) = &keys.quantization_config {
@@ -81,14 +82,50 @@ pub(super) fn read(text: &str) -> Result<ModelConfig, TranslateError> {
     let mut config = ModelConfig::new(family);
     config.dtype = dtype(&keys)?;
     config.hidden_size = required(keys.hidden_size, "hidden_size")?;
-    config.num_layers = required(keys.num_hidden_layers, "num_hidden_layers")?;
+    // Hybrid models may have a list of layers instead.
+    config.num_layers = keys.num_hidden_layers.unwrap_or(0);
     config.num_heads = required(keys.num_attention_heads, "num_attention_heads")?;
     config.vocab_size = required(keys.vocab_size, "vocab_size")?;
     // All families so far have `false` as their class default, so files may leave it out.
     config.tied = keys.tie_word_embeddings.unwrap_or(false);
     (family.description().read)(&json, &mut config)?;
+    if config.num_layers == 0 {
+        required(keys.num_hidden_layers, "num_hidden_layers")?;
+    }
     config.validate()?;
     Ok(config)
+}
+
+/// Python writes floats that JSON has no words for, as in the time step limits of Mamba: here they become null.
+fn without_python_floats(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    // Between quotes, every second piece: none of a quote that is escaped.
+    let (mut rest, mut quoted) = (text, false);
+    while !rest.is_empty() {
+        let end = if quoted { string_end(rest) } else { rest.find('"').unwrap_or(rest.len()) };
+        let (piece, more) = rest.split_at(end);
+        if quoted {
+            plain += piece;
+        } else {
+            let piece = piece.replace("-Infinity", "null").replace("Infinity", "null");
+            plain += &piece.replace("NaN", "null");
+        }
+        let mut after = more.chars();
+        plain.extend(after.next());
+        (rest, quoted) = (after.as_str(), !quoted);
+    }
+    plain
+}
+
+/// Where a string ends whose first quote is behind us.
+fn string_end(text: &str) -> usize {
+    let mut escaped = false;
+    let closing = |&(_, char): &(usize, char)| {
+        let closes = char == '"' && !escaped;
+        escaped = char == '\\' && !escaped;
+        closes
+    };
+    text.char_indices().find(closing).map_or(text.len(), |(at, _)| at)
 }
 
 /// The architecture says more than the model type: a reward model has its model type but another head.

@@ -5,7 +5,7 @@
 pub(super) mod experts;
 
 use crate::ModelConfig;
-use crate::roles::{GatedMlp, Qkv, Replicated, Row, Vocab};
+use crate::roles::{GatedMlp, GatedQkv, Qkv, Replicated, Row, Vocab};
 use crate::slots::{Slots, te};
 
 /// The embedding's logical name.
@@ -22,9 +22,6 @@ pub(super) fn embedding(config: &ModelConfig, slots: &mut Slots) {
 }
 
 /// The final norm and the head.
-///
-/// A tied head is the embedding under another name. The trainer holds a copy of it on the last stage when there are
-/// several; the embedding's own stage is the one that is read.
 pub(super) fn head(config: &ModelConfig, slots: &mut Slots) {
     slots.pair(
         norm(config.hidden_size),
@@ -32,9 +29,17 @@ pub(super) fn head(config: &ModelConfig, slots: &mut Slots) {
         "decoder.final_layernorm.weight",
         "model.norm.weight",
     );
+    lm_head(config, EMBEDDING, slots);
+}
+
+/// The head, of a model whose embedding is called `embedding`.
+///
+/// A tied head is the embedding under another name. The trainer holds a copy of it on the last stage when there are
+/// several; the embedding's own stage is the one that is read.
+pub(super) fn lm_head(config: &ModelConfig, embedding: &'static str, slots: &mut Slots) {
     let (megatron, vllm) = ("output_layer.weight", "lm_head.weight");
     if config.tied {
-        slots.pair(vocab(config), [EMBEDDING], megatron, vllm).copy();
+        slots.pair(vocab(config), [embedding], megatron, vllm).copy();
     } else {
         slots.pair(vocab(config), ["lm_head.weight"], megatron, vllm);
     }
@@ -50,12 +55,15 @@ pub(super) fn attention(config: &ModelConfig, slots: &mut Slots) {
         te("self_attention.linear_qkv.layer_norm_weight").local("input_layernorm.weight"),
         "input_layernorm.weight",
     );
-    slots.pair(
-        qkv(config, Some(hidden)),
-        ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
-        "self_attention.linear_qkv.weight",
-        "self_attn.qkv_proj.weight",
-    );
+    let logical = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"];
+    let (megatron, vllm) = ("self_attention.linear_qkv.weight", "self_attn.qkv_proj.weight");
+    let role = qkv(config, Some(hidden));
+    if config.output_gate {
+        let Qkv { heads, kv_heads, head_dim, cols } = role;
+        slots.pair(GatedQkv { heads, kv_heads, head_dim, cols }, logical, megatron, vllm);
+    } else {
+        slots.pair(role, logical, megatron, vllm);
+    }
     slots.pair(
         Row { rows: hidden, what: "num_attention_heads * head_dim", cols: heads },
         ["self_attn.o_proj.weight"],

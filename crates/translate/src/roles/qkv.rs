@@ -39,7 +39,7 @@ const ROWS: &str = "(num_attention_heads + 2 * num_key_value_heads) * head_dim";
 
 impl Qkv {
     /// Refuses heads that cannot be grouped, and sizes that neither framework takes.
-    fn check(&self, tp: &Shard) -> Result<(), TranslateError> {
+    pub(super) fn check(&self, tp: &Shard) -> Result<(), TranslateError> {
         let sizes = [(HEADS, self.heads), (KV_HEADS, self.kv_heads), ("head_dim", self.head_dim)];
         if let Some((what, _)) = sizes.into_iter().find(|(_, size)| *size == 0) {
             return Err(TranslateError::Zero { what });

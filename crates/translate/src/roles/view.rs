@@ -89,6 +89,17 @@ impl View {
         self
     }
 
+    /// This view of channels in the shape of a depthwise convolution of this width, `[rows, 1, kernel]`; unchanged for
+    /// the bias, which has none.
+    #[must_use]
+    pub fn depthwise(self, kernel: Option<u64>) -> Self {
+        let rows = self.rows;
+        match kernel {
+            Some(kernel) => self.shaped(vec![rows, 1, kernel]),
+            None => self,
+        }
+    }
+
     /// This view with one more range of rows that must be zero; an empty one changes nothing.
     #[must_use]
     pub fn zero(mut self, rows: Range<u64>) -> Self {
