@@ -21,7 +21,7 @@ use crate::sizes::{SourceSizes, TargetSizes};
 pub(crate) struct Args {
     #[arg(long, default_value = "qwen3-4b", help = model::help())]
     config: String,
-    /// Trainer sizes
+    /// Trainer sizes; what is not said is 1, etp too, although Megatron's own default for it is tp
     #[arg(long, default_value = "tp=4,pp=1", value_name = SourceSizes::SHAPE)]
     source: SourceSizes,
     /// Engine sizes

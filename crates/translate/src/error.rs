@@ -5,6 +5,8 @@ use core::fmt;
 
 use refit_planner::{Dtype, LayoutError};
 
+use crate::Refusal;
+
 /// Which side of a refit an error is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Side {
@@ -326,6 +328,9 @@ pub enum TranslateError {
         /// Names given.
         got: usize,
     },
+    /// A trainer that is refused although its names and shapes are those of the model.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
     /// The bands are not a legal layout.
     #[error(transparent)]
     Layout(#[from] LayoutError),

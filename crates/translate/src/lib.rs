@@ -81,7 +81,8 @@
 //! # Architecture invariants
 //!
 //! - Layouts are checked against what the frameworks report, never assumed: a tensor that no slot knows, a slot
-//!   without its tensor, or a shape that the sizes do not give is an error that names it.
+//!   without its tensor, or a shape that the sizes do not give is an error that names it. What names and shapes cannot
+//!   show is reported ([`megatron::TrainerFacts`], [`vllm::EngineFacts`]) and refused for a [`Reason`].
 //! - Nothing here has seen a pointer, a file or a process: `no_std`, no unsafe, no hash map. Equal inputs give equal
 //!   layouts.
 //! - No input from outside panics or overflows.
@@ -126,6 +127,7 @@ mod error;
 mod families;
 mod inventory;
 mod post;
+mod refusal;
 mod slots;
 mod spec;
 
@@ -138,4 +140,5 @@ pub use config::{Gdn, LayerKind, Mamba, Mla, ModelConfig, Moe};
 pub use error::{Side, TranslateError};
 pub use families::Family;
 pub use post::{PostAction, TargetLayout};
+pub use refusal::{Reason, Refusal};
 pub use spec::TensorSpec;

@@ -3,10 +3,11 @@
 //! Only plain tensors are described, and parameters in blockwise FP8 as two of them: the elements under the parameter's
 //! name (Transformer Engine's `rowwise_data`, e4m3 or its bytes) and under the same name with `_scale_inv` the scales
 //! (`rowwise_scale_inv`, f32, `[ceil(rows / 128), ceil(columns / 128)]`, the latter as it is or rounded up to a multiple
-//! of 4). What makes a parameter something else than its name says (FSDP shards, adapters,
-//! quantised parameter classes, interleaved GLU) must be refused where the tensors are collected: their shapes cannot
-//! tell.
+//! of 4). What makes a parameter something else than its name says (FSDP shards, other quantised parameter classes,
+//! interleaved GLU) its shape cannot tell: have the trainer report [`TrainerFacts`] and check them before anything is
+//! published.
 
+mod facts;
 mod pipeline;
 mod rank;
 
@@ -23,6 +24,7 @@ use crate::roles::SourceCoords;
 use crate::slots::{Alternative, Layer, Place, Slots, SourceSlot};
 use crate::{ModelConfig, Side, TensorSpec, TranslateError};
 
+pub use facts::{ParamFacts, TrainerFacts};
 pub use pipeline::{Pipeline, Stages, stages};
 pub use rank::{SourceRank, TrainerSizes};
 
@@ -42,7 +44,7 @@ pub const IGNORED_SUFFIXES: &[&str] = &["._extra_state"];
 /// [`TranslateError::LayerRange`] and [`TranslateError::DuplicateLayer`] for impossible coordinates; the errors of
 /// [`SourceRole::megatron`](crate::roles::SourceRole::megatron) for sizes that clash; [`TranslateError::NoParams`],
 /// [`TranslateError::DuplicateParam`], [`TranslateError::MissingParam`], [`TranslateError::AmbiguousParam`],
-/// [`TranslateError::UntiedHead`], [`TranslateError::Shape`], [`TranslateError::Dtype`] and
+/// [`TranslateError::UntiedHead`], [`TranslateError::Shape`], [`TranslateError::Dtype`], [`TranslateError::Refused`] and
 /// [`TranslateError::UnknownParam`] for tensors that are not those of such a rank.
 pub fn layout(
     config: &ModelConfig,
@@ -63,6 +65,7 @@ pub(crate) fn lay_out(
     held: &[TensorSpec],
 ) -> Result<RankLayout, TranslateError> {
     let mut inventory = Inventory::new(Side::Megatron, rank.rank, held)?;
+    held.iter().try_for_each(|spec| facts::check_name(&spec.name))?;
     let mut layout = LayoutBuilder::new(rank.rank);
     let sets = sets(&inventory, slots, rank)?;
     for slot in slots {

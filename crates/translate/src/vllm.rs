@@ -3,6 +3,7 @@
 //! The layout is the one after vLLM has loaded a checkpoint and before any kernel has repacked it; for unquantised
 //! dense models on CUDA that is the live one. One pipeline stage.
 
+mod facts;
 mod rank;
 
 use alloc::collections::BTreeMap;
@@ -19,6 +20,7 @@ use crate::roles::TargetCoords;
 use crate::slots::{Layer, Place, Slots, TargetSlot};
 use crate::{ModelConfig, PostAction, Side, TargetLayout, TensorSpec, TranslateError};
 
+pub use facts::{Device, EngineFacts, LayerFacts};
 pub use rank::{EngineModel, EngineSizes, TargetRank};
 
 /// The layout of an engine rank that holds these tensors.

@@ -19,6 +19,7 @@ use refit::planner::LowerOptions;
 
 use self::protocol::{Command, Mode, RankReport, Reply};
 use self::rank::RankSetup;
+pub(crate) use self::table::machine;
 use self::table::{Cycle, PairResult, Run};
 use self::workers::{Launcher, Worker};
 use crate::error::CliError;
@@ -40,7 +41,8 @@ pub(crate) struct Args {
     /// Decoder layers to keep of the model (default: as many as half of the free memory holds)
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     layers: Option<u32>,
-    /// Trainer sizes (with neither side given: TP 1 -> 1, 2 -> 2, 2 -> 1 and 4 -> 2 in turn)
+    /// Trainer sizes; what is not said is 1, etp too, although Megatron's own default for it is tp (with neither side
+    /// given: TP 1 -> 1, 2 -> 2, 2 -> 1 and 4 -> 2 in turn)
     #[arg(long, value_name = SourceSizes::SHAPE)]
     source: Option<SourceSizes>,
     /// Engine sizes (default, where the trainer's are given: tp=1)

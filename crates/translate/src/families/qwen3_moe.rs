@@ -2,7 +2,7 @@
 
 use super::blocks::experts::{self, Experts};
 use super::{Description, blocks, dense};
-use crate::slots::{Layer, Place, Slots};
+use crate::slots::{Layer, Slots};
 use crate::{ModelConfig, TranslateError};
 
 pub(super) const QWEN3_MOE: Description = Description {
@@ -29,13 +29,7 @@ fn layer(config: &ModelConfig, layer: Layer, slots: &mut Slots) -> Result<(), Tr
     blocks::attention(config, slots);
     let moe = config.moe()?;
     if moe.has_experts(layer.global) {
-        if let Place::Target(at) = slots.place()
-            && at.tp.size() > moe.experts
-        {
-            let what = "vllm tp_size beyond the number of experts";
-            let why = "vLLM's class of this family refuses it";
-            return Err(TranslateError::Combination { what, why });
-        }
+        experts::fewer_ranks(moe, slots)?;
         Experts::MLP.slots(config, slots)
     } else {
         blocks::mlp(config, slots);

@@ -8,7 +8,7 @@
 
 use refit_planner::{Dtype, ElementMap};
 
-use super::blocks::experts::{Experts, Shared};
+use super::blocks::experts::{self, Experts, Shared};
 use super::{Description, blocks};
 use crate::roles::{Column, GdnBa, GdnConv, GdnInProj, GdnLayout, GdnQkvz, Row};
 use crate::slots::{Layer, Slots, te};
@@ -76,7 +76,8 @@ fn layer(config: &ModelConfig, layer: Layer, slots: &mut Slots) -> Result<(), Tr
     mixer(config, GdnLayout::Interleaved, layer, slots)?;
     let moe = config.moe()?;
     if moe.has_experts(layer.global) {
-        experts(moe).slots(config, slots)
+        experts::fewer_ranks(moe, slots)?;
+        shared(moe).slots(config, slots)
     } else {
         blocks::mlp(config, slots);
         Ok(())
@@ -98,7 +99,7 @@ fn mixer(
 }
 
 /// Those of a layer; the expert that every token visits, if there is one, is weighed.
-fn experts(moe: &Moe) -> Experts {
+fn shared(moe: &Moe) -> Experts {
     let shared = Shared { module: "shared_expert", gate: Some("shared_expert_gate") };
     Experts { shared: moe.shared_intermediate_size.map(|_| shared), ..Experts::MLP }
 }

@@ -160,6 +160,21 @@ pub(crate) fn routed_only(config: &ModelConfig) -> Result<&Moe, TranslateError> 
     Ok(moe)
 }
 
+/// Refuses engines that have more tensor-parallel ranks than experts, for families whose class in vLLM does.
+///
+/// # Errors
+/// [`TranslateError::Combination`].
+pub(crate) fn fewer_ranks(moe: &Moe, slots: &Slots) -> Result<(), TranslateError> {
+    if let Place::Target(at) = slots.place()
+        && at.tp.size() > moe.experts
+    {
+        let what = "vllm tp_size beyond the number of experts";
+        let why = "vLLM's class of this family refuses it";
+        return Err(TranslateError::Combination { what, why });
+    }
+    Ok(())
+}
+
 /// A parameter that every routed expert has: on the trainer's side one per local expert, on the engine's one of all
 /// local experts.
 #[derive(Clone, Copy, Debug)]
