@@ -1,6 +1,7 @@
 //! Mixtral: Mistral's attention, routed experts in every layer.
 //!
-//! The engine's names are those of vLLM 0.32, whose class was read; the trainer's are Megatron-Core's own.
+//! Both sides were read, not compared with bytes: the engine's names in vLLM 0.32's class; the trainer's, and which of `w1`,
+//! `w3` and `w2` is what, in Megatron-LM's loader of Mixtral checkpoints.
 
 use super::blocks::experts::{self, Experts};
 use super::{Description, blocks, dense};
