@@ -1,4 +1,4 @@
-//! Shared by the benches: the layouts of a Qwen3-4B-shaped model, and agents in one process.
+//! Shared by the benches: layouts of models by name, and agents in one process.
 
 #![allow(
     clippy::missing_panics_doc,
@@ -16,6 +16,7 @@ use refit::translate::{Family, ModelConfig};
 use refit::transport::local::{LocalTransport, Network};
 use refit::transport::{TransportPool, TransportRegistrar};
 use refit::{Publication, Source, Target, TargetOptions, allocate};
+use refit_cli::synthetic::{self, Sharding};
 
 /// NIXL over host memory, as its transport describes itself.
 pub const CAPABILITIES: Capabilities = Capabilities {
@@ -38,6 +39,27 @@ pub fn qwen3_4b(layers: u32) -> ModelConfig {
     config.vocab_size = 151_936;
     config.tied = true;
     config
+}
+
+/// Llama-3.1-70B.
+#[must_use]
+pub fn llama_70b() -> ModelConfig {
+    let mut config = ModelConfig::new(Family::Llama);
+    config.hidden_size = 8192;
+    config.intermediate_size = 28_672;
+    config.num_layers = 80;
+    config.num_heads = 64;
+    config.num_kv_heads = 8;
+    config.head_dim = 128;
+    config.vocab_size = 128_256;
+    config
+}
+
+/// One of so many ranks of a side that holds Kimi-K2 with TP8 and EP32.
+#[must_use]
+pub fn kimi_k2(ranks: u32, rank: u32) -> RankLayout {
+    let sharding = Sharding { ranks, tp: 8, ep: 32 };
+    synthetic::layout(&synthetic::KIMI_K2, sharding, rank).unwrap()
 }
 
 /// Every trainer rank's layout.

@@ -3,10 +3,13 @@
 #![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
 
 use refit::planner::{
-    Capabilities, LowerOptions, Mode, Plan, PlanOptions, Policy, RankLayout, SourceLayout, lower,
-    plan,
+    Capabilities, LowerOptions, Mode, Param, Plan, PlanOptions, Policy, RankLayout, SourceLayout,
+    lower, plan,
 };
+use refit_cli::synthetic::{self, Moe, Sharding};
+use refit_tests::execute::{self, Sources};
 use refit_tests::models::{self, plan_of, qwen3_4b};
+use refit_tests::{landing, oracle};
 
 const HOST: Capabilities = Capabilities {
     strided_reads: false,
@@ -89,7 +92,7 @@ fn data_parallel_copies_share_the_load() {
     for target in models::target(&config, 2) {
         let plan = plan(&source, &target, &PlanOptions::default()).unwrap();
         let loads = plan.bytes_by_source();
-        let largest = target.params().iter().map(refit::planner::Param::bytes).max().unwrap();
+        let largest = target.params().iter().map(Param::bytes).max().unwrap();
         let (most, least) = (loads.values().max().unwrap(), loads.values().min().unwrap());
         assert_eq!(loads.len(), copies as usize, "{loads:?}");
         assert!(most - least <= largest, "{loads:?}");
@@ -159,4 +162,72 @@ fn a_change_that_moves_a_byte_changes_the_hash() {
         &PlanOptions::default(),
     );
     assert_eq!(again.unwrap().hash(), base.hash());
+}
+
+/// Small enough for the oracle; otherwise a mixture of experts like any.
+const TINY_MOE: Moe = Moe {
+    layers: 3,
+    dense_layers: 1,
+    hidden: 8,
+    heads: 8,
+    q_rank: 6,
+    kv_rank: 5,
+    nope: 2,
+    rope: 1,
+    value: 2,
+    dense_inner: 16,
+    expert_inner: 8,
+    experts: 12,
+    vocab: 24,
+};
+
+fn moe(sharding: Sharding) -> Vec<RankLayout> {
+    (0..sharding.ranks).map(|rank| synthetic::layout(&TINY_MOE, sharding, rank).unwrap()).collect()
+}
+
+#[test]
+fn experts_move_between_any_sizes() {
+    let sizes = [(16, 8, 4), (12, 4, 12), (12, 2, 3), (8, 8, 1), (6, 1, 6), (1, 1, 1)]
+        .map(|(ranks, tp, ep)| Sharding { ranks, tp, ep });
+    for source in sizes {
+        let layouts = moe(source);
+        let joined = SourceLayout::new(&layouts).unwrap();
+        let sources: Sources =
+            layouts.iter().map(|layout| (layout.rank(), oracle::buffers(layout))).collect();
+        for target in sizes {
+            for layout in moe(target) {
+                let plan = plan(&joined, &layout, &PlanOptions::default()).unwrap();
+                let wanted = oracle::buffers(&layout);
+                assert_eq!(execute::plan(&plan, &sources), wanted, "{source:?} -> {target:?}");
+                let program = lower(&plan, &HOST, &LowerOptions::default()).unwrap();
+                assert_eq!(landing::program(&program, &sources), wanted);
+            }
+        }
+    }
+}
+
+/// A target of equal sizes reads every parameter as one piece, from the ranks that hold its experts and no other;
+/// all targets together ask all sources alike.
+#[test]
+fn many_copies_share_the_load_of_many_targets() {
+    let source = moe(Sharding { ranks: 64, tp: 4, ep: 4 });
+    let joined = SourceLayout::new(&source).unwrap();
+    let reversed = SourceLayout::new(source.iter().rev()).unwrap();
+    let targets = moe(Sharding { ranks: 32, tp: 4, ep: 4 });
+    let mut asked = std::collections::BTreeMap::<u32, u64>::new();
+    for target in &targets {
+        let plan = plan(&joined, target, &PlanOptions::default()).unwrap();
+        assert_eq!(plan.segments().len(), target.params().len());
+        let options = PlanOptions::default();
+        assert_eq!(plan, refit::planner::plan(&reversed, target, &options).unwrap());
+        for (rank, bytes) in plan.bytes_by_source() {
+            assert_eq!(rank % 4, target.rank() % 4);
+            *asked.entry(rank).or_default() += bytes;
+        }
+    }
+    let largest = targets[0].params().iter().map(Param::bytes).max().unwrap();
+    assert_eq!(asked.len(), 64);
+    let (most, least) = (asked.values().max().unwrap(), asked.values().min().unwrap());
+    // Eight targets share sixteen copies, each evenly but for one parameter.
+    assert!(most - least <= 8 * largest, "{asked:?}");
 }

@@ -2,11 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
 
+use proptest::collection::vec;
 use proptest::prelude::*;
 use refit::planner::{
-    Band, Capabilities, Destination, Dtype, ElementMap, LayoutBuilder, LowerOptions, Mode, Param,
-    Plan, PlanError, PlanOptions, Policy, RankLayout, Replicas, SourceLayout, Transform, lower,
-    plan,
+    Band, Capabilities, Destination, Dtype, ElementMap, LayoutBuilder, LayoutError, LowerOptions,
+    Mode, Param, Plan, PlanError, PlanOptions, Policy, RankLayout, Replicas, SourceLayout,
+    Transform, lower, plan,
 };
 use refit_tests::execute::{self, Sources};
 use refit_tests::strategies::{Model, model};
@@ -136,19 +137,96 @@ proptest! {
     }
 
     #[test]
-    fn replicas_share_the_load(params in proptest::collection::vec(1u64..200, 1..40), copies in 2u32..6) {
-        let ranks = (0..copies).map(|rank| replicated(rank, &params)).collect();
+    fn replicas_share_the_load(params in vec(1u64..200, 1..40), copies in 2u32..6, target in any::<u32>()) {
+        let ranks: Vec<_> = (0..copies).map(|rank| replicated(rank, &params)).collect();
         let joined = SourceLayout::new(ranks).unwrap();
-        let plan = plan(&joined, &replicated(0, &params), &PlanOptions::default()).unwrap();
+        let plan = plan(&joined, &replicated(target, &params), &PlanOptions::default()).unwrap();
         let loads = plan.bytes_by_source();
+        let least = (0..copies).map(|rank| loads.get(&rank).copied().unwrap_or(0)).min().unwrap();
         let most = loads.values().max().unwrap();
-        let least = if loads.len() < copies as usize { 0 } else { *loads.values().min().unwrap() };
+        // Within one tensor of even; an element has two bytes.
         prop_assert!(most - least <= 2 * params.iter().max().unwrap(), "{loads:?}");
+    }
+
+    /// Shards that some ranks hold and norms that all hold: over the copies that may be chosen, which are the ranks
+    /// that are met anyway.
+    #[test]
+    fn replicas_of_shards_share_the_load(
+        params in vec((1u64..50, any::<bool>()), 1..40), shards in 1u32..4, copies in 1u32..5, target in any::<u32>(),
+    ) {
+        let ranks: Vec<_> =
+            (0..shards * copies).map(|rank| sharded(rank, rank % shards, shards, &params)).collect();
+        let joined = SourceLayout::new(ranks).unwrap();
+        let wanted = sharded(target, target % shards, shards, &params);
+        let plan = plan(&joined, &wanted, &PlanOptions::default()).unwrap();
+        let loads = plan.bytes_by_source();
+        let any_shard = params.iter().any(|(_, replicated)| !replicated);
+        let may_be_asked: Vec<u32> = (0..shards * copies)
+            .filter(|rank| !any_shard || rank % shards == target % shards)
+            .collect();
+        prop_assert!(loads.keys().all(|rank| may_be_asked.contains(rank)), "{loads:?}");
+        let load = |rank: &u32| loads.get(rank).copied().unwrap_or(0);
+        let (most, least) =
+            (may_be_asked.iter().map(load).max().unwrap(), may_be_asked.iter().map(load).min().unwrap());
+        let largest = wanted.params().iter().map(Param::bytes).max().unwrap();
+        prop_assert!(most - least <= largest, "{loads:?}");
+    }
+
+    /// A tensor that is read whole from one copy, by targets as a parallel group numbers them.
+    #[test]
+    fn targets_begin_at_different_copies(copies in 2u32..33, stride in 1u32..300, first in 0u32..1000) {
+        let ranks: Vec<_> = (0..copies).map(|rank| replicated(rank, &[1])).collect();
+        let joined = SourceLayout::new(ranks).unwrap();
+        let mut asked = std::collections::BTreeMap::<u32, u32>::new();
+        for target in (0..16 * copies).map(|number| first + stride * number) {
+            let plan = plan(&joined, &replicated(target, &[1]), &PlanOptions::default()).unwrap();
+            *asked.entry(plan.sources()[0].rank).or_default() += 1;
+        }
+        prop_assert_eq!(asked.len(), copies as usize, "{:?}", asked);
+        prop_assert!(asked.values().all(|&times| times <= 3 * 16), "{:?}", asked);
+    }
+
+    #[test]
+    fn what_one_source_parameter_holds_is_read_from_one_rank(copies in 1u32..9, target in any::<u32>()) {
+        // A gate above an up projection on every rank: one run of bytes, as long as no other copy comes between.
+        let fused = |rank: u32| {
+            let mut builder = LayoutBuilder::new(rank);
+            let gate = builder.tensor("gate", 8, 4).unwrap();
+            let up = builder.tensor("up", 8, 4).unwrap();
+            let bands = [Band::new(gate, 0..8, 0..4), Band::new(up, 0..8, 0..4).at(8, 0)];
+            builder.param(Param::new("gate_up", Dtype::Bf16, 16, 4).bands(bands)).unwrap();
+            builder.build()
+        };
+        let joined = SourceLayout::new((0..copies).map(fused)).unwrap();
+        let plan = plan(&joined, &fused(target), &PlanOptions::default()).unwrap();
+        prop_assert_eq!(plan.segments().len(), 1);
+    }
+
+    /// Ranks are grouped by what they hold; a plan must not depend on how.
+    #[test]
+    fn copies_that_differ_elsewhere_are_copies_all_the_same(model in model()) {
+        let extra = |layout: &RankLayout| {
+            let mut changed = rebuilder(layout, 0);
+            let own = format!("only.on.{}", layout.rank());
+            let id = changed.tensor(&own, 1, 1).unwrap();
+            changed.param(Param::new(own, Dtype::U8, 1, 1).band(Band::new(id, 0..1, 0..1))).unwrap();
+            changed.build()
+        };
+        let apart = SourceLayout::new(model.source.iter().map(extra)).unwrap();
+        for target in &model.target {
+            let options = PlanOptions::default().with_replicas(Replicas::Lowest);
+            let together = plan(&source(&model), target, &options).unwrap();
+            prop_assert_eq!(plan(&apart, target, &options).unwrap(), together);
+        }
     }
 }
 
 /// The same layout, its parameters and bands added in another order.
 fn rebuilt(layout: &RankLayout, seed: u64) -> RankLayout {
+    rebuilder(layout, seed).build()
+}
+
+fn rebuilder(layout: &RankLayout, seed: u64) -> LayoutBuilder {
     let mut builder = LayoutBuilder::new(layout.rank());
     let mut tensors: Vec<_> = layout.tensors().iter().collect();
     let mut params: Vec<_> = layout.params().iter().collect();
@@ -179,15 +257,24 @@ fn rebuilt(layout: &RankLayout, seed: u64) -> RankLayout {
         }
         builder.param(copy).unwrap();
     }
-    builder.build()
+    builder
 }
 
+/// Vectors of these lengths, all of them.
 fn replicated(rank: u32, rows: &[u64]) -> RankLayout {
+    let params: Vec<_> = rows.iter().map(|&rows| (rows, true)).collect();
+    sharded(rank, 0, 1, &params)
+}
+
+/// One vector per length: all of it, or, of this length on each of `shards` ranks, the part number `shard`.
+fn sharded(rank: u32, shard: u32, shards: u32, params: &[(u64, bool)]) -> RankLayout {
     let mut builder = LayoutBuilder::new(rank);
-    for (index, &rows) in rows.iter().enumerate() {
-        let name = format!("norm.{index}");
-        let id = builder.tensor(&name, rows, 1).unwrap();
-        let band = Band::new(id, 0..rows, 0..1);
+    for (index, &(rows, replicated)) in params.iter().enumerate() {
+        let name = format!("param.{index}");
+        let (shard, shards) =
+            if replicated { (0, 1) } else { (u64::from(shard), u64::from(shards)) };
+        let id = builder.tensor(&name, rows * shards, 1).unwrap();
+        let band = Band::new(id, shard * rows..(shard + 1) * rows, 0..1);
         builder.param(Param::new(name, Dtype::Bf16, rows, 1).band(band)).unwrap();
     }
     builder.build()
@@ -283,4 +370,19 @@ fn a_layout_written_before_there_were_maps_is_read() {
         "at_col":0,"row_step":1}],"fills":[]}]}"#;
     let layout: RankLayout = serde_json::from_str(text).unwrap();
     assert_eq!(layout, single(Dtype::Bf16, ElementMap::Identity));
+}
+
+#[test]
+fn what_no_memory_holds_is_refused() {
+    let mut builder = LayoutBuilder::new(3);
+    let half = 1 << 62;
+    builder.param(Param::new("a", Dtype::U8, half, 1).fill(0..half, 0..1)).unwrap();
+    let error = builder.param(Param::new("b", Dtype::U8, half, 1).fill(0..half, 0..1)).unwrap_err();
+    assert!(matches!(&error, LayoutError::TooLarge { rank: 3, name } if &**name == "b"), "{error}");
+    // What fits is planned: nothing overflows on the way.
+    builder.param(Param::new("b", Dtype::U8, half - 1, 1).fill(0..half - 1, 0..1)).unwrap();
+    let target = builder.build();
+    let plan =
+        plan(&SourceLayout::new([&target]).unwrap(), &target, &PlanOptions::default()).unwrap();
+    assert_eq!(plan.coverage().filled_bytes, u64::MAX / 2);
 }

@@ -5,9 +5,12 @@
 #![forbid(unsafe_code)]
 
 pub mod case;
+pub mod synthetic;
 
 mod bench;
+mod bench_plan;
 mod error;
+mod memory;
 mod model;
 mod plan;
 mod sizes;
@@ -34,6 +37,8 @@ enum Command {
     Verify(verify::Args),
     /// Refit a model between processes and print where the time goes
     Bench(bench::Args),
+    /// Plan jobs of the size of clusters and print what planning costs
+    BenchPlan(bench_plan::Args),
     /// One rank of a bench; started by `refit bench`, spoken to over its standard input
     #[command(hide = true)]
     BenchRank(bench::RankArgs),
@@ -46,6 +51,7 @@ pub fn main() -> ExitCode {
         Command::Plan(args) => plan::run(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::BenchPlan(args) => bench_plan::run(&args),
         Command::BenchRank(args) => bench::run_rank(&args),
     };
     outcome.unwrap_or_else(|error| {

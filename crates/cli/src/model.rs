@@ -15,6 +15,7 @@ use crate::sizes::{SourceSizes, TargetSizes};
 pub(crate) const PRESETS: &[(&str, &str)] = &[
     ("qwen3-4b", include_str!("../presets/qwen3-4b.json")),
     ("llama-3.1-8b", include_str!("../presets/llama-3.1-8b.json")),
+    ("llama-3.1-70b", include_str!("../presets/llama-3.1-70b.json")),
     ("qwen2.5-7b", include_str!("../presets/qwen2.5-7b.json")),
     ("deepseek-v3", include_str!("../presets/deepseek-v3.json")),
     ("deepseek-v3-fp8", include_str!("../presets/deepseek-v3-fp8.json")),

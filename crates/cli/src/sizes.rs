@@ -1,4 +1,4 @@
-//! Parallel sizes as a person writes them: `tp=4,pp=1` for a trainer, `tp=2,ep` for an engine.
+//! Sizes as a person writes and reads them: `tp=4,pp=1` for a trainer, `tp=2,ep` for an engine, `1.5 GB`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -93,6 +93,16 @@ impl fmt::Display for SourceSizes {
             }
         }
         if mtp > 0 { write!(f, " MTP{mtp}") } else { Ok(()) }
+    }
+}
+
+/// Bytes as a person reads them.
+#[allow(clippy::cast_precision_loss, reason = "sizes for people")]
+pub(crate) fn bytes(bytes: u64) -> String {
+    match bytes {
+        0..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
+        _ => format!("{:.2} GB", bytes as f64 / 1e9),
     }
 }
 

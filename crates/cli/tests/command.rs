@@ -42,6 +42,51 @@ fn copy(case: &str) -> tempfile::TempDir {
 }
 
 #[test]
+fn bench_plan_measures_and_writes_what_it_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("plan.json");
+    let file = file.to_str().unwrap();
+    let output = refit(&["bench-plan", "--preset", "qwen3-4b", "--rounds", "2", "--json", file]);
+    let text = stdout(&output);
+    assert_eq!(output.status.code(), Some(0), "{text}{}", stderr(&output));
+    assert!(text.starts_with("qwen3-4b: TP4 -> TP2\n"), "{text}");
+    let written: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap();
+    let row = &written["rows"][0];
+    assert_eq!((written["rounds"].as_u64(), row["params"].as_u64()), (Some(2), Some(580)));
+    for number in ["index_s", "plan_s", "lower_s", "ns_per_param", "most_asked_of_mean"] {
+        assert!(row[number].as_f64().unwrap() > 0.0, "{number}: {row}");
+    }
+    // The embedding is tied: what both ranks read is the model, and a copy of its norms for one of them.
+    let wire = row["wire_bytes"].as_u64().unwrap();
+    assert!((8_044_000_000..8_046_000_000).contains(&wire), "{wire}");
+    assert!(row["peak_bytes"].as_u64().unwrap() > 1 << 20, "{row}");
+
+    let layouts = folder.path().join("layouts");
+    let output = refit(&[
+        "bench-plan",
+        "--preset",
+        "llama-70b-8to4",
+        "--layouts",
+        layouts.to_str().unwrap(),
+    ]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let read = |name: &str| -> serde_json::Value {
+        serde_json::from_str(&fs::read_to_string(layouts.join(name)).unwrap()).unwrap()
+    };
+    assert_eq!(read("sides.json")["source"]["layouts"], 8);
+    assert_eq!(read("source-7.json")["rank"], 7);
+    assert_eq!(read("target-3.json")["params"].as_array().unwrap().len(), 80 * 6 + 3);
+
+    let output = refit(&["bench-plan", "--preset", "gpt-2"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("kimi-k2-256x128"), "{}", stderr(&output));
+    let output = refit(&["bench-plan", "--json", "/nowhere/plan.json", "--preset", "qwen3-4b"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("cannot write /nowhere/plan.json"), "{}", stderr(&output));
+}
+
+#[test]
 fn verify_replays_golden_cases() {
     let output = refit(&[
         "verify",

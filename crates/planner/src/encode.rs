@@ -1,19 +1,28 @@
-//! The canonical encoding behind plan and program hashes: fixed field order, little-endian integers, every string
-//! and list length-prefixed, the format version in the derivation context. Never serde output, never `usize`.
+//! The canonical encoding behind hashes: fixed field order, little-endian integers, every string and list
+//! length-prefixed, the format version in the derivation context. Never serde output, never `usize`.
+
+use alloc::vec::Vec;
 
 use crate::Hash;
 use crate::dims::Dims;
 
-pub(crate) struct Encoder(blake3::Hasher);
+/// Enough for a hasher to work on many blocks at once, few enough to stay in a near cache.
+const BUFFERED: usize = 64 << 10;
+
+pub(crate) struct Encoder {
+    hasher: blake3::Hasher,
+    buffer: Vec<u8>,
+}
 
 impl Encoder {
     /// `context` names what is hashed and its format version; a change of the encoding must change it.
     pub(crate) fn new(context: &'static str) -> Self {
-        Self(blake3::Hasher::new_derive_key(context))
+        let hasher = blake3::Hasher::new_derive_key(context);
+        Self { hasher, buffer: Vec::with_capacity(BUFFERED) }
     }
 
     pub(crate) fn u64(&mut self, value: u64) {
-        self.0.update(&value.to_le_bytes());
+        self.append(&value.to_le_bytes());
     }
 
     pub(crate) fn len(&mut self, len: usize) {
@@ -22,7 +31,7 @@ impl Encoder {
 
     pub(crate) fn bytes(&mut self, bytes: &[u8]) {
         self.len(bytes.len());
-        self.0.update(bytes);
+        self.append(bytes);
     }
 
     pub(crate) fn dims(&mut self, dims: &Dims) {
@@ -34,7 +43,16 @@ impl Encoder {
         }
     }
 
-    pub(crate) fn finish(self) -> Hash {
-        Hash::new(*self.0.finalize().as_bytes())
+    pub(crate) fn finish(mut self) -> Hash {
+        self.hasher.update(&self.buffer);
+        Hash::new(*self.hasher.finalize().as_bytes())
+    }
+
+    fn append(&mut self, bytes: &[u8]) {
+        if self.buffer.len() + bytes.len() > BUFFERED {
+            self.hasher.update(&self.buffer);
+            self.buffer.clear();
+        }
+        self.buffer.extend_from_slice(bytes);
     }
 }

@@ -94,7 +94,9 @@ pub enum LayoutError {
         tensor: u32,
     },
     /// Sizes that no memory could have.
-    #[error("rank {rank}: the size of `{name}` does not fit in 63 bits")]
+    #[error(
+        "rank {rank}: the size of `{name}`, or of all parameters with it, does not fit in 63 bits"
+    )]
     TooLarge {
         /// The rank.
         rank: u32,

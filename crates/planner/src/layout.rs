@@ -5,7 +5,11 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::ops::Range;
 
-use crate::{Dtype, ElementMap, LayoutError};
+use crate::encode::Encoder;
+use crate::{Dtype, ElementMap, Hash, LayoutError};
+
+/// Only compared within one process.
+const DIGEST_CONTEXT: &str = "refit-planner layout";
 
 /// A logical tensor: the coordinate system that both sides share.
 ///
@@ -184,6 +188,8 @@ pub struct RankLayout {
     pub(crate) rank: u32,
     pub(crate) tensors: Vec<Tensor>,
     pub(crate) params: Vec<Param>,
+    /// Of everything but the rank: equal for ranks that hold the same.
+    pub(crate) digest: Hash,
 }
 
 impl RankLayout {
@@ -259,13 +265,15 @@ pub struct LayoutBuilder {
     tensors: Vec<Tensor>,
     ids: BTreeMap<Arc<str>, TensorId>,
     params: BTreeMap<Arc<str>, Param>,
+    /// Of all parameters.
+    bytes: u64,
 }
 
 impl LayoutBuilder {
     /// An empty layout for `rank`.
     #[must_use]
     pub fn new(rank: u32) -> Self {
-        Self { rank, tensors: Vec::new(), ids: BTreeMap::new(), params: BTreeMap::new() }
+        Self { rank, tensors: Vec::new(), ids: BTreeMap::new(), params: BTreeMap::new(), bytes: 0 }
     }
 
     /// Declares a logical tensor, or returns its number when it is declared already.
@@ -309,6 +317,11 @@ impl LayoutBuilder {
         if self.params.contains_key(&param.name) {
             return Err(LayoutError::DuplicateParam { rank: self.rank, param: param.name });
         }
+        let bytes = self.bytes.checked_add(param.bytes()).filter(|&bytes| bytes <= MAX_BYTES);
+        let Some(bytes) = bytes else {
+            return Err(LayoutError::TooLarge { rank: self.rank, name: param.name });
+        };
+        self.bytes = bytes;
         self.params.insert(param.name.clone(), param);
         Ok(self)
     }
@@ -342,7 +355,8 @@ impl LayoutBuilder {
             });
             param.fills.sort_unstable_by_key(|fill| (fill.rows.start, fill.cols.start));
         }
-        RankLayout { rank: self.rank, tensors, params }
+        let digest = digest(&tensors, &params);
+        RankLayout { rank: self.rank, tensors, params, digest }
     }
 
     fn check(&self, param: &Param) -> Result<(), LayoutError> {
@@ -401,6 +415,41 @@ impl LayoutBuilder {
         }
         Ok(())
     }
+}
+
+fn digest(tensors: &[Tensor], params: &[Param]) -> Hash {
+    let mut encoder = Encoder::new(DIGEST_CONTEXT);
+    encoder.len(tensors.len());
+    for tensor in tensors {
+        encoder.bytes(tensor.name.as_bytes());
+        encoder.u64(tensor.rows);
+        encoder.u64(tensor.cols);
+    }
+    encoder.len(params.len());
+    for param in params {
+        encoder.bytes(param.name.as_bytes());
+        encoder.bytes(param.dtype.name().as_bytes());
+        encoder.bytes(param.map.name().as_bytes());
+        encoder.u64(param.rows);
+        encoder.u64(param.cols);
+        encoder.len(param.bands.len());
+        for band in &param.bands {
+            encoder.u64(u64::from(band.tensor.0));
+            for number in [band.rows.start, band.rows.end, band.cols.start, band.cols.end] {
+                encoder.u64(number);
+            }
+            encoder.u64(band.at_row);
+            encoder.u64(band.at_col);
+            encoder.u64(band.row_step);
+        }
+        encoder.len(param.fills.len());
+        for FillBox { rows, cols } in &param.fills {
+            for number in [rows.start, rows.end, cols.start, cols.end] {
+                encoder.u64(number);
+            }
+        }
+    }
+    encoder.finish()
 }
 
 /// Nothing in memory is larger, and sums of two such sizes still fit in a `u64`.

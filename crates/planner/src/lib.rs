@@ -48,6 +48,7 @@ mod error;
 mod hash;
 mod layout;
 mod lower;
+mod names;
 mod plan;
 mod program;
 #[cfg(feature = "serde")]

@@ -11,11 +11,13 @@ use alloc::vec::Vec;
 
 use crate::encode::Encoder;
 use crate::layout::Param;
-use crate::source::Replica;
-use crate::{Dims, Dtype, Hash, PlanError, RankLayout, SourceLayout, Transform};
+use crate::source::Held;
+use crate::{Dims, Dtype, Hash, PlanError, RankLayout, SourceLayout, Tensor, Transform};
+
+use replicas::Chosen;
 
 /// Bump when the encoding or anything that decides segments changes; golden hashes change with it.
-const HASH_CONTEXT: &str = "refit-planner plan v1";
+const HASH_CONTEXT: &str = "refit-planner plan v2";
 
 /// Choices that the layouts leave open.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -38,9 +40,8 @@ impl PlanOptions {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Replicas {
-    /// The copy whose rank this plan has asked least so far, among ranks that it must or may read anyway; ties rotate
-    /// with the target's rank. Within one plan the load of full replicas stays within one shard of even; different
-    /// targets start at different copies.
+    /// The copy whose rank this plan has asked least so far, among ranks that it must or may read anyway; different
+    /// targets begin at different ones. Within one plan the load of full replicas stays within one parameter of even.
     #[default]
     Spread,
     /// The copy on the lowest rank.
@@ -229,82 +230,97 @@ pub fn plan(
     target: &RankLayout,
     options: &PlanOptions,
 ) -> Result<Plan, PlanError> {
-    let mut cuts = Vec::new();
+    let held = source.find(target.tensors());
+    same_shapes(target.tensors(), &held)?;
+    let mut cuts = Vec::with_capacity(target.params().len());
     let mut cuts_of_param = Vec::with_capacity(target.params().len());
     for param in target.params() {
         tiling::prove(param)?;
         let first = cuts.len();
         for band in &param.bands {
-            pieces::cut(source, target, param, band, &mut cuts)?;
+            let tensor = band.tensor.0 as usize;
+            pieces::cut(source, held[tensor], &target.tensors()[tensor], param, band, &mut cuts)?;
         }
         cuts_of_param.push(first..cuts.len());
     }
-    let chosen = replicas::choose(&cuts, source, options.replicas, target.rank());
+    let chosen = replicas::choose(&cuts, &cuts_of_param, source, options.replicas, target.rank());
+    let (sources, numbers) = used_sources(source, &chosen)?;
 
-    let mut used = UsedSources::default();
-    let mut segments = Vec::new();
+    let mut segments = Vec::with_capacity(cuts.len());
     let mut fills = Vec::new();
     let mut coverage = Coverage::default();
     for (index, (param, cuts_of_this)) in target.params().iter().zip(cuts_of_param).enumerate() {
         let index = u32::try_from(index).map_err(|_| PlanError::TooMany)?;
         let first = segments.len();
-        for (cut, &replica) in cuts[cuts_of_this.clone()].iter().zip(&chosen[cuts_of_this]) {
-            segments.push(cut.segment(source, replica, used.number(replica)?, index)?);
+        for cut in cuts_of_this {
+            let Chosen { owner, rank } = chosen[cut];
+            segments.push(cuts[cut].segment(source, owner, rank, numbers[cut], index)?);
         }
         coalesce::coalesce(&mut segments, first);
         fills.extend(param.fills.iter().map(|fill| pieces::fill(param, fill, index)));
 
+        // A layout's bytes fit in 63 bits; casts may need twice as many.
         let copied: u64 = segments[first..].iter().map(Segment::target_bytes).sum();
         coverage.copied_bytes += copied;
         coverage.target_bytes += param.bytes();
         coverage.filled_bytes += param.bytes() - copied;
-        coverage.needed_bytes += segments[first..].iter().map(Segment::source_bytes).sum::<u64>();
+        let needed = segments[first..].iter().map(Segment::source_bytes);
+        coverage.needed_bytes = needed.fold(coverage.needed_bytes, u64::saturating_add);
     }
     u32::try_from(segments.len()).map_err(|_| PlanError::TooMany)?;
 
-    let sources = used.finish(source, &mut segments);
     let targets: Arc<[TargetParam]> = target.params().iter().map(target_param).collect();
     let hash = hash(&sources, &targets, &segments, &fills);
     Ok(Plan { target_rank: target.rank(), sources, targets, segments, fills, coverage, hash })
+}
+
+/// Both sides describe the same tensors, as far as both hold them.
+fn same_shapes(wanted: &[Tensor], held: &[Option<&Held>]) -> Result<(), PlanError> {
+    for (wanted, held) in
+        wanted.iter().zip(held).filter_map(|(wanted, held)| Some((wanted, (*held)?)))
+    {
+        if (wanted.rows, wanted.cols) != (held.rows, held.cols) {
+            return Err(PlanError::TensorShape {
+                tensor: wanted.name.clone(),
+                target_rows: wanted.rows,
+                target_cols: wanted.cols,
+                source_rows: held.rows,
+                source_cols: held.cols,
+            });
+        }
+    }
+    Ok(())
 }
 
 fn target_param(param: &Param) -> TargetParam {
     TargetParam { name: param.name.clone(), dtype: param.dtype, bytes: param.bytes() }
 }
 
-/// Numbers the source parameters as they are first used; renumbers them canonically at the end.
-#[derive(Default)]
-struct UsedSources {
-    numbers: BTreeMap<(u32, u32), u32>,
-}
-
-impl UsedSources {
-    fn number(&mut self, replica: Replica) -> Result<u32, PlanError> {
-        let next = u32::try_from(self.numbers.len()).map_err(|_| PlanError::TooMany)?;
-        Ok(*self.numbers.entry((replica.rank, replica.param)).or_insert(next))
-    }
-
-    fn finish(self, source: &SourceLayout, segments: &mut [Segment]) -> Arc<[SourceParam]> {
-        let mut canonical: Vec<u32> = self.numbers.values().map(|_| 0).collect();
-        for (place, &number) in self.numbers.values().enumerate() {
-            // Fits: there are at most as many places as numbers handed out.
-            canonical[number as usize] = u32::try_from(place).unwrap_or(u32::MAX);
-        }
-        for segment in segments {
-            segment.source = canonical[segment.source as usize];
-        }
-        let params = self.numbers.keys().map(|&(rank, param)| {
-            let layout = &source.ranks()[rank as usize];
-            let param = &layout.params()[param as usize];
-            SourceParam {
-                rank: layout.rank(),
-                name: param.name.clone(),
-                dtype: param.dtype,
-                bytes: param.bytes(),
-            }
+/// The source parameters that are read, sorted by rank and name, and which of them is read by each of `chosen`.
+fn used_sources(
+    source: &SourceLayout,
+    chosen: &[Chosen<'_>],
+) -> Result<(Arc<[SourceParam]>, Vec<u32>), PlanError> {
+    // The parameters of a class are sorted by name.
+    let key = |chosen: &Chosen<'_>| (chosen.rank, chosen.owner.param);
+    let mut order: Vec<_> =
+        chosen.iter().enumerate().map(|(index, chosen)| (key(chosen), index)).collect();
+    order.sort_unstable();
+    let mut sources = Vec::new();
+    let mut numbers = alloc::vec![0; chosen.len()];
+    for same in order.chunk_by(|(a, _), (b, _)| a == b) {
+        let number = u32::try_from(sources.len()).map_err(|_| PlanError::TooMany)?;
+        same.iter().for_each(|&(_, index)| numbers[index] = number);
+        let Chosen { owner, rank } = chosen[same[0].1];
+        let param = source.param_of(owner);
+        sources.push(SourceParam {
+            rank,
+            name: param.name.clone(),
+            dtype: owner.dtype,
+            bytes: param.bytes,
         });
-        params.collect()
     }
+    Ok((sources.into(), numbers))
 }
 
 fn hash(

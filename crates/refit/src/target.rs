@@ -611,9 +611,7 @@ impl<T: Transport> Inner<T> {
         match self.planned.iter().position(known) {
             Some(index) => self.planned[..=index].rotate_right(1),
             None => {
-                let source = SourceLayout::new(
-                    publications.iter().map(|each| each.layout().clone()).collect(),
-                )?;
+                let source = SourceLayout::new(publications.iter().map(Publication::layout))?;
                 let plan = plan(&source, &self.layout, &self.options.plan)?;
                 let program =
                     Arc::new(lower(&plan, &self.transport.capabilities(), &self.options.lower)?);

@@ -19,6 +19,7 @@ use refit::planner::LowerOptions;
 
 use self::protocol::{Command, Mode, RankReport, Reply};
 use self::rank::RankSetup;
+pub(crate) use self::table::machine;
 use self::table::{Cycle, PairResult, Run};
 use self::workers::{Launcher, Worker};
 use crate::error::CliError;

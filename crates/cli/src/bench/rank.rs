@@ -168,7 +168,7 @@ impl<T: Transport> TargetBench<'_, T> {
         }
         let (target, report) = cycle(target, &self.published, self.setup.patience)?;
         self.target = Some(target);
-        let peak = if self.setup.own_process { peak_rss()? } else { 0 };
+        let peak = if self.setup.own_process { crate::memory::peak_bytes()? } else { 0 };
         Ok(RankReport::new(self.setup.rank, &report, self.layout.bytes(), peak))
     }
 
@@ -271,13 +271,4 @@ fn cycle<T: Transport>(
 
 fn lost() -> CliError {
     CliError::Usage("the target was lost in an earlier failure".to_owned())
-}
-
-/// `VmHWM`: the most memory this process ever had resident.
-fn peak_rss() -> Result<u64, CliError> {
-    let status = std::fs::read_to_string("/proc/self/status")
-        .map_err(CliError::system("read /proc/self/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kilobytes = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    Ok(kilobytes.unwrap_or_default() * 1024)
 }

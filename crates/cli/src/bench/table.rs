@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::protocol::{Mode, RankReport};
 use crate::plan::amplification;
-use crate::sizes::{SourceSizes, TargetSizes};
+use crate::sizes::{SourceSizes, TargetSizes, bytes};
 
 /// A whole bench.
 #[derive(Debug)]
@@ -331,7 +331,7 @@ impl Run {
     }
 }
 
-fn machine() -> serde_json::Value {
+pub(crate) fn machine() -> serde_json::Value {
     let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default();
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
@@ -358,15 +358,6 @@ fn row(number: &str, cycle: &Cycle) {
         cycle.registrations,
         cycle.refit_gbps
     );
-}
-
-#[allow(clippy::cast_precision_loss, reason = "sizes for people")]
-fn bytes(bytes: u64) -> String {
-    match bytes {
-        0..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
-        1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
-        _ => format!("{:.2} GB", bytes as f64 / 1e9),
-    }
 }
 
 fn median(mut values: Vec<f64>) -> Option<f64> {

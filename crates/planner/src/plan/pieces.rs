@@ -1,14 +1,13 @@
 //! Cutting target bands along source shards.
 
 use alloc::sync::Arc;
-use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 
 use super::{Fill, Segment};
-use crate::layout::{Band, FillBox, Param, RankLayout};
-use crate::source::{Replica, Shard, SourceLayout};
-use crate::{Dim, Dims, ElementMap, PlanError, Transform};
+use crate::layout::{Band, FillBox, Param};
+use crate::source::{ClassParam, Held, Owner, Shard, SourceLayout};
+use crate::{Dim, Dims, ElementMap, PlanError, Tensor, Transform};
 
 /// A box of a logical tensor.
 #[derive(Clone)]
@@ -39,15 +38,22 @@ impl Area {
     }
 }
 
-impl Area {
-    /// Byte offset of the area's first element in a parameter, and bytes from one of its rows to the next.
-    fn place(&self, (param, band): (&Param, &Band)) -> (u64, u64) {
-        let row = band.at_row + (self.rows.start - band.rows.start) * band.row_step;
-        let col = band.at_col + (self.cols.start - band.cols.start);
-        let size = param.dtype.size();
+/// Where a band lies in a parameter of `cols` columns of `size` bytes.
+struct Place {
+    row: u64,
+    col: u64,
+    row_step: u64,
+    cols: u64,
+    size: u64,
+}
+
+impl Place {
+    /// Byte offset of the element `down` and `right` of the band's first, and bytes from one of its rows to the next.
+    fn of(&self, down: u64, right: u64) -> (u64, u64) {
+        let (row, col) = (self.row + down * self.row_step, self.col + right);
         // A stride that saturates belongs to an area of one row, which has no use for it.
-        let stride = band.row_step.saturating_mul(param.cols).saturating_mul(size);
-        ((row * param.cols + col) * size, stride)
+        let stride = self.row_step.saturating_mul(self.cols).saturating_mul(self.size);
+        ((row * self.cols + col) * self.size, stride)
     }
 }
 
@@ -59,9 +65,11 @@ fn overlap(a: &Range<u64>, b: &Range<u64>) -> Range<u64> {
 /// A part of a target band, and the shard that covers it.
 pub(super) struct Cut<'a> {
     area: Area,
-    into: (&'a Param, &'a Band),
-    /// The copies there are of the shard.
-    pub(super) replicas: &'a [Replica],
+    param: &'a Param,
+    band: &'a Band,
+    shard: &'a Shard,
+    /// The classes of ranks that hold the shard.
+    pub(super) owners: &'a [Owner],
 }
 
 impl<'a> Cut<'a> {
@@ -72,29 +80,42 @@ impl<'a> Cut<'a> {
 
     /// The parameter that the part belongs to.
     pub(super) fn target(&self) -> &'a Param {
-        self.into.0
+        self.param
     }
 
-    /// The part as a segment that reads one of the copies, number `source` of the plan.
+    /// How many ranks hold the shard.
+    pub(super) fn copies(&self) -> usize {
+        self.shard.copies
+    }
+
+    /// The part as a segment that reads one of the owners on rank `rank`, number `source` of the plan.
     pub(super) fn segment(
         &self,
         layout: &SourceLayout,
-        replica: Replica,
+        owner: &Owner,
+        rank: u32,
         source: u32,
         target: u32,
     ) -> Result<Segment, PlanError> {
-        let from = (layout.param_of(replica), layout.band_of(replica));
-        let transform = transform(from.0, self.into.0).ok_or_else(|| {
-            let rank = layout.ranks()[replica.rank as usize].rank();
-            no_transform(from.0, rank, self.into.0)
-        })?;
-        let (source_offset, source_stride) = self.area.place(from);
-        let (target_offset, target_stride) = self.area.place(self.into);
-        let count = self.area.rows.end - self.area.rows.start;
-        let width = self.area.cols.end - self.area.cols.start;
-        let run = width * from.0.dtype.size();
-        let target_run = width * self.into.0.dtype.size();
-        let contiguous = source_stride == run && target_stride == target_run;
+        let (from, into) = (layout.param_of(owner), self.param);
+        let transform =
+            transform(owner, into).ok_or_else(|| no_transform(owner, from, rank, into))?;
+        let (rows, cols) = (&self.area.rows, &self.area.cols);
+        let from_size = owner.dtype.size();
+        let place = Place {
+            row: owner.at_row,
+            col: owner.at_col,
+            row_step: owner.row_step,
+            cols: from.cols,
+            size: from_size,
+        };
+        let (source_offset, source_stride) =
+            place.of(rows.start - self.shard.rows.start, cols.start - self.shard.cols.start);
+        let (target_offset, target_stride) = place_of(into, self.band, &self.area);
+        let count = rows.end - rows.start;
+        let width = cols.end - cols.start;
+        let run = width * from_size;
+        let contiguous = source_stride == run && target_stride == width * into.dtype.size();
         let (run, dims) = match count {
             1 => (run, Dims::none()),
             _ if contiguous => (run * count, Dims::none()),
@@ -104,8 +125,20 @@ impl<'a> Cut<'a> {
     }
 }
 
+/// Byte offset of an area of a target's band, and bytes from one of its rows to the next.
+fn place_of(param: &Param, band: &Band, area: &Area) -> (u64, u64) {
+    let place = Place {
+        row: band.at_row,
+        col: band.at_col,
+        row_step: band.row_step,
+        cols: param.cols,
+        size: param.dtype.size(),
+    };
+    place.of(area.rows.start - band.rows.start, area.cols.start - band.cols.start)
+}
+
 /// What joins a source parameter to a target parameter, if anything does.
-pub(super) fn transform(from: &Param, into: &Param) -> Option<Transform> {
+pub(super) fn transform(from: &Owner, into: &Param) -> Option<Transform> {
     let ((map, ElementMap::Identity) | (ElementMap::Identity, map)) = (from.map, into.map) else {
         return None;
     };
@@ -113,10 +146,10 @@ pub(super) fn transform(from: &Param, into: &Param) -> Option<Transform> {
 }
 
 /// Why nothing joins them.
-fn no_transform(source: &Param, rank: u32, target: &Param) -> PlanError {
+fn no_transform(owner: &Owner, source: &ClassParam, rank: u32, target: &Param) -> PlanError {
     let (param, source_param) = (target.name.clone(), source.name.clone());
-    let (from, to) = (source.dtype, target.dtype);
-    match (source.map, target.map) {
+    let (from, to) = (owner.dtype, target.dtype);
+    match (owner.map, target.map) {
         (ElementMap::Identity, ElementMap::Identity) => {
             PlanError::Dtype { param, source_param, rank, from, to }
         }
@@ -141,33 +174,26 @@ pub(super) fn fill(param: &Param, fill: &FillBox, target: u32) -> Fill {
     Fill { target, offset, run: width * size, dims }
 }
 
-/// Covers `band` of `target` completely with shards, or says which part of it no source holds.
+/// Covers `band` completely with shards of its `tensor`, of which the source side holds `held`, or says which part of
+/// it no source holds.
 pub(super) fn cut<'a>(
     source: &'a SourceLayout,
-    target: &'a RankLayout,
+    held: Option<&'a Held>,
+    tensor: &Tensor,
     param: &'a Param,
     band: &'a Band,
     cuts: &mut Vec<Cut<'a>>,
 ) -> Result<(), PlanError> {
-    let tensor = &target.tensors()[band.tensor.0 as usize];
-    let held = source.shards_of(&tensor.name);
-    let (shape, shards) = held.unwrap_or(((tensor.rows, tensor.cols), &[]));
-    if shape != (tensor.rows, tensor.cols) {
-        return Err(PlanError::TensorShape {
-            tensor: tensor.name.clone(),
-            target_rows: tensor.rows,
-            target_cols: tensor.cols,
-            source_rows: shape.0,
-            source_cols: shape.1,
-        });
-    }
-    let mut pending = vec![Area { rows: band.rows.clone(), cols: band.cols.clone() }];
-    while let Some(area) = pending.pop() {
+    let shards = held.map_or(&[][..], |held| source.shards_of(held));
+    let mut pending = Vec::new();
+    let mut next = Some(Area { rows: band.rows.clone(), cols: band.cols.clone() });
+    while let Some(area) = next {
         let Some((shard, overlap)) = largest_overlap(shards, &area) else {
             return Err(uncovered(param, band, &tensor.name, &area));
         };
         area.without(&overlap, &mut pending);
-        cuts.push(Cut { area: overlap, into: (param, band), replicas: source.replicas_of(shard) });
+        cuts.push(Cut { area: overlap, param, band, shard, owners: source.owners_of(shard) });
+        next = pending.pop();
     }
     Ok(())
 }
@@ -191,8 +217,6 @@ fn largest_overlap<'s>(shards: &'s [Shard], area: &Area) -> Option<(&'s Shard, A
 }
 
 fn uncovered(param: &Param, band: &Band, tensor: &Arc<str>, area: &Area) -> PlanError {
-    let row = band.at_row + (area.rows.start - band.rows.start) * band.row_step;
-    let col = band.at_col + (area.cols.start - band.cols.start);
     PlanError::Uncovered {
         param: param.name.clone(),
         tensor: tensor.clone(),
@@ -200,6 +224,6 @@ fn uncovered(param: &Param, band: &Band, tensor: &Arc<str>, area: &Area) -> Plan
         rows_end: area.rows.end,
         cols_start: area.cols.start,
         cols_end: area.cols.end,
-        byte: (row * param.cols + col) * param.dtype.size(),
+        byte: place_of(param, band, area).0,
     }
 }

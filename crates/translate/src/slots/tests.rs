@@ -60,7 +60,7 @@ fn planned(sources: &[SourceCoords], at: TargetCoords, table: Table) -> Plan {
         source(number, at, table, &expected(at, table, &TrainerOptions::default())).unwrap()
     };
     let layouts = (0..).zip(sources).map(layout);
-    let sources = SourceLayout::new(layouts.collect()).unwrap();
+    let sources = SourceLayout::new(layouts.collect::<Vec<_>>()).unwrap();
     plan(&sources, &target(at, table).1, &PlanOptions::default()).unwrap()
 }
 
@@ -218,7 +218,7 @@ fn sides_meet_in_logical_tensors_only() {
         let number = u32::try_from(at.tp.rank()).unwrap();
         source(number, at, projections, &held).unwrap()
     });
-    let fused = SourceLayout::new(layouts.collect()).unwrap();
+    let fused = SourceLayout::new(layouts.collect::<Vec<_>>()).unwrap();
     let layout = target(at, projections).1;
     let plan = refit_planner::plan(&fused, &layout, &PlanOptions::default()).unwrap();
     assert_eq!(plan.coverage().target_bytes, rows);
