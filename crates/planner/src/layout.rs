@@ -236,13 +236,15 @@ pub struct LayoutBuilder {
     tensors: Vec<Tensor>,
     ids: BTreeMap<Arc<str>, TensorId>,
     params: BTreeMap<Arc<str>, Param>,
+    /// Of all parameters so far.
+    bytes: u64,
 }
 
 impl LayoutBuilder {
     /// An empty layout for `rank`.
     #[must_use]
     pub fn new(rank: u32) -> Self {
-        Self { rank, tensors: Vec::new(), ids: BTreeMap::new(), params: BTreeMap::new() }
+        Self { rank, tensors: Vec::new(), ids: BTreeMap::new(), params: BTreeMap::new(), bytes: 0 }
     }
 
     /// Declares a logical tensor, or returns its number when it is declared already.
@@ -286,6 +288,10 @@ impl LayoutBuilder {
         if self.params.contains_key(&param.name) {
             return Err(LayoutError::DuplicateParam { rank: self.rank, param: param.name });
         }
+        self.bytes =
+            self.bytes.checked_add(param.bytes()).filter(|bytes| *bytes <= MAX_BYTES).ok_or_else(
+                || LayoutError::TooLarge { rank: self.rank, name: param.name.clone() },
+            )?;
         self.params.insert(param.name.clone(), param);
         Ok(self)
     }
