@@ -61,7 +61,8 @@ pub use hash::Hash;
 pub use layout::{Band, FillBox, LayoutBuilder, Param, RankLayout, Tensor, TensorId};
 pub use lower::{Capabilities, LowerOptions, Mode, Policy, lower};
 pub use plan::{
-    Coverage, Fill, Plan, PlanOptions, Replicas, Segment, SourceParam, TargetParam, Transform, plan,
+    Coverage, Fill, Plan, PlanOptions, Replicas, Segment, SourceParam, TargetParam, Transform,
+    plan, prove_disjoint, prove_tiling,
 };
 pub use program::{Choice, Destination, Landing, Method, Program, Read, Wave};
 pub use source::SourceLayout;

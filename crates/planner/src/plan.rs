@@ -19,6 +19,8 @@ use crate::{Dims, Dtype, Hash, PlanError, RankLayout, SourceLayout};
 use budget::Budget;
 use search::Search;
 
+pub use tiling::{prove_disjoint, prove_tiling};
+
 /// Bump when the encoding or anything that decides segments changes; golden hashes change with it.
 const HASH_CONTEXT: &str = "refit-planner plan v1";
 

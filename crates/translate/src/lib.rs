@@ -62,6 +62,9 @@ mod inventory;
 mod slot;
 mod spec;
 
+#[cfg(feature = "serde")]
+#[cfg_attr(docsrs, doc(cfg(feature = "serde")))]
+pub mod bands;
 pub mod host;
 pub mod megatron;
 pub mod roles;

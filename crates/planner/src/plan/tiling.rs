@@ -7,6 +7,7 @@
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
+use super::PlanOptions;
 use super::budget::Budget;
 use crate::PlanError;
 use crate::layout::Param;
@@ -82,9 +83,43 @@ fn extended_gcd(a: i128, b: i128) -> (i128, i128) {
     (r.0, x.0)
 }
 
+/// Checks what [`plan`](crate::plan) demands of a target's parameters before it looks at any source: that bands and
+/// fills of each claim each of its elements exactly once.
+///
+/// # Errors
+/// [`PlanError::Overlap`], [`PlanError::Gap`], and [`PlanError::TooComplex`] beyond [`PlanOptions::max_pieces`].
+pub fn prove_tiling<'a>(
+    params: impl IntoIterator<Item = &'a Param>,
+    options: &PlanOptions,
+) -> Result<(), PlanError> {
+    let mut budget = Budget::new(options.max_pieces);
+    params.into_iter().try_for_each(|param| prove(param, &mut budget))
+}
+
+/// Checks that bands and fills of each parameter claim none of its elements twice. A source may leave some unclaimed.
+///
+/// # Errors
+/// [`PlanError::Overlap`], and [`PlanError::TooComplex`] beyond [`PlanOptions::max_pieces`].
+pub fn prove_disjoint<'a>(
+    params: impl IntoIterator<Item = &'a Param>,
+    options: &PlanOptions,
+) -> Result<(), PlanError> {
+    let mut budget = Budget::new(options.max_pieces);
+    params.into_iter().try_for_each(|param| claimed(param, &mut budget).map(|_| ()))
+}
+
 /// Every claim lies inside the parameter already ([`crate::LayoutBuilder`] refuses others), so disjoint claims whose
 /// sizes add up to the parameter's are a partition of it.
 pub(super) fn prove(param: &Param, budget: &mut Budget) -> Result<(), PlanError> {
+    let (claimed, elements) = (claimed(param, budget)?, param.rows * param.cols);
+    if claimed != elements {
+        return Err(PlanError::Gap { param: param.name.clone(), claimed, elements });
+    }
+    Ok(())
+}
+
+/// How many elements are claimed, if none is claimed twice.
+fn claimed(param: &Param, budget: &mut Budget) -> Result<u64, PlanError> {
     let bands = param.bands.iter().map(|band| {
         let width = band.cols.end - band.cols.start;
         let count = band.rows.end - band.rows.start;
@@ -104,12 +139,7 @@ pub(super) fn prove(param: &Param, budget: &mut Budget) -> Result<(), PlanError>
         claims.sort_unstable_by_key(|claim| (claim.row, claim.cols.0));
         compare(param, &claims, budget)?;
     }
-    let claimed = claims.iter().fold(0, |sum: u64, claim| sum.saturating_add(claim.elements()));
-    let elements = param.rows * param.cols;
-    if claimed != elements {
-        return Err(PlanError::Gap { param: param.name.clone(), claimed, elements });
-    }
-    Ok(())
+    Ok(claims.iter().fold(0, |sum: u64, claim| sum.saturating_add(claim.elements())))
 }
 
 /// Finds an overlap among claims of one lane, sorted by first row.
