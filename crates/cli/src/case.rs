@@ -2,12 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
-use refit::planner::Dtype;
+use refit::planner::{Dtype, RankLayout};
 use refit::translate::TensorSpec;
+use refit::translate::bands::{BandsError, Side};
 use safetensors::SafeTensors;
 use serde::Deserialize;
+
+/// Bytes of a `case.json` or `config.json`; real ones have a few thousand.
+const MAX_TEXT_BYTES: u64 = 16 << 20;
 
 /// Why a case cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +29,20 @@ pub enum CaseError {
     #[error("{path}: neither a case (a folder with case.json) nor a folder of cases")]
     NoCase {
         /// The folder.
+        path: PathBuf,
+    },
+    /// A text that is larger than any of its kind.
+    #[error("{path}: {bytes} bytes, {MAX_TEXT_BYTES} are the most; is it the right file?")]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+    /// A file of a case that lies elsewhere.
+    #[error("{path}: a case's files lie in its own folder; name them relative to it")]
+    Outside {
+        /// The file.
         path: PathBuf,
     },
     /// A file that is not the JSON it should be.
@@ -51,6 +69,34 @@ pub enum CaseError {
         /// What the parser says.
         source: safetensors::SafeTensorError,
     },
+    /// A file that does not describe the layouts of one side.
+    #[error("{path}: {source}")]
+    Bands {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: BandsError,
+    },
+    /// A file that describes the other side.
+    #[error(
+        "{path}: describes a {found} side where a {wanted} side is wanted; give it on the other side"
+    )]
+    Side {
+        /// The file.
+        path: PathBuf,
+        /// The side it describes.
+        found: Side,
+        /// The side that was wanted.
+        wanted: Side,
+    },
+    /// A rank that another file describes too.
+    #[error("{path}: rank {rank} is described in another file too; leave it out of one of them")]
+    Rank {
+        /// The file.
+        path: PathBuf,
+        /// The rank.
+        rank: u32,
+    },
     /// A tensor of an element type that no plan knows.
     #[error("{path}: `{tensor}` has element type {dtype}, which is not supported")]
     Dtype {
@@ -75,14 +121,17 @@ pub struct Case {
     pub target: Target,
 }
 
-/// The trainer of a case.
+/// The trainer of a case. Where bands describe it, its ranks and their files are enough.
 #[derive(Debug, Deserialize)]
 pub struct Source {
     /// The layer spec: `te` or `local`.
+    #[serde(default)]
     pub spec: String,
     /// Tensor-parallel size.
+    #[serde(default)]
     pub tp: u32,
     /// Pipeline stages.
+    #[serde(default)]
     pub pp: u32,
     /// Its ranks.
     pub ranks: Vec<SourceFile>,
@@ -94,19 +143,23 @@ pub struct SourceFile {
     /// Unique among trainer ranks.
     pub rank: u32,
     /// Tensor-parallel rank.
+    #[serde(default)]
     pub tp: u32,
     /// Pipeline stage.
+    #[serde(default)]
     pub pp: u32,
     /// Global index of each local layer.
+    #[serde(default)]
     pub layers: Vec<u32>,
     /// Its tensors, relative to the case.
     pub file: String,
 }
 
-/// The engine of a case.
+/// The engine of a case. Where bands describe it, its ranks and their files are enough.
 #[derive(Debug, Deserialize)]
 pub struct Target {
     /// Tensor-parallel size.
+    #[serde(default)]
     pub tp: u32,
     /// Its ranks.
     pub ranks: Vec<TargetFile>,
@@ -118,6 +171,7 @@ pub struct TargetFile {
     /// Unique among engine ranks.
     pub rank: u32,
     /// Tensor-parallel rank.
+    #[serde(default)]
     pub tp: u32,
     /// Its tensors, relative to the case.
     pub file: String,
@@ -136,8 +190,17 @@ impl Case {
     /// Reads `case.json` and `config.json` of a folder.
     ///
     /// # Errors
-    /// [`CaseError::Io`], [`CaseError::Json`], [`CaseError::Schema`].
+    /// [`CaseError::Io`], [`CaseError::TooLarge`], and those of [`Case::from_json`].
     pub fn open(folder: &Path) -> Result<Self, CaseError> {
+        let text = read_text(&folder.join("case.json"))?;
+        Self::from_json(folder, &text, read_text(&folder.join("config.json"))?)
+    }
+
+    /// A case in a folder, whose `case.json` has this text and whose `config.json` has that.
+    ///
+    /// # Errors
+    /// [`CaseError::Json`], [`CaseError::Schema`].
+    pub fn from_json(folder: &Path, text: &str, config: String) -> Result<Self, CaseError> {
         #[derive(Deserialize)]
         struct Version {
             schema: u32,
@@ -148,15 +211,13 @@ impl Case {
             target: Target,
         }
         let path = folder.join("case.json");
-        let text = read_text(&path)?;
         let malformed = |source| CaseError::Json { path: path.clone(), source };
         // The version first: the rest of another version may look different.
-        let Version { schema } = serde_json::from_str(&text).map_err(malformed)?;
+        let Version { schema } = serde_json::from_str(text).map_err(malformed)?;
         if schema != 1 {
             return Err(CaseError::Schema { path, found: schema });
         }
-        let Body { source, target } = serde_json::from_str(&text).map_err(malformed)?;
-        let config = read_text(&folder.join("config.json"))?;
+        let Body { source, target } = serde_json::from_str(text).map_err(malformed)?;
         Ok(Self { folder: folder.to_path_buf(), config, source, target })
     }
 
@@ -166,14 +227,42 @@ impl Case {
         name(&self.folder)
     }
 
+    /// The layouts that the case brings for one of its sides in `source/bands.json` or `target/bands.json`, by rank.
+    ///
+    /// # Errors
+    /// [`CaseError::Io`], [`CaseError::Bands`], [`CaseError::Side`].
+    pub fn bands(&self, side: Side) -> Result<Option<BTreeMap<u32, RankLayout>>, CaseError> {
+        let path = self.folder.join(side.to_string()).join("bands.json");
+        if !path.exists() {
+            return Ok(None);
+        }
+        let layouts = crate::bands::layouts(&[path], side)?;
+        Ok(Some(layouts.into_iter().map(|layout| (layout.rank(), layout)).collect()))
+    }
+
     /// Reads a rank's file.
     ///
     /// # Errors
-    /// [`CaseError::Io`], [`CaseError::Tensors`], [`CaseError::Dtype`].
+    /// [`CaseError::Outside`], [`CaseError::Io`], and those of [`Tensors::from_bytes`].
     pub fn tensors(&self, file: &str) -> Result<Tensors, CaseError> {
         let path = self.folder.join(file);
+        // A case may come from anybody; it has no business elsewhere.
+        if !Path::new(file).components().all(|part| matches!(part, Component::Normal(_))) {
+            return Err(CaseError::Outside { path });
+        }
         let raw = fs::read(&path).map_err(|source| CaseError::Io { path: path.clone(), source })?;
-        let tensors = SafeTensors::deserialize(&raw)
+        Tensors::from_bytes(&path, &raw)
+    }
+}
+
+impl Tensors {
+    /// The tensors of a safetensors file; `path` names it in errors.
+    ///
+    /// # Errors
+    /// [`CaseError::Tensors`], [`CaseError::Dtype`].
+    pub fn from_bytes(path: &Path, raw: &[u8]) -> Result<Self, CaseError> {
+        let path = path.to_path_buf();
+        let tensors = SafeTensors::deserialize(raw)
             .map_err(|source| CaseError::Tensors { path: path.clone(), source })?;
         let (mut specs, mut bytes) = (Vec::new(), BTreeMap::new());
         for (name, view) in tensors.iter() {
@@ -186,7 +275,7 @@ impl Case {
             bytes.insert(name.into(), view.data().to_vec());
         }
         specs.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(Tensors { specs, bytes })
+        Ok(Self { specs, bytes })
     }
 }
 
@@ -221,5 +310,10 @@ pub(crate) fn name(folder: &Path) -> String {
 }
 
 fn read_text(path: &Path) -> Result<String, CaseError> {
-    fs::read_to_string(path).map_err(|source| CaseError::Io { path: path.to_path_buf(), source })
+    let io = |source| CaseError::Io { path: path.to_path_buf(), source };
+    let bytes = fs::metadata(path).map_err(io)?.len();
+    if bytes > MAX_TEXT_BYTES {
+        return Err(CaseError::TooLarge { path: path.to_path_buf(), bytes });
+    }
+    fs::read_to_string(path).map_err(io)
 }

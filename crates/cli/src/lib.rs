@@ -6,6 +6,7 @@
 
 pub mod case;
 
+mod bands;
 mod bench;
 mod error;
 mod model;
@@ -30,6 +31,8 @@ struct Cli {
 enum Command {
     /// Show what a refit would read: per source and target rank, with its cost and its hash
     Plan(plan::Args),
+    /// Print layouts as JSON: a model's, to see the format or to edit it, or those of files
+    Bands(bands::Args),
     /// Replay golden cases: real source shards in, every target tensor compared byte for byte
     Verify(verify::Args),
     /// Refit a model between processes and print where the time goes
@@ -44,6 +47,7 @@ enum Command {
 pub fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Plan(args) => plan::run(&args),
+        Command::Bands(args) => bands::run(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::BenchRank(args) => bench::run_rank(&args),

@@ -18,6 +18,9 @@ pub(crate) const PRESETS: &[(&str, &str)] = &[
     ("qwen2.5-7b", include_str!("../presets/qwen2.5-7b.json")),
 ];
 
+/// The one that commands take when none is named.
+pub(crate) const DEFAULT: &str = "qwen3-4b";
+
 /// Reads a model by preset name or by the path of its `config.json`.
 pub(crate) fn config(name_or_path: &str) -> Result<ModelConfig, CliError> {
     if let Some((_, text)) = PRESETS.iter().find(|(name, _)| *name == name_or_path) {

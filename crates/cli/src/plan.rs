@@ -8,8 +8,10 @@ use refit::RefitError;
 use refit::planner::{
     Capabilities, LowerOptions, Method, Mode, Plan, PlanOptions, Policy, Program, lower, plan,
 };
+use refit::translate::bands::Side;
 use serde::Serialize;
 
+use crate::bands::{self, Files};
 use crate::error::CliError;
 use crate::model;
 use crate::sizes::Sizes;
@@ -18,7 +20,7 @@ use crate::sizes::Sizes;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// A Hugging Face config.json, or a bundled model: qwen3-4b, llama-3.1-8b, qwen2.5-7b
-    #[arg(long, default_value = "qwen3-4b")]
+    #[arg(long, default_value = model::DEFAULT)]
     config: String,
     /// Trainer sizes
     #[arg(long, default_value = "tp=4,pp=1", value_name = "tp=N,pp=N")]
@@ -26,6 +28,8 @@ pub(crate) struct Args {
     /// Engine sizes
     #[arg(long, default_value = "tp=2", value_name = "tp=N")]
     target: Sizes,
+    #[command(flatten)]
+    bands: Files,
     /// Only move bytes that are needed, even where reading more would be faster
     #[arg(long)]
     exact_wire: bool,
@@ -92,8 +96,15 @@ struct FromSource {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
-    let config = model::config(&args.config)?;
-    let source = model::joined(model::source(&config, args.source)?)?;
+    let (source_name, source) = match args.bands.source_bands.as_slice() {
+        [] => (args.source.to_string(), model::source(&model::config(&args.config)?, args.source)?),
+        files => (bands::name(files), bands::layouts(files, Side::Source)?),
+    };
+    let (target_name, targets) = match args.bands.target_bands.as_slice() {
+        [] => (args.target.to_string(), model::target(&model::config(&args.config)?, args.target)?),
+        files => (bands::name(files), bands::layouts(files, Side::Target)?),
+    };
+    let source = model::joined(source)?;
     let capabilities = Capabilities {
         strided_reads: args.strided_reads,
         bytes_per_us: args.rate,
@@ -108,7 +119,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
     let options = LowerOptions::default().with_policy(policy).with_mode(mode);
 
     let mut ranks = Vec::new();
-    for target in model::target(&config, args.target)? {
+    for target in targets {
         let started = Instant::now();
         let plan = plan(&source, &target, &PlanOptions::default()).map_err(RefitError::from)?;
         let plan_s = started.elapsed().as_secs_f64();
@@ -117,7 +128,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
         let lower_s = started.elapsed().as_secs_f64();
         ranks.push(describe(&plan, &program, plan_s, lower_s));
     }
-    let output = Output { source: args.source.to_string(), target: args.target.to_string(), ranks };
+    let output = Output { source: source_name, target: target_name, ranks };
     if args.json {
         println!("{}", serde_json::to_string_pretty(&output).unwrap_or_default());
     } else {

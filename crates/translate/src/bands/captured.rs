@@ -1,5 +1,6 @@
 //! Copies that an engine's own loader made, as bands.
 
+use alloc::boxed::Box;
 use alloc::collections::BTreeSet;
 use alloc::sync::Arc;
 use alloc::vec;
@@ -26,9 +27,9 @@ pub(super) struct Held {
 }
 
 impl Held {
-    fn place(&self, list: &'static str, number: usize, tensor: Option<&str>) -> Place {
+    fn place(&self, list: &'static str, number: usize, tensor: Option<&str>) -> Box<Place> {
         let (rank, param) = (self.rank, self.name.clone());
-        Place { rank, param, list, number, tensor: tensor.map(Into::into) }
+        Box::new(Place { rank, param, list, number, tensor: tensor.map(Into::into) })
     }
 }
 

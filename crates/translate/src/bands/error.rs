@@ -1,3 +1,4 @@
+use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -102,13 +103,13 @@ pub enum BandsError {
     #[error("{place}: `tensors` does not list this tensor; add it there with its shape")]
     UnknownTensor {
         /// Where.
-        place: Place,
+        place: Box<Place>,
     },
     /// A band or a box of zeros that is not legal.
     #[error("{place}: {source}{}", advice(.source))]
     Band {
         /// Where.
-        place: Place,
+        place: Box<Place>,
         /// What is wrong with it.
         source: LayoutError,
     },
@@ -116,7 +117,7 @@ pub enum BandsError {
     #[error("{place}: {problem}")]
     Copy {
         /// Where.
-        place: Place,
+        place: Box<Place>,
         /// What is wrong with it.
         problem: CopyProblem,
     },

@@ -1,5 +1,6 @@
 //! Bands as a person writes them.
 
+use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::ops::Range;
@@ -18,8 +19,9 @@ pub(super) fn place(
     bands: &[RawBand<'_>],
     fills: &[RawFill],
 ) -> Result<(), BandsError> {
-    let at =
-        |list, number, tensor| Place { rank, param: empty.name().clone(), list, number, tensor };
+    let at = |list, number, tensor| {
+        Box::new(Place { rank, param: empty.name().clone(), list, number, tensor })
+    };
     let mut placed = Vec::with_capacity(bands.len());
     for (number, raw) in bands.iter().enumerate() {
         let Some((name, tensor)) = tensors.get_key_value(raw.tensor.get()) else {
