@@ -52,7 +52,7 @@ fn what_is_left_out_is_all_there_is() {
             "norm": { "dtype": "F32", "shape": [8], "bands": [{ "tensor": "norm" }] },
             "conv": { "dtype": "BF16", "shape": [2, 1, 3], "bands": [{ "tensor": "conv", "rows": [2, 4] }] },
             "moe": { "dtype": "BF16", "shape": [2, 3, 5], "view": [6, 5], "bands": [{ "tensor": "moe" }] },
-            "pad": { "dtype": "U8", "shape": [2, 2], "bands": [], "fill": [{}] },
+            "pad": { "dtype": "U8", "shape": [2, 2], "bands": [], "fill": [{ "rows": [0, 2] }] },
             "one": { "dtype": "I64", "shape": [], "bands": [], "fill": [{ "rows": [0, 1] }] },
         } }],
     });
@@ -394,7 +394,7 @@ fn mistakes_are_named() {
             json!([{ "rows": [5, 7] }]),
             &[w, "fill[0]", "outside parameter"],
         ),
-        ("/ranks/0/params/w/fill", json!([{ "offset": 0 }]), &[w, "fill 0", "`rows` and `cols`"]),
+        ("/ranks/0/params/w/fill", json!([{ "offset": 0 }]), &["line 1", "either `rows`"]),
         ("/ranks/0/params/c/fill", json!([{ "rows": [6, 7] }]), &[c, "fill 0", "`offset`"]),
         ("/ranks/0/params/c/fill", json!([]), &[c, "36 of its 42 elements"]),
         (

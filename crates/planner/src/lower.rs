@@ -21,6 +21,9 @@ const MAX_READS: u64 = 1 << 25;
 /// Waves are not worth more pieces than this: with the default size it is 8 TB of staging.
 const MAX_WAVE_PIECES: u64 = 1 << 20;
 
+/// Nor more for each read that a program may have: a piece takes at least one.
+const WAVE_PIECES_PER_READ: u64 = 64;
+
 /// What a transport can do, in integers so that every host decides alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -71,7 +74,7 @@ pub struct LowerOptions {
     pub landing_bytes_per_us: u64,
     /// Bytes that a wave may stage in [`Mode::Direct`], before they are landed and the next wave uses the same memory.
     /// A piece that cannot be cut smaller gets a wave of its own. Everything is one wave in [`Mode::Staged`], and where
-    /// waves would take more reads than the transport allows, or more than 2^20 pieces.
+    /// waves would take more reads than the transport allows, 64 times as many pieces, or 2^20.
     pub wave_bytes: u64,
 }
 
@@ -152,7 +155,7 @@ pub fn lower(
 
     let mut out = Emitter {
         strided: capabilities.strided_reads,
-        room: Room::new(options.wave_limit(), MAX_WAVE_PIECES),
+        room: room(capabilities, options),
         stager: Stager::new(options.wave_limit()),
         waves: vec![WaveParts::default()],
     };
@@ -183,6 +186,11 @@ pub fn lower(
         choices,
         staging_bytes: out.stager.most,
     })
+}
+
+fn room(capabilities: &Capabilities, options: &LowerOptions) -> Room {
+    let pieces = capabilities.max_reads.saturating_mul(WAVE_PIECES_PER_READ);
+    Room::new(options.wave_limit(), pieces.min(MAX_WAVE_PIECES))
 }
 
 fn hash(
@@ -227,7 +235,7 @@ fn group<'a>(
     options: &LowerOptions,
 ) -> Result<Vec<Group<'a>>, LowerError> {
     let mut groups = Vec::new();
-    let mut room = Room::new(options.wave_limit(), MAX_WAVE_PIECES);
+    let mut room = room(capabilities, options);
     // Segments are sorted by target: one pass, and a stable sort by source inside each target.
     for of_target in plan.segments().chunk_by(|a, b| a.target == b.target) {
         let mut sorted: Vec<&Segment> = of_target.iter().collect();

@@ -14,7 +14,7 @@
 //! # Bounds
 //!
 //! Text from outside is not trusted. Longer texts, lists and names than the constants here allow are refused before
-//! they are held; nesting is as deep as the format, no deeper. Reading takes at most 24 bytes of memory for every byte
+//! they are held; nesting is as deep as the format, no deeper. Reading takes at most 32 bytes of memory for every byte
 //! of text, 256 bytes for every band that copies become, and 64 KiB.
 
 mod captured;

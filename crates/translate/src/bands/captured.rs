@@ -8,7 +8,7 @@ use alloc::vec::Vec;
 
 use refit_planner::{Band, Dtype, LayoutBuilder, Param, TensorId};
 
-use super::json::{RawCopy, RawFill, RawFrom};
+use super::json::{RawCopy, RawFill, RawFrom, RawStrided};
 use super::shape::View;
 use super::strided::{Copy, Strided};
 use super::{BandsError, CopyProblem, LogicalTensor, Place, Tensors};
@@ -92,12 +92,10 @@ pub(super) fn place(
         records.extend(copy.map(|copy| Record { copy, tensor, number }));
     }
     for (number, raw) in fills.iter().enumerate() {
-        let (RawFill { rows: None, cols: None, .. }, Some(offset), Some(shape), Some(stride)) =
-            (raw, raw.offset, &raw.shape, &raw.stride)
-        else {
+        let RawFill::Strided(RawStrided { offset, shape, stride }) = raw else {
             return Err(BandsError::FillForm { rank, param: held.name.clone(), number });
         };
-        let copy = zeros(offset, &shape.0, &stride.0, elements).map_err(|problem| {
+        let copy = zeros(*offset, &shape.0, &stride.0, elements).map_err(|problem| {
             BandsError::Copy { place: held.place("fill", number, None), problem }
         })?;
         records.extend(copy.map(|copy| Record { copy, tensor: None, number }));

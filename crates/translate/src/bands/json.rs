@@ -103,19 +103,38 @@ pub(super) struct RawStrided {
 }
 
 /// Zeros: a box beside `bands`, a strided pattern beside `copies`.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct RawFill {
-    #[serde(default)]
-    pub(super) rows: Option<[u64; 2]>,
-    #[serde(default)]
-    pub(super) cols: Option<[u64; 2]>,
-    #[serde(default)]
-    pub(super) offset: Option<u64>,
-    #[serde(default)]
-    pub(super) shape: Option<Extents>,
-    #[serde(default)]
-    pub(super) stride: Option<Extents>,
+pub(super) enum RawFill {
+    Box { rows: [u64; 2], cols: Option<[u64; 2]> },
+    Strided(RawStrided),
+}
+
+impl<'de> Deserialize<'de> for RawFill {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Either {
+            rows: Option<[u64; 2]>,
+            cols: Option<[u64; 2]>,
+            offset: Option<u64>,
+            shape: Option<Extents>,
+            stride: Option<Extents>,
+        }
+        match Either::deserialize(from)? {
+            Either { rows: Some(rows), cols, offset: None, shape: None, stride: None } => {
+                Ok(Self::Box { rows, cols })
+            }
+            Either {
+                rows: None,
+                cols: None,
+                offset: Some(offset),
+                shape: Some(shape),
+                stride: Some(stride),
+            } => Ok(Self::Strided(RawStrided { offset, shape, stride })),
+            _ => Err(D::Error::custom(
+                "a fill has either `rows` and maybe `cols`, or `offset`, `shape` and `stride`",
+            )),
+        }
+    }
 }
 
 pub(super) type Extents = List<u64, MAX_DIMS>;

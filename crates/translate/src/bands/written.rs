@@ -32,10 +32,10 @@ pub(super) fn place(
     }
     let mut param = empty.clone().bands(placed);
     for (number, raw) in fills.iter().enumerate() {
-        if raw.offset.is_some() || raw.shape.is_some() || raw.stride.is_some() {
+        let RawFill::Box { rows, cols } = raw else {
             return Err(BandsError::FillForm { rank, param: empty.name().clone(), number });
-        }
-        param = fill(param, raw);
+        };
+        param = fill(param, *rows, *cols);
     }
     let Err(error) = layout.param(param) else { return Ok(()) };
 
@@ -52,7 +52,9 @@ pub(super) fn place(
         }
     }
     for (number, raw) in fills.iter().enumerate() {
-        if let Err(source) = LayoutBuilder::new(rank).param(fill(empty.clone(), raw)) {
+        if let RawFill::Box { rows, cols } = raw
+            && let Err(source) = LayoutBuilder::new(rank).param(fill(empty.clone(), *rows, *cols))
+        {
             return Err(BandsError::Band { place: at("fill", number, None), source });
         }
     }
@@ -72,9 +74,9 @@ fn band(
     Ok(Band::new(id, rows, cols).at(raw.at[0], raw.at[1]).row_step(raw.row_step))
 }
 
-fn fill(param: Param, raw: &RawFill) -> Param {
-    let (rows, cols) = (range(raw.rows, param.rows()), range(raw.cols, param.cols()));
-    param.fill(rows, cols)
+fn fill(param: Param, rows: [u64; 2], cols: Option<[u64; 2]>) -> Param {
+    let cols = range(cols, param.cols());
+    param.fill(rows[0]..rows[1], cols)
 }
 
 fn range(given: Option<[u64; 2]>, all: u64) -> Range<u64> {
