@@ -3,7 +3,9 @@
 
 #![allow(clippy::missing_panics_doc, clippy::unwrap_used, reason = "a panic here is a failed test")]
 
+pub mod allocations;
 pub mod execute;
+pub mod fuzz;
 pub mod golden;
 pub mod landing;
 pub mod models;
