@@ -1,47 +1,9 @@
 //! A warm lease allocates nothing, on the heap either.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::convert::Infallible;
 
 use refit_pool::{HostAllocator, Key, Pool, PoolError, PoolOptions, Region, Registrar};
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-struct Counting;
-
-fn count() {
-    // A thread that is ending has no counter left, and nothing to count.
-    let _ = ALLOCATIONS.try_with(|allocations| allocations.set(allocations.get() + 1));
-}
-
-// SAFETY: everything is passed on to the system allocator unchanged; counting allocates nothing.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count();
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        count();
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn realloc(&self, start: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        count();
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.realloc(start, layout, size) }
-    }
-
-    unsafe fn dealloc(&self, start: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.dealloc(start, layout) }
-    }
-}
+use refit_tests::allocations::{self, Counting};
 
 #[global_allocator]
 static GLOBAL: Counting = Counting;
@@ -75,7 +37,7 @@ fn a_warm_lease_allocates_and_registers_nothing() {
     for name in 0..8 {
         drop(lease(name));
     }
-    let (cold, before) = (pool.stats(), ALLOCATIONS.get());
+    let (cold, before) = (pool.stats(), allocations::count());
     assert!(before > 0, "the counter does not count");
     for round in 0..1000_u32 {
         let mut lease = lease(round.to_le_bytes()[0] % 8);
@@ -83,7 +45,7 @@ fn a_warm_lease_allocates_and_registers_nothing() {
         let (prepared, arenas) = lease.parts_mut();
         prepared[0] += arenas.len() as u64;
     }
-    assert_eq!(ALLOCATIONS.get() - before, 0, "heap allocations");
+    assert_eq!(allocations::count() - before, 0, "heap allocations");
     let warm = pool.stats();
     assert_eq!((warm.allocations, warm.registrations), (cold.allocations, cold.registrations));
     assert_eq!((warm.hits, warm.misses), (1000, 8));

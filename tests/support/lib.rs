@@ -3,8 +3,10 @@
 
 #![allow(clippy::missing_panics_doc, clippy::unwrap_used, reason = "a panic here is a failed test")]
 
+pub mod allocations;
 pub mod execute;
 pub mod floats;
+pub mod fuzz;
 pub mod golden;
 pub mod landing;
 pub mod models;

@@ -165,6 +165,13 @@ fn configurations_are_refused_by_name() {
     assert!(matches!(huge, E::TooLarge { what: "vocab_size", .. }));
     let deep = refused(with(llama(), "num_hidden_layers", json!(u32::MAX)));
     assert!(matches!(deep, E::TooLarge { what: "num_hidden_layers", .. }));
+    let heads = json!(1 << 16);
+    let wide =
+        with(with(llama(), "num_attention_heads", heads.clone()), "num_key_value_heads", heads);
+    let wide = refused(with(with(wide, "head_dim", json!(1)), "num_hidden_layers", json!(17)));
+    assert!(matches!(wide, E::TooLarge { limit: 1_048_576, .. }));
+    let long = ModelConfig::from_json(&" ".repeat((1 << 20) + 1)).unwrap_err();
+    assert!(matches!(long, E::TooLarge { what: "bytes of config.json", .. }));
     let odd = refused(with(llama(), "num_key_value_heads", json!(5)));
     assert!(matches!(odd, E::Indivisible { what: "num_attention_heads", size: 32, by: 5, .. }));
     let odd = refused(with(llama(), "hidden_size", json!(4097)));

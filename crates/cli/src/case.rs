@@ -2,15 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
-use refit::planner::Dtype;
+use refit::planner::{Dtype, RankLayout};
 use refit::translate::TensorSpec;
+use refit::translate::bands::{BandsError, Side};
 use refit::translate::megatron::SourceRank;
 use refit::translate::roles::Placement;
 use refit::translate::vllm::{EngineModel, TargetRank};
 use safetensors::SafeTensors;
 use serde::Deserialize;
+
+/// Bytes of a `case.json` or `config.json`; real ones have a few thousand.
+const MAX_TEXT_BYTES: u64 = 16 << 20;
 
 /// Why a case cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +32,20 @@ pub enum CaseError {
     #[error("{path}: neither a case (a folder with case.json) nor a folder of cases")]
     NoCase {
         /// The folder.
+        path: PathBuf,
+    },
+    /// A text that is larger than any of its kind.
+    #[error("{path}: {bytes} bytes, {MAX_TEXT_BYTES} are the most; is it the right file?")]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+    /// A file of a case that lies elsewhere.
+    #[error("{path}: a case's files lie in its own folder; name them relative to it")]
+    Outside {
+        /// The file.
         path: PathBuf,
     },
     /// A file that is not the JSON it should be.
@@ -54,6 +72,34 @@ pub enum CaseError {
         /// What the parser says.
         source: safetensors::SafeTensorError,
     },
+    /// A file that does not describe the layouts of one side.
+    #[error("{path}: {source}")]
+    Bands {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: BandsError,
+    },
+    /// A file that describes the other side.
+    #[error(
+        "{path}: describes a {found} side where a {wanted} side is wanted; give it on the other side"
+    )]
+    Side {
+        /// The file.
+        path: PathBuf,
+        /// The side it describes.
+        found: Side,
+        /// The side that was wanted.
+        wanted: Side,
+    },
+    /// A rank that another file describes too.
+    #[error("{path}: rank {rank} is described in another file too; leave it out of one of them")]
+    Rank {
+        /// The file.
+        path: PathBuf,
+        /// The rank.
+        rank: u32,
+    },
     /// A tensor of an element type that no plan knows.
     #[error("{path}: `{tensor}` has element type {dtype}, which is not supported")]
     Dtype {
@@ -78,14 +124,17 @@ pub struct Case {
     pub target: Target,
 }
 
-/// The trainer of a case.
+/// The trainer of a case. Where bands describe it, its ranks and their files are enough.
 #[derive(Debug, Deserialize)]
 pub struct Source {
     /// The layer spec: `te` or `local`.
+    #[serde(default)]
     pub spec: String,
     /// Tensor-parallel size.
+    #[serde(default)]
     pub tp: u32,
     /// Pipeline stages.
+    #[serde(default)]
     pub pp: u32,
     /// Expert-parallel size.
     #[serde(default = "one")]
@@ -103,8 +152,10 @@ pub struct SourceFile {
     /// Unique among trainer ranks.
     pub rank: u32,
     /// Tensor-parallel rank.
+    #[serde(default)]
     pub tp: u32,
     /// Pipeline stage.
+    #[serde(default)]
     pub pp: u32,
     /// Expert-parallel rank.
     #[serde(default)]
@@ -125,10 +176,11 @@ pub struct SourceFile {
     pub file: String,
 }
 
-/// The engine of a case.
+/// The engine of a case. Where bands describe it, its ranks and their files are enough.
 #[derive(Debug, Deserialize)]
 pub struct Target {
     /// Tensor-parallel size.
+    #[serde(default)]
     pub tp: u32,
     /// Data-parallel size.
     #[serde(default = "one")]
@@ -155,6 +207,7 @@ pub struct TargetFile {
     /// Unique among engine ranks.
     pub rank: u32,
     /// Tensor-parallel rank.
+    #[serde(default)]
     pub tp: u32,
     /// Data-parallel rank.
     #[serde(default)]
@@ -211,8 +264,17 @@ impl Case {
     /// Reads `case.json` and `config.json` of a folder.
     ///
     /// # Errors
-    /// [`CaseError::Io`], [`CaseError::Json`], [`CaseError::Schema`].
+    /// [`CaseError::Io`], [`CaseError::TooLarge`], and those of [`Case::from_json`].
     pub fn open(folder: &Path) -> Result<Self, CaseError> {
+        let text = read_text(&folder.join("case.json"))?;
+        Self::from_json(folder, &text, read_text(&folder.join("config.json"))?)
+    }
+
+    /// A case in a folder, whose `case.json` has this text and whose `config.json` has that.
+    ///
+    /// # Errors
+    /// [`CaseError::Json`], [`CaseError::Schema`].
+    pub fn from_json(folder: &Path, text: &str, config: String) -> Result<Self, CaseError> {
         #[derive(Deserialize)]
         struct Version {
             schema: u32,
@@ -223,15 +285,13 @@ impl Case {
             target: Target,
         }
         let path = folder.join("case.json");
-        let text = read_text(&path)?;
         let malformed = |source| CaseError::Json { path: path.clone(), source };
         // The version first: the rest of another version may look different.
-        let Version { schema } = serde_json::from_str(&text).map_err(malformed)?;
+        let Version { schema } = serde_json::from_str(text).map_err(malformed)?;
         if schema != 1 {
             return Err(CaseError::Schema { path, found: schema });
         }
-        let Body { source, target } = serde_json::from_str(&text).map_err(malformed)?;
-        let config = read_text(&folder.join("config.json"))?;
+        let Body { source, target } = serde_json::from_str(text).map_err(malformed)?;
         Ok(Self { folder: folder.to_path_buf(), config, source, target })
     }
 
@@ -241,14 +301,42 @@ impl Case {
         name(&self.folder)
     }
 
+    /// The layouts that the case brings for one of its sides in `source/bands.json` or `target/bands.json`, by rank.
+    ///
+    /// # Errors
+    /// [`CaseError::Io`], [`CaseError::Bands`], [`CaseError::Side`].
+    pub fn bands(&self, side: Side) -> Result<Option<BTreeMap<u32, RankLayout>>, CaseError> {
+        let path = self.folder.join(side.to_string()).join("bands.json");
+        if !path.exists() {
+            return Ok(None);
+        }
+        let layouts = crate::bands::layouts(&[path], side)?;
+        Ok(Some(layouts.into_iter().map(|layout| (layout.rank(), layout)).collect()))
+    }
+
     /// Reads a rank's file.
     ///
     /// # Errors
-    /// [`CaseError::Io`], [`CaseError::Tensors`], [`CaseError::Dtype`].
+    /// [`CaseError::Outside`], [`CaseError::Io`], and those of [`Tensors::from_bytes`].
     pub fn tensors(&self, file: &str) -> Result<Tensors, CaseError> {
         let path = self.folder.join(file);
+        // A case may come from anybody; it has no business elsewhere.
+        if !Path::new(file).components().all(|part| matches!(part, Component::Normal(_))) {
+            return Err(CaseError::Outside { path });
+        }
         let raw = fs::read(&path).map_err(|source| CaseError::Io { path: path.clone(), source })?;
-        let tensors = SafeTensors::deserialize(&raw)
+        Tensors::from_bytes(&path, &raw)
+    }
+}
+
+impl Tensors {
+    /// The tensors of a safetensors file; `path` names it in errors.
+    ///
+    /// # Errors
+    /// [`CaseError::Tensors`], [`CaseError::Dtype`].
+    pub fn from_bytes(path: &Path, raw: &[u8]) -> Result<Self, CaseError> {
+        let path = path.to_path_buf();
+        let tensors = SafeTensors::deserialize(raw)
             .map_err(|source| CaseError::Tensors { path: path.clone(), source })?;
         let (mut specs, mut bytes) = (Vec::new(), BTreeMap::new());
         for (name, view) in tensors.iter() {
@@ -261,7 +349,7 @@ impl Case {
             bytes.insert(name.into(), view.data().to_vec());
         }
         specs.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(Tensors { specs, bytes })
+        Ok(Self { specs, bytes })
     }
 }
 
@@ -296,5 +384,10 @@ pub(crate) fn name(folder: &Path) -> String {
 }
 
 fn read_text(path: &Path) -> Result<String, CaseError> {
-    fs::read_to_string(path).map_err(|source| CaseError::Io { path: path.to_path_buf(), source })
+    let io = |source| CaseError::Io { path: path.to_path_buf(), source };
+    let bytes = fs::metadata(path).map_err(io)?.len();
+    if bytes > MAX_TEXT_BYTES {
+        return Err(CaseError::TooLarge { path: path.to_path_buf(), bytes });
+    }
+    fs::read_to_string(path).map_err(io)
 }

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use refit::RefitError;
 use refit::translate::TranslateError;
 
+use crate::case::CaseError;
+
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CliError {
     #[error("cannot read {path}: {source}")]
@@ -14,6 +16,8 @@ pub(crate) enum CliError {
     Write { path: PathBuf, source: io::Error },
     #[error("{path}: {source}")]
     Config { path: PathBuf, source: TranslateError },
+    #[error(transparent)]
+    Case(#[from] CaseError),
     #[error(transparent)]
     Translate(#[from] TranslateError),
     #[error(transparent)]

@@ -7,6 +7,7 @@
 pub mod case;
 pub mod synthetic;
 
+mod bands;
 mod bench;
 mod bench_plan;
 mod error;
@@ -33,6 +34,8 @@ struct Cli {
 enum Command {
     /// Show what a refit would read: per source and target rank, with its cost and its hash
     Plan(plan::Args),
+    /// Print layouts as JSON: a model's, to see the format or to edit it, or those of files
+    Bands(bands::Args),
     /// Replay golden cases: real source shards in, every target tensor compared byte for byte
     Verify(verify::Args),
     /// Refit a model between processes and print where the time goes
@@ -49,6 +52,7 @@ enum Command {
 pub fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Plan(args) => plan::run(&args),
+        Command::Bands(args) => bands::run(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::BenchPlan(args) => bench_plan::run(&args),

@@ -28,6 +28,8 @@ pub(crate) const PRESETS: &[(&str, &str)] = &[
     ("qwen3-next-80b-a3b", include_str!("../presets/qwen3-next-80b-a3b.json")),
 ];
 
+/// The one that commands take when none is named.
+pub(crate) const DEFAULT: &str = "qwen3-4b";
 /// The help of arguments that [`config`] reads.
 pub(crate) fn help() -> String {
     format!("A Hugging Face config.json, or a bundled model: {}", presets())

@@ -9,9 +9,11 @@ use refit::RefitError;
 use refit::planner::{
     Capabilities, LowerOptions, Method, Mode, Plan, PlanOptions, Policy, Program, lower, plan,
 };
+use refit::translate::bands::Side;
 use refit::translate::{PostAction, TargetLayout};
 use serde::Serialize;
 
+use crate::bands::{self, Files};
 use crate::error::CliError;
 use crate::model;
 use crate::sizes::{SourceSizes, TargetSizes};
@@ -19,7 +21,7 @@ use crate::sizes::{SourceSizes, TargetSizes};
 /// Plan a model's refit and print reads, bytes, amplification and hashes for every target rank.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    #[arg(long, default_value = "qwen3-4b", help = model::help())]
+    #[arg(long, default_value = model::DEFAULT, help = model::help())]
     config: String,
     /// Trainer sizes; what is not said is 1, etp too, although Megatron's own default for it is tp
     #[arg(long, default_value = "tp=4,pp=1", value_name = SourceSizes::SHAPE)]
@@ -30,6 +32,8 @@ pub(crate) struct Args {
     /// Only this engine rank (default: all)
     #[arg(long)]
     rank: Option<u32>,
+    #[command(flatten)]
+    bands: Files,
     /// Only move bytes that are needed, even where reading more would be faster
     #[arg(long)]
     exact_wire: bool,
@@ -111,8 +115,18 @@ impl Action {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
-    let config = model::config(&args.config)?;
-    let source = model::joined(model::source(&config, args.source)?)?;
+    let (source_name, source) = match args.bands.source_bands.as_slice() {
+        [] => (args.source.to_string(), model::source(&model::config(&args.config)?, args.source)?),
+        files => (bands::name(files), bands::layouts(files, Side::Source)?),
+    };
+    let (target_name, mut targets) = match args.bands.target_bands.as_slice() {
+        [] => (args.target.to_string(), model::target(&model::config(&args.config)?, args.target)?),
+        files => {
+            let layouts = bands::layouts(files, Side::Target)?;
+            (bands::name(files), layouts.into_iter().map(TargetLayout::from).collect())
+        }
+    };
+    let source = model::joined(source)?;
     let capabilities = Capabilities {
         strided_reads: args.strided_reads,
         bytes_per_us: args.rate,
@@ -126,12 +140,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
     };
     let options = LowerOptions::default().with_policy(policy).with_mode(mode);
 
-    let mut targets = model::target(&config, args.target)?;
     if let Some(rank) = args.rank {
         targets.retain(|target| target.layout.rank() == rank);
         if targets.is_empty() {
-            let world = args.target.world();
-            return Err(CliError::Usage(format!("--rank {rank}: the engine has ranks 0..{world}")));
+            return Err(CliError::Usage(format!("--rank {rank}: the engine has no such rank")));
         }
     }
     let mut ranks = Vec::new();
@@ -144,7 +156,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
         let lower_s = started.elapsed().as_secs_f64();
         ranks.push(describe(&plan, &program, &post_actions, plan_s, lower_s));
     }
-    let output = Output { source: args.source.to_string(), target: args.target.to_string(), ranks };
+    let output = Output { source: source_name, target: target_name, ranks };
     if args.json {
         println!("{}", serde_json::to_string_pretty(&output).unwrap_or_default());
     } else {

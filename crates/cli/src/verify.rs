@@ -1,18 +1,23 @@
 //! `refit verify`: golden cases through the whole stack, compared byte for byte.
 
+mod layouts;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use refit::pool::{HostAllocator, PoolOptions};
-use refit::translate::{ModelConfig, TranslateError, megatron, vllm};
+use refit::translate::TranslateError;
+use refit::translate::bands::Side;
 use refit::transport::{Transport, TransportPool, TransportRegistrar, local};
 use refit::{Publication, RefitError, Source, Target, TargetOptions, allocate};
 
 use crate::case::{self, Case, CaseError, Tensors};
 use crate::error::CliError;
 use crate::transports::TransportName;
+
+use layouts::Layouts;
 
 /// What target parameters hold before the refit.
 const POISON: u8 = 0xa5;
@@ -22,8 +27,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Replay golden cases: real trainer shards in, every engine tensor compared byte for byte.
 ///
-/// A case is a folder with case.json, config.json and safetensors of every rank. Exit status: 0 when all pass, 1 when
-/// a case fails, 2 when a case cannot be read.
+/// A case is a folder with case.json, config.json and safetensors of every rank. source/bands.json or target/bands.json
+/// in it, as `refit bands` prints them, take the place of the layouts that the model gives: a case of a model that is
+/// not supported brings both. Exit status: 0 when all pass, 1 when a case fails, 2 when a case cannot be read.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Folders of cases, or folders that hold some
@@ -40,9 +46,17 @@ enum Failure {
     /// It cannot be read: not a verdict on the project.
     #[error("cannot be read: {0}")]
     Broken(#[from] CaseError),
-    /// Its tensors are not those of such a model, or the model is not supported.
+    /// Its tensors are not those of such a model.
     #[error("refused: {0}")]
     Translate(#[from] TranslateError),
+    /// Its model is not supported, and it brings no bands.
+    #[error(
+        "refused: {source}; a case of another model brings {side}/bands.json, see docs/bands.md"
+    )]
+    Model { source: TranslateError, side: Side },
+    /// Its tensors are not those that its bands describe.
+    #[error("{side} rank {rank}: {reason}")]
+    Held { side: Side, rank: u32, reason: String },
     /// It cannot be planned or moved.
     #[error("{0}")]
     Refit(#[from] RefitError),
@@ -151,7 +165,7 @@ fn replay_over<T: Transport>(
     publisher: Arc<T>,
     puller: Arc<T>,
 ) -> Result<Passed, Failure> {
-    let config = ModelConfig::from_json(&case.config)?;
+    let (trainer, engine) = (Layouts::of(case, Side::Source)?, Layouts::of(case, Side::Target)?);
     let pool = TransportPool::new(
         HostAllocator,
         TransportRegistrar::new(publisher.clone()),
@@ -160,7 +174,7 @@ fn replay_over<T: Transport>(
     let mut sources = Vec::new();
     for rank in &case.source.ranks {
         let tensors = case.tensors(&rank.file)?;
-        let layout = megatron::layout(&config, &case.source.place(rank), &tensors.specs)?;
+        let layout = trainer.source(case, rank, &tensors.specs)?;
         let mut params = allocate(&layout, &HostAllocator)?;
         for (name, memory) in &mut params {
             let held = tensors.bytes.get(name.as_str()).map_or(&[][..], Vec::as_slice);
@@ -180,8 +194,8 @@ fn replay_over<T: Transport>(
     let mut passed = Passed::default();
     for rank in &case.target.ranks {
         let wanted = case.tensors(&rank.file)?;
-        let layout = vllm::layout(&config, &case.target.place(rank), &wanted.specs)?;
-        let mut params = allocate(&layout.layout, &HostAllocator)?;
+        let layout = engine.target(case, rank, &wanted.specs)?;
+        let mut params = allocate(&layout, &HostAllocator)?;
         for (name, memory) in &mut params {
             host_bytes(memory, name)?.fill(POISON);
         }

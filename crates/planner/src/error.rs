@@ -227,6 +227,17 @@ pub enum PlanError {
         /// Element type of the target.
         to: Dtype,
     },
+    /// Bands and shards that cross in more ways than a plan may take.
+    #[error(
+        "planning `{param}` takes more than {max_pieces} pieces, or 64 times as many comparisons: its bands and the \
+         source's cross in too many ways; describe fewer, larger boxes, or allow more with `max_pieces`"
+    )]
+    TooComplex {
+        /// The target parameter.
+        param: Arc<str>,
+        /// Pieces allowed.
+        max_pieces: u64,
+    },
     /// More entries than a plan can number.
     #[error("the plan would have more than {max} parameters or segments", max = u32::MAX)]
     TooMany,

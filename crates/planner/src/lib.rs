@@ -64,6 +64,7 @@ pub use layout::{Band, FillBox, LayoutBuilder, Param, RankLayout, Tensor, Tensor
 pub use lower::{Capabilities, LowerOptions, Mode, Policy, lower};
 pub use plan::{
     Coverage, Fill, Plan, PlanOptions, Replicas, Segment, SourceParam, TargetParam, plan,
+    prove_disjoint, prove_tiling,
 };
 pub use program::{Choice, Destination, Landing, Method, Program, Read, Wave};
 pub use source::SourceLayout;

@@ -5,7 +5,7 @@ mod stage;
 use alloc::vec;
 use alloc::vec::Vec;
 
-use self::stage::{Form, Piece, Stager};
+use self::stage::{Form, Piece, Room, Stager};
 use crate::encode::Encoder;
 use crate::program::{Choice, Destination, Landing, Method, Program, Read};
 use crate::{Dims, LowerError, Plan, Segment, Transform};
@@ -14,6 +14,15 @@ const HASH_CONTEXT: &str = "refit-planner program v2";
 
 /// Staged ranges start at multiples of this, so that any element type is aligned and rows share no cache line.
 const STAGING_ALIGN: u64 = 256;
+
+/// No program has more reads, whatever a transport says: each takes some hundred bytes.
+const MAX_READS: u64 = 1 << 25;
+
+/// Waves are not worth more pieces than this: with the default size it is 8 TB of staging.
+const MAX_WAVE_PIECES: u64 = 1 << 20;
+
+/// Nor more for each read that a program may have: a piece takes at least one.
+const WAVE_PIECES_PER_READ: u64 = 64;
 
 /// What a transport can do, in integers so that every host decides alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,7 +34,7 @@ pub struct Capabilities {
     pub bytes_per_us: u64,
     /// What one more read costs.
     pub ns_per_read: u64,
-    /// Most reads one program may have.
+    /// Most reads one program may have; 2^25 is the most for any transport.
     pub max_reads: u64,
 }
 
@@ -65,7 +74,7 @@ pub struct LowerOptions {
     pub landing_bytes_per_us: u64,
     /// Bytes that a wave may stage in [`Mode::Direct`], before they are landed and the next wave uses the same memory.
     /// A piece that cannot be cut smaller gets a wave of its own. Everything is one wave in [`Mode::Staged`], and where
-    /// waves would take more reads than the transport allows.
+    /// waves would take more reads than the transport allows, 64 times as many pieces, or 2^20.
     pub wave_bytes: u64,
 }
 
@@ -133,18 +142,20 @@ pub fn lower(
     capabilities: &Capabilities,
     options: &LowerOptions,
 ) -> Result<Program, LowerError> {
-    let mut groups = group(plan, capabilities, options)?;
-    match limit_reads(&mut groups, capabilities.max_reads) {
+    let max_reads = capabilities.max_reads.min(MAX_READS);
+    let groups =
+        group(plan, capabilities, options).and_then(|groups| limit_reads(groups, max_reads));
+    let groups = match groups {
         // Cutting to waves takes more reads: where they are too many, memory gives way.
         Err(LowerError::TooManyReads { .. }) if options.wave_limit() != u64::MAX => {
             return lower(plan, capabilities, &options.with_wave_bytes(u64::MAX));
         }
         result => result?,
-    }
+    };
 
     let mut out = Emitter {
         strided: capabilities.strided_reads,
-        limit: options.wave_limit(),
+        room: room(capabilities, options),
         stager: Stager::new(options.wave_limit()),
         waves: vec![WaveParts::default()],
     };
@@ -166,7 +177,7 @@ pub fn lower(
         plan_hash: plan.hash(),
         sources: plan.sources().clone(),
         targets: plan.targets().clone(),
-        wire_bytes: reads.iter().map(Read::bytes).sum(),
+        wire_bytes: reads.iter().fold(0, |sum: u64, read| sum.saturating_add(read.bytes())),
         needed_bytes: plan.coverage().needed_bytes,
         reads,
         landings,
@@ -175,6 +186,11 @@ pub fn lower(
         choices,
         staging_bytes: out.stager.most,
     })
+}
+
+fn room(capabilities: &Capabilities, options: &LowerOptions) -> Room {
+    let pieces = capabilities.max_reads.saturating_mul(WAVE_PIECES_PER_READ);
+    Room::new(options.wave_limit(), pieces.min(MAX_WAVE_PIECES))
 }
 
 fn hash(
@@ -219,12 +235,13 @@ fn group<'a>(
     options: &LowerOptions,
 ) -> Result<Vec<Group<'a>>, LowerError> {
     let mut groups = Vec::new();
+    let mut room = room(capabilities, options);
     // Segments are sorted by target: one pass, and a stable sort by source inside each target.
     for of_target in plan.segments().chunk_by(|a, b| a.target == b.target) {
         let mut sorted: Vec<&Segment> = of_target.iter().collect();
         sorted.sort_by_key(|segment| segment.source);
         for of_source in sorted.chunk_by(|a, b| a.source == b.source) {
-            groups.push(forms(plan, of_source.to_vec(), capabilities, options)?);
+            groups.push(forms(plan, of_source.to_vec(), capabilities, options, &mut room)?);
         }
     }
     Ok(groups)
@@ -235,11 +252,11 @@ fn forms<'a>(
     segments: Vec<&'a Segment>,
     capabilities: &Capabilities,
     options: &LowerOptions,
+    room: &mut Room,
 ) -> Result<Group<'a>, LowerError> {
     let needed: u64 = segments.iter().map(|segment| segment.source_bytes()).sum();
-    let limit = options.wave_limit();
-    let spans = spans(&segments, capabilities, limit);
-    let spanned = spans.iter().map(|span| Form::Span.bytes(span)).sum();
+    let spans = spans(&segments, capabilities, room)?;
+    let spanned = spans.iter().fold(0, |sum: u64, span| sum.saturating_add(Form::Span.bytes(span)));
     let (source, target) = (segments[0].source, segments[0].target);
     let choice = |method, reads: u64, wire_bytes, landed| Choice {
         source,
@@ -265,7 +282,7 @@ fn forms<'a>(
     if copies_only && options.mode == Mode::Direct {
         forms.push(choice(Method::Direct, reads(&segments), needed, 0));
     } else if options.policy != Policy::ReadPerRun || options.mode == Mode::Staged {
-        let pieces = packed(&segments, limit);
+        let pieces = packed(&segments, room)?;
         let pieces: Vec<&Segment> = pieces.iter().flatten().collect();
         forms.push(choice(Method::Packed, reads(&pieces), needed, needed));
     }
@@ -288,7 +305,11 @@ fn forms<'a>(
 
 /// The source ranges that cover all segments, neighbours joined where reading the gap costs less than another read,
 /// cut to waves.
-fn spans(segments: &[&Segment], capabilities: &Capabilities, limit: u64) -> Vec<Piece> {
+fn spans(
+    segments: &[&Segment],
+    capabilities: &Capabilities,
+    room: &mut Room,
+) -> Result<Vec<Piece>, LowerError> {
     let mut sorted = segments.to_vec();
     sorted.sort_by_key(|segment| segment.source_offset);
     let mut spans: Vec<Piece> = Vec::new();
@@ -305,18 +326,18 @@ fn spans(segments: &[&Segment], capabilities: &Capabilities, limit: u64) -> Vec<
     }
     let mut pieces = Vec::with_capacity(spans.len());
     for span in spans {
-        stage::cut(span, Form::Span, limit, &mut pieces);
+        stage::cut(span, Form::Span, room, &mut pieces)?;
     }
-    pieces
+    Ok(pieces)
 }
 
 /// The segments one by one, cut to waves.
-fn packed(segments: &[&Segment], limit: u64) -> Vec<Piece> {
+fn packed(segments: &[&Segment], room: &mut Room) -> Result<Vec<Piece>, LowerError> {
     let mut pieces = Vec::with_capacity(segments.len());
     for &segment in segments {
-        stage::cut(vec![segment.clone()], Form::Packed, limit, &mut pieces);
+        stage::cut(vec![segment.clone()], Form::Packed, room, &mut pieces)?;
     }
-    pieces
+    Ok(pieces)
 }
 
 fn nanoseconds(bytes: u64, bytes_per_us: u64) -> u64 {
@@ -325,27 +346,26 @@ fn nanoseconds(bytes: u64, bytes_per_us: u64) -> u64 {
 }
 
 /// Moves groups to forms with fewer reads, the largest saving first, until the program fits.
-fn limit_reads(groups: &mut [Group<'_>], max: u64) -> Result<(), LowerError> {
-    let mut reads =
-        groups.iter().fold(0, |sum: u64, group| sum.saturating_add(group.chosen().reads));
-    if reads <= max {
-        return Ok(());
-    }
+fn limit_reads(mut groups: Vec<Group<'_>>, max: u64) -> Result<Vec<Group<'_>>, LowerError> {
+    let mut reads: u128 = groups.iter().map(|group| u128::from(group.chosen().reads)).sum();
     let fewest = |group: &Group<'_>| group.forms.iter().map(|form| form.reads).min().unwrap_or(0);
     let mut order: Vec<usize> = (0..groups.len()).collect();
     order.sort_by_key(|&index| {
         core::cmp::Reverse(groups[index].chosen().reads - fewest(&groups[index]))
     });
     for index in order {
-        if reads <= max {
-            return Ok(());
+        if reads <= u128::from(max) {
+            break;
         }
         let group = &mut groups[index];
         let before = group.chosen().reads;
         group.forms.sort_by_key(|form| form.reads);
-        reads = reads - before + group.chosen().reads;
+        reads = reads - u128::from(before) + u128::from(group.chosen().reads);
     }
-    if reads <= max { Ok(()) } else { Err(LowerError::TooManyReads { reads, max }) }
+    match u64::try_from(reads).unwrap_or(u64::MAX) {
+        reads if reads <= max => Ok(groups),
+        reads => Err(LowerError::TooManyReads { reads, max }),
+    }
 }
 
 #[derive(Default)]
@@ -356,7 +376,7 @@ struct WaveParts {
 
 struct Emitter {
     strided: bool,
-    limit: u64,
+    room: Room,
     stager: Stager,
     /// Never empty.
     waves: Vec<WaveParts>,
@@ -377,7 +397,7 @@ impl Emitter {
                     }
                 }
                 Method::Packed => {
-                    let pieces = packed(&group.segments, self.limit);
+                    let pieces = packed(&group.segments, &mut self.room)?;
                     staged.extend(pieces.into_iter().map(|piece| (Form::Packed, piece)));
                 }
                 Method::Span => {

@@ -1,8 +1,10 @@
 //! Source bands x target bands -> strided segments, fills, coverage and hash.
 
+mod budget;
 mod coalesce;
 mod pieces;
 mod replicas;
+mod search;
 mod tiling;
 
 use alloc::collections::BTreeMap;
@@ -16,15 +18,31 @@ use crate::{Dims, Dtype, Hash, PlanError, RankLayout, SourceLayout, Tensor, Tran
 
 use replicas::Chosen;
 
+use budget::Budget;
+use search::Search;
+
+pub use tiling::{prove_disjoint, prove_tiling};
+
 /// Bump when the encoding or anything that decides segments changes; golden hashes change with it.
 const HASH_CONTEXT: &str = "refit-planner plan v2";
 
 /// Choices that the layouts leave open.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PlanOptions {
     /// Which of several copies of a shard is read.
     pub replicas: Replicas,
+    /// Parts into which target bands may be cut along source shards. It bounds what planning takes, whatever the
+    /// layouts: some 300 bytes a piece, and looks at 64 boxes a piece.
+    pub max_pieces: u64,
+}
+
+impl Default for PlanOptions {
+    /// Copies share the load, and 2^22 pieces: a rank that holds every expert of a model of a trillion parameters takes
+    /// about a million.
+    fn default() -> Self {
+        Self { replicas: Replicas::default(), max_pieces: 1 << 22 }
+    }
 }
 
 impl PlanOptions {
@@ -32,6 +50,13 @@ impl PlanOptions {
     #[must_use]
     pub fn with_replicas(mut self, replicas: Replicas) -> Self {
         self.replicas = replicas;
+        self
+    }
+
+    /// These options with another limit on pieces.
+    #[must_use]
+    pub fn with_max_pieces(mut self, pieces: u64) -> Self {
+        self.max_pieces = pieces;
         self
     }
 }
@@ -224,7 +249,7 @@ impl Plan {
 /// [`PlanError::Uncovered`] when some target bytes have no source, [`PlanError::Overlap`] and [`PlanError::Gap`] when
 /// the target's own bands do not tile it, [`PlanError::TensorShape`] and [`PlanError::Dtype`] when the sides hold
 /// different models, [`PlanError::MapsMeet`] and [`PlanError::MapDtype`] for element maps that are not defined,
-/// [`PlanError::TooMany`] beyond 2^32 entries.
+/// [`PlanError::TooComplex`] beyond [`PlanOptions::max_pieces`], [`PlanError::TooMany`] beyond 2^32 entries.
 pub fn plan(
     source: &SourceLayout,
     target: &RankLayout,
@@ -233,13 +258,15 @@ pub fn plan(
     let held = source.find(target.tensors());
     same_shapes(target.tensors(), &held)?;
     let mut cuts = Vec::with_capacity(target.params().len());
+    let mut search = Search::new(Budget::new(options.max_pieces));
     let mut cuts_of_param = Vec::with_capacity(target.params().len());
     for param in target.params() {
-        tiling::prove(param)?;
+        tiling::prove(param, &mut search.budget)?;
         let first = cuts.len();
         for band in &param.bands {
-            let tensor = band.tensor.0 as usize;
-            pieces::cut(source, held[tensor], &target.tensors()[tensor], param, band, &mut cuts)?;
+            let number = band.tensor.0 as usize;
+            let (held, tensor) = (held[number], &target.tensors()[number]);
+            pieces::cut(source, held, tensor, param, band, &mut search, &mut cuts)?;
         }
         cuts_of_param.push(first..cuts.len());
     }

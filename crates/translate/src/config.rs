@@ -28,6 +28,8 @@ pub(crate) const MAX_LAYERS: u32 = 1 << 12;
 pub(crate) const MAX_HEADS: u32 = 1 << 16;
 /// No model has more experts in a layer.
 pub(crate) const MAX_EXPERTS: u64 = 1 << 16;
+/// No model has more key-value heads in all its layers: a trainer's rank may hold a band for each of Q, K and V of each.
+const MAX_KV_GROUPS: u64 = 1 << 20;
 /// No side has more ranks.
 pub(crate) const MAX_RANKS: u32 = 1 << 20;
 
@@ -180,6 +182,12 @@ impl ModelConfig {
             return Err(TranslateError::TooLarge {
                 what: "num_attention_heads * head_dim",
                 limit: MAX_SIZE,
+            });
+        }
+        if u64::from(self.num_layers) * self.num_kv_heads > MAX_KV_GROUPS {
+            return Err(TranslateError::TooLarge {
+                what: "num_hidden_layers * num_key_value_heads",
+                limit: MAX_KV_GROUPS,
             });
         }
         if !self.num_heads.is_multiple_of(self.num_kv_heads) {

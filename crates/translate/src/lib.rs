@@ -135,6 +135,9 @@ mod refusal;
 mod slots;
 mod spec;
 
+#[cfg(feature = "serde")]
+#[cfg_attr(docsrs, doc(cfg(feature = "serde")))]
+pub mod bands;
 pub mod host;
 pub mod megatron;
 pub mod roles;

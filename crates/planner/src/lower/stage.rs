@@ -47,6 +47,39 @@ impl Form {
     }
 }
 
+/// What pieces may take: bytes of staging each, and how many there may be.
+#[derive(Debug)]
+pub(super) struct Room {
+    limit: u64,
+    most: u64,
+    left: u64,
+}
+
+impl Room {
+    /// Pieces of at most `limit` bytes, with at most `most` segments in all of them. Without a limit on bytes nothing
+    /// is cut, and there are no more than there were.
+    pub(super) fn new(limit: u64, most: u64) -> Self {
+        Self { limit, most, left: if limit == u64::MAX { u64::MAX } else { most } }
+    }
+
+    /// Refuses to cut where it takes more than there is room for.
+    fn check(&self, pieces: u64) -> Result<(), LowerError> {
+        if pieces <= self.left {
+            return Ok(());
+        }
+        let taken = self.most - self.left;
+        Err(LowerError::TooManyReads { reads: taken.saturating_add(pieces), max: self.most })
+    }
+
+    fn take(&mut self, piece: Piece, pieces: &mut Vec<Piece>) -> Result<(), LowerError> {
+        let segments = piece.len() as u64;
+        self.check(segments)?;
+        self.left -= segments;
+        pieces.push(piece);
+        Ok(())
+    }
+}
+
 /// First byte and one past the last that the segments span in their source parameter.
 pub(super) fn range(piece: &[Segment]) -> (u64, u64) {
     let starts = piece.iter().map(|segment| segment.source_offset);
@@ -59,37 +92,53 @@ pub(super) fn range(piece: &[Segment]) -> (u64, u64) {
 /// Cuts a piece into pieces of at most `limit` bytes of staging, as far as its pattern allows: along the outermost
 /// repetition that its segments share, and inside it; between segments; one run of one segment anywhere. The segments
 /// are sorted by source offset.
-pub(super) fn cut(piece: Piece, form: Form, limit: u64, pieces: &mut Vec<Piece>) {
-    if form.bytes(&piece) <= limit {
-        pieces.push(piece);
-        return;
+pub(super) fn cut(
+    piece: Piece,
+    form: Form,
+    room: &mut Room,
+    pieces: &mut Vec<Piece>,
+) -> Result<(), LowerError> {
+    let bytes = form.bytes(&piece);
+    if bytes <= room.limit {
+        return room.take(piece, pieces);
     }
     if let Some(dim) = shared_outermost(&piece)
-        && let Some(steps_each) = form.steps(&piece, &dim, limit)
+        && let Some(steps_each) = form.steps(&piece, &dim, room.limit)
     {
+        room.check(dim.count / steps_each)?;
         let mut first = 0;
         while first < dim.count {
             let count = steps_each.min(dim.count - first);
-            cut(steps(&piece, first, count), form, limit, pieces);
+            cut(steps(&piece, first, count), form, room, pieces)?;
             first += count;
         }
-        return;
+        return Ok(());
     }
     match piece.as_slice() {
-        [segment] if segment.dims.is_none() => pieces.extend(runs(segment, limit)),
-        [_] => pieces.push(piece),
-        _ => between(piece, form, limit, pieces),
+        [segment] if segment.dims.is_none() => {
+            // Every element size divides the alignment of staging.
+            let most = (room.limit / STAGING_ALIGN).max(1) * STAGING_ALIGN;
+            room.check(segment.run / most)?;
+            runs(segment, most).try_for_each(|piece| room.take(piece, pieces))
+        }
+        [_] => room.take(piece, pieces),
+        _ => between(piece, form, room, pieces),
     }
 }
 
 /// Cuts a piece of several segments where none of them crosses the cut.
-fn between(piece: Piece, form: Form, limit: u64, pieces: &mut Vec<Piece>) {
+fn between(
+    piece: Piece,
+    form: Form,
+    room: &mut Room,
+    pieces: &mut Vec<Piece>,
+) -> Result<(), LowerError> {
     let mut parts: Vec<Piece> = Vec::new();
     let (mut start, mut end) = (0, 0);
     for segment in piece {
         let (first, last) = range(core::slice::from_ref(&segment));
         match parts.last_mut() {
-            Some(part) if first < end || last - start <= limit => part.push(segment),
+            Some(part) if first < end || last - start <= room.limit => part.push(segment),
             _ => {
                 parts.push(vec![segment]);
                 start = first;
@@ -98,12 +147,9 @@ fn between(piece: Piece, form: Form, limit: u64, pieces: &mut Vec<Piece>) {
         end = last.max(end);
     }
     if parts.len() == 1 {
-        pieces.append(&mut parts);
-        return;
+        return parts.into_iter().try_for_each(|part| room.take(part, pieces));
     }
-    for part in parts {
-        cut(part, form, limit, pieces);
-    }
+    parts.into_iter().try_for_each(|part| cut(part, form, room, pieces))
 }
 
 /// The outermost repetition, if all segments have the same one up to its target stride.
@@ -129,10 +175,8 @@ fn steps(piece: &[Segment], first: u64, count: u64) -> Piece {
     piece.iter().map(part).collect()
 }
 
-/// A contiguous segment in parts of at most `limit` bytes, whole elements each.
-fn runs(segment: &Segment, limit: u64) -> impl Iterator<Item = Piece> {
-    // Every element size divides the alignment of staging.
-    let most = (limit / STAGING_ALIGN).max(1) * STAGING_ALIGN;
+/// A contiguous segment in parts of at most `most` bytes, which hold whole elements.
+fn runs(segment: &Segment, most: u64) -> impl Iterator<Item = Piece> {
     (0..segment.run.div_ceil(most)).map(move |index| {
         let start = index * most;
         vec![Segment {

@@ -4,6 +4,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::ops::Range;
 
+use super::search::Search;
 use super::{Fill, Segment};
 use crate::layout::{Band, FillBox, Param};
 use crate::source::{ClassParam, Held, Owner, Shard, SourceLayout};
@@ -11,19 +12,23 @@ use crate::{Dim, Dims, ElementMap, PlanError, Tensor, Transform};
 
 /// A box of a logical tensor.
 #[derive(Clone)]
-struct Area {
-    rows: Range<u64>,
-    cols: Range<u64>,
+pub(super) struct Area {
+    pub(super) rows: Range<u64>,
+    pub(super) cols: Range<u64>,
 }
 
 impl Area {
-    fn elements(&self) -> u64 {
+    pub(super) fn elements(&self) -> u64 {
         self.rows.end.saturating_sub(self.rows.start)
             * self.cols.end.saturating_sub(self.cols.start)
     }
 
-    fn intersect(&self, shard: &Shard) -> Self {
+    pub(super) fn intersect(&self, shard: &Shard) -> Self {
         Self { rows: overlap(&self.rows, &shard.rows), cols: overlap(&self.cols, &shard.cols) }
+    }
+
+    pub(super) fn common(&self, other: &Self) -> Self {
+        Self { rows: overlap(&self.rows, &other.rows), cols: overlap(&self.cols, &other.cols) }
     }
 
     /// What is left of `self` without `hole`, which lies inside it: at most four boxes.
@@ -182,38 +187,24 @@ pub(super) fn cut<'a>(
     tensor: &Tensor,
     param: &'a Param,
     band: &'a Band,
+    search: &mut Search,
     cuts: &mut Vec<Cut<'a>>,
 ) -> Result<(), PlanError> {
     let shards = held.map_or(&[][..], |held| source.shards_of(held));
     let mut pending = Vec::new();
     let mut next = Some(Area { rows: band.rows.clone(), cols: band.cols.clone() });
     while let Some(area) = next {
-        let Some((shard, overlap)) = largest_overlap(shards, &area) else {
+        let largest = search.largest_overlap(param, band.tensor, shards, &area)?;
+        let Some((shard, overlap)) = largest else {
             return Err(uncovered(param, band, &tensor.name, &area));
         };
+        let owners = source.owners_of(shard);
+        search.budget.piece(param, owners.len())?;
         area.without(&overlap, &mut pending);
-        cuts.push(Cut { area: overlap, param, band, shard, owners: source.owners_of(shard) });
+        cuts.push(Cut { area: overlap, param, band, shard, owners });
         next = pending.pop();
     }
     Ok(())
-}
-
-/// The shard that covers most of `area`, the first of equals.
-fn largest_overlap<'s>(shards: &'s [Shard], area: &Area) -> Option<(&'s Shard, Area)> {
-    let mut best: Option<(&Shard, Area)> = None;
-    // Shards are sorted by first row: the rest start below the area.
-    for shard in shards.iter().take_while(|shard| shard.rows.start < area.rows.end) {
-        let overlap = area.intersect(shard);
-        let elements = overlap.elements();
-        if elements > best.as_ref().map_or(0, |(_, best)| best.elements()) {
-            let complete = elements == area.elements();
-            best = Some((shard, overlap));
-            if complete {
-                break;
-            }
-        }
-    }
-    best
 }
 
 fn uncovered(param: &Param, band: &Band, tensor: &Arc<str>, area: &Area) -> PlanError {

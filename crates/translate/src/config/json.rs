@@ -64,7 +64,14 @@ struct Keys {
     quantization_config: Option<Value>,
 }
 
+/// Real ones have a few thousand; what is read of an unknown `quantization_config` takes up to 40 times its text.
+const MAX_TEXT_BYTES: usize = 1 << 20;
+
 pub(super) fn read(text: &str) -> Result<ModelConfig, TranslateError> {
+    if text.len() > MAX_TEXT_BYTES {
+        let (what, limit) = ("bytes of config.json", MAX_TEXT_BYTES as u64);
+        return Err(TranslateError::TooLarge { what, limit });
+    }
     let text = without_python_floats(text);
     let json = Json::new(&text);
     let keys: Keys = json.keys()?;
