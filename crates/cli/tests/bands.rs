@@ -79,6 +79,24 @@ fn what_is_printed_plans_like_the_model() {
     assert_eq!(about(&printed(&["bands", &target])), about(&target_text));
 }
 
+/// The two sides of the example in the documentation.
+#[test]
+fn the_documented_example_is_a_refit() {
+    let text = include_str!("../../../docs/bands.md");
+    let folder = tempfile::tempdir().unwrap();
+    let blocks = text.split("```json\n{").skip(1).map(|rest| rest.split("```").next().unwrap());
+    let files: Vec<String> = blocks
+        .enumerate()
+        .map(|(number, block)| {
+            let path = folder.path().join(number.to_string());
+            fs::write(&path, format!("{{{block}")).unwrap();
+            path.display().to_string()
+        })
+        .collect();
+    let [source, target] = files.as_slice() else { panic!("{} examples", files.len()) };
+    assert_eq!(hashes(&["--source-bands", source, "--target-bands", target]).len(), 1);
+}
+
 #[test]
 fn mistakes_with_files_are_named() {
     let folder = tempfile::tempdir().unwrap();
