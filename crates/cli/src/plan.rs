@@ -19,9 +19,9 @@ use crate::sizes::Sizes;
 /// Plan a model's refit and print reads, bytes, amplification and hashes for every target rank.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// A Hugging Face config.json, or a bundled model: qwen3-4b, llama-3.1-8b, qwen2.5-7b
-    #[arg(long, default_value = model::DEFAULT)]
-    config: String,
+    /// A Hugging Face config.json, or a bundled model: qwen3-4b (default), llama-3.1-8b, qwen2.5-7b
+    #[arg(long)]
+    config: Option<String>,
     /// Trainer sizes
     #[arg(long, default_value = "tp=4,pp=1", value_name = "tp=N,pp=N")]
     source: Sizes,
@@ -96,12 +96,14 @@ struct FromSource {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
+    let config = || model::config(args.config.as_deref().unwrap_or(model::DEFAULT));
+    args.bands.check(args.config.is_some())?;
     let (source_name, source) = match args.bands.source_bands.as_slice() {
-        [] => (args.source.to_string(), model::source(&model::config(&args.config)?, args.source)?),
+        [] => (args.source.to_string(), model::source(&config()?, args.source)?),
         files => (bands::name(files), bands::layouts(files, Side::Source)?),
     };
     let (target_name, targets) = match args.bands.target_bands.as_slice() {
-        [] => (args.target.to_string(), model::target(&model::config(&args.config)?, args.target)?),
+        [] => (args.target.to_string(), model::target(&config()?, args.target)?),
         files => (bands::name(files), bands::layouts(files, Side::Target)?),
     };
     let source = model::joined(source)?;

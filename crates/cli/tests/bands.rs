@@ -108,7 +108,10 @@ fn mistakes_with_files_are_named() {
     let huge = path("huge.json");
     fs::File::create(&huge).unwrap().set_len(1 << 40).unwrap();
 
-    let mistakes: [(&[&str], &str); 10] = [
+    let both =
+        ["plan", "--config", "qwen3-4b", "--source-bands", &source, "--target-bands", &target];
+    let mistakes: [(&[&str], &str); 11] = [
+        (&both, "both sides come from files: leave --config out"),
         (&["plan", "--source-bands", &target], "describes a target side where a source side"),
         (
             &["plan", "--target-bands", &target, "--target-bands", &target],
