@@ -124,7 +124,7 @@ fn mistakes_with_files_are_named() {
         (&["plan", "--target-bands", &huge], "1099511627776 bytes of text"),
         (&["plan", "--target-bands", "nowhere.json"], "nowhere.json: No such file"),
         (&["plan", "--target-bands", &target, "--target", "tp=1"], "cannot be used with"),
-        (&["bands"], "<--source <tp=N,pp=N>|--target <tp=N>|FILE>"),
+        (&["bands"], "<--source <tp=N,pp=N"),
         (&["bands", "--source", "tp=2", "--target", "tp=1"], "cannot be used with"),
         (&["bands", "--source", "tp=2", "--rank", "2"], "no rank 2 among the 2"),
         (&["bands", &source, &target], "target.json: describes a target side"),
