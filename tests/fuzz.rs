@@ -1,8 +1,9 @@
 //! The fuzz targets as a plain test: the saved corpus, and mutations of it. No input may panic, take more memory than
 //! its target states, or much time.
 //!
-//! `REFIT_FUZZ_RUNS` is how many mutations each target gets, `REFIT_FUZZ_SEED` where they start. What fails is written
-//! to a file, which belongs into `tests/fuzz/corpus` with the fix.
+//! `REFIT_FUZZ_RUNS` is how many mutations each target gets, `REFIT_FUZZ_SEED` where they start, `REFIT_FUZZ_CORPUS` a
+//! folder with another corpus to take besides, as libFuzzer leaves one in `fuzz/corpus`. What fails is written to a file,
+//! which belongs into `tests/fuzz/corpus` with the fix.
 
 #![allow(
     clippy::print_stdout,
@@ -61,9 +62,12 @@ fn check(target: Target, data: &[u8], what: &str) -> Outcome {
 
 /// The saved inputs of a target, by name.
 fn corpus(target: Target) -> Vec<(String, Vec<u8>)> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target.name);
+    inputs(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target.name))
+}
+
+fn inputs(folder: &Path) -> Vec<(String, Vec<u8>)> {
     let mut files: Vec<PathBuf> =
-        fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();
     assert!(!files.is_empty(), "no input in {}", folder.display());
     let name = |path: &Path| path.file_name().unwrap().to_string_lossy().into_owned();
@@ -78,7 +82,10 @@ fn setting(name: &str, default: u64) -> u64 {
 
 fn fuzz(name: &str) {
     let target = *TARGETS.iter().find(|target| target.name == name).unwrap();
-    let corpus = corpus(target);
+    let mut corpus = corpus(target);
+    if let Some(folder) = std::env::var_os("REFIT_FUZZ_CORPUS") {
+        corpus.extend(inputs(&Path::new(&folder).join(target.name)));
+    }
     let (mut peak, mut slowest) = (0, Duration::ZERO);
     let mut record = |outcome: Outcome| {
         peak = peak.max(outcome.peak);

@@ -82,6 +82,17 @@ pub(crate) struct Files {
     pub(crate) target_bands: Vec<PathBuf>,
 }
 
+impl Files {
+    /// Refuses a model that nothing would come from.
+    pub(crate) fn check(&self, model_given: bool) -> Result<(), CliError> {
+        if model_given && !self.source_bands.is_empty() && !self.target_bands.is_empty() {
+            let text = "both sides come from files: leave --config out, or one of the sides";
+            return Err(CliError::Usage(text.to_owned()));
+        }
+        Ok(())
+    }
+}
+
 /// The ranks of one side, from the files that describe some of them each.
 pub(crate) fn layouts(files: &[PathBuf], side: Side) -> Result<Vec<RankLayout>, CaseError> {
     let mut layouts = BTreeMap::new();

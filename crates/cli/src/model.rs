@@ -30,6 +30,7 @@ pub(crate) const PRESETS: &[(&str, &str)] = &[
 
 /// The one that commands take when none is named.
 pub(crate) const DEFAULT: &str = "qwen3-4b";
+
 /// The help of arguments that [`config`] reads.
 pub(crate) fn help() -> String {
     format!("A Hugging Face config.json, or a bundled model: {}", presets())

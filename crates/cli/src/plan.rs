@@ -21,8 +21,8 @@ use crate::sizes::{SourceSizes, TargetSizes};
 /// Plan a model's refit and print reads, bytes, amplification and hashes for every target rank.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    #[arg(long, default_value = model::DEFAULT, help = model::help())]
-    config: String,
+    #[arg(long, help = format!("{} [default: {}]", model::help(), model::DEFAULT))]
+    config: Option<String>,
     /// Trainer sizes; what is not said is 1, etp too, although Megatron's own default for it is tp
     #[arg(long, default_value = "tp=4,pp=1", value_name = SourceSizes::SHAPE)]
     source: SourceSizes,
@@ -115,12 +115,14 @@ impl Action {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
+    let config = || model::config(args.config.as_deref().unwrap_or(model::DEFAULT));
+    args.bands.check(args.config.is_some())?;
     let (source_name, source) = match args.bands.source_bands.as_slice() {
-        [] => (args.source.to_string(), model::source(&model::config(&args.config)?, args.source)?),
+        [] => (args.source.to_string(), model::source(&config()?, args.source)?),
         files => (bands::name(files), bands::layouts(files, Side::Source)?),
     };
     let (target_name, mut targets) = match args.bands.target_bands.as_slice() {
-        [] => (args.target.to_string(), model::target(&model::config(&args.config)?, args.target)?),
+        [] => (args.target.to_string(), model::target(&config()?, args.target)?),
         files => {
             let layouts = bands::layouts(files, Side::Target)?;
             (bands::name(files), layouts.into_iter().map(TargetLayout::from).collect())
@@ -141,9 +143,11 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
     let options = LowerOptions::default().with_policy(policy).with_mode(mode);
 
     if let Some(rank) = args.rank {
+        let last = targets.iter().map(|target| target.layout.rank()).max();
         targets.retain(|target| target.layout.rank() == rank);
         if targets.is_empty() {
-            return Err(CliError::Usage(format!("--rank {rank}: the engine has no such rank")));
+            let end = last.map_or(0, |last| last.saturating_add(1));
+            return Err(CliError::Usage(format!("--rank {rank}: the engine has ranks 0..{end}")));
         }
     }
     let mut ranks = Vec::new();

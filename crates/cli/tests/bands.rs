@@ -79,6 +79,24 @@ fn what_is_printed_plans_like_the_model() {
     assert_eq!(about(&printed(&["bands", &target])), about(&target_text));
 }
 
+/// The two sides of the example in the documentation.
+#[test]
+fn the_documented_example_is_a_refit() {
+    let text = include_str!("../../../docs/bands.md");
+    let folder = tempfile::tempdir().unwrap();
+    let blocks = text.split("```json\n{").skip(1).map(|rest| rest.split("```").next().unwrap());
+    let files: Vec<String> = blocks
+        .enumerate()
+        .map(|(number, block)| {
+            let path = folder.path().join(number.to_string());
+            fs::write(&path, format!("{{{block}")).unwrap();
+            path.display().to_string()
+        })
+        .collect();
+    let [source, target] = files.as_slice() else { panic!("{} examples", files.len()) };
+    assert_eq!(hashes(&["--source-bands", source, "--target-bands", target]).len(), 1);
+}
+
 #[test]
 fn mistakes_with_files_are_named() {
     let folder = tempfile::tempdir().unwrap();
@@ -90,7 +108,10 @@ fn mistakes_with_files_are_named() {
     let huge = path("huge.json");
     fs::File::create(&huge).unwrap().set_len(1 << 40).unwrap();
 
-    let mistakes: [(&[&str], &str); 10] = [
+    let both =
+        ["plan", "--config", "qwen3-4b", "--source-bands", &source, "--target-bands", &target];
+    let mistakes: [(&[&str], &str); 11] = [
+        (&both, "both sides come from files: leave --config out"),
         (&["plan", "--source-bands", &target], "describes a target side where a source side"),
         (
             &["plan", "--target-bands", &target, "--target-bands", &target],
@@ -103,7 +124,7 @@ fn mistakes_with_files_are_named() {
         (&["plan", "--target-bands", &huge], "1099511627776 bytes of text"),
         (&["plan", "--target-bands", "nowhere.json"], "nowhere.json: No such file"),
         (&["plan", "--target-bands", &target, "--target", "tp=1"], "cannot be used with"),
-        (&["bands"], "<--source <tp=N,pp=N>|--target <tp=N>|FILE>"),
+        (&["bands"], "<--source <tp=N,pp=N"),
         (&["bands", "--source", "tp=2", "--target", "tp=1"], "cannot be used with"),
         (&["bands", "--source", "tp=2", "--rank", "2"], "no rank 2 among the 2"),
         (&["bands", &source, &target], "target.json: describes a target side"),

@@ -56,10 +56,16 @@ struct Best {
 impl Best {
     /// Looks at shards that start with number `first`.
     fn offer(&mut self, shards: &[Shard], first: usize, area: &Area) {
-        for (index, shard) in (first..).zip(shards) {
+        let all = area.elements();
+        // Sorted by first row: where one starts below the area, the rest do.
+        let near = shards.iter().take_while(|shard| shard.rows.start < area.rows.end);
+        for (index, shard) in (first..).zip(near) {
             let elements = area.intersect(shard).elements();
             if self.would_take(elements, index) {
                 (self.elements, self.index) = (elements, Some(index));
+                if elements == all {
+                    break;
+                }
             }
         }
         self.looks += shards.len() as u64;

@@ -38,7 +38,7 @@ impl Claim {
     }
 
     fn lane(&self) -> (u64, u64) {
-        (self.step, self.row % self.step)
+        (self.step, if self.step == 1 { 0 } else { self.row % self.step })
     }
 
     /// The first column that both claims have, if any.
@@ -130,6 +130,9 @@ fn claimed(param: &Param, budget: &mut Budget) -> Result<u64, PlanError> {
         Claim::new(fill.rows.start, 1, count, (fill.cols.start, fill.cols.end))
     });
     let mut claims: Vec<Claim> = bands.chain(fills).collect();
+    if let [claim] = claims.as_slice() {
+        return Ok(claim.elements());
+    }
     claims.sort_unstable_by_key(|claim| (claim.lane(), claim.row, claim.cols.0));
 
     for lane in claims.chunk_by(|a, b| a.lane() == b.lane()) {
