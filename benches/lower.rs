@@ -1,4 +1,4 @@
-//! Lowering one rank's plan, and what a plan's hash costs as part of it.
+//! Lowering one rank's plan, and the part of planning it that is its hash.
 
 use std::hint::black_box;
 
@@ -32,6 +32,18 @@ fn lowering(criterion: &mut Criterion) {
         group.bench_function(name, |bencher| {
             bencher.iter(|| lower(black_box(plan), &CAPABILITIES, &LowerOptions::default()));
         });
+    }
+    group.finish();
+
+    let mut group = criterion.benchmark_group("hash");
+    let qwen = first_plan(&config, 4, 2);
+    for (name, plan) in [
+        ("qwen3-4b/tp4-to-tp2", &qwen),
+        ("llama-70b/tp8-to-tp4", &llama),
+        ("kimi-k2/one-rank", &kimi),
+    ] {
+        assert_eq!(plan.rehash(), plan.hash());
+        group.bench_function(name, |bencher| bencher.iter(|| black_box(plan).rehash()));
     }
     group.finish();
 }

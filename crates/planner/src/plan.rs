@@ -228,6 +228,14 @@ impl Plan {
         self.hash
     }
 
+    /// Computes [`Plan::hash`] once more: to measure what it costs.
+    #[cfg(feature = "__bench")]
+    #[doc(hidden)]
+    #[must_use]
+    pub fn rehash(&self) -> Hash {
+        hash(&self.sources, &self.targets, &self.segments, &self.fills)
+    }
+
     /// Bytes read from each source rank.
     #[must_use]
     pub fn bytes_by_source(&self) -> BTreeMap<u32, u64> {
