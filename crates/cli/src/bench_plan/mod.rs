@@ -30,7 +30,8 @@ pub(crate) struct Args {
     /// Rounds; times are medians over them
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1_000))]
     rounds: u32,
-    /// Print a table for 16 to 4,096 target ranks of the preset, twice as many on the source
+    /// Print a table for 16 to 4,096 target ranks of the preset, twice as many on the source; for models with experts a
+    /// round takes two minutes
     #[arg(long)]
     curve: bool,
     /// Write every number to a file
