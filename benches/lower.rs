@@ -21,10 +21,10 @@ fn lowering(criterion: &mut Criterion) {
         bencher.iter(|| lower(black_box(&per_run), &CAPABILITIES, &options));
     });
     let llama = first_plan(&llama_70b(), 8, 4);
-    let source = SourceLayout::new((0..64).map(|rank| kimi_k2(64, rank)));
+    let source = SourceLayout::new(kimi_k2(64));
     let kimi = plan(
         &source.unwrap_or_else(|error| panic!("{error}")),
-        &kimi_k2(128, 77),
+        &kimi_k2(128).nth(77).unwrap_or_else(|| panic!("there are 128")),
         &PlanOptions::default(),
     )
     .unwrap_or_else(|error| panic!("{error}"));

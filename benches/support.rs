@@ -10,13 +10,12 @@ use std::sync::Arc;
 
 use refit::planner::{Capabilities, Plan, PlanOptions, RankLayout, SourceLayout, plan};
 use refit::pool::{HostAllocator, PoolOptions};
-use refit::translate::megatron::{self, SourceRank, TrainerOptions};
+use refit::translate::megatron::{self, Pipeline, SourceRank, TrainerOptions, TrainerSizes};
 use refit::translate::vllm::{self, TargetRank};
 use refit::translate::{Family, ModelConfig};
 use refit::transport::local::{LocalTransport, Network};
 use refit::transport::{TransportPool, TransportRegistrar};
 use refit::{Publication, Source, Target, TargetOptions, allocate};
-use refit_cli::synthetic::{self, Sharding};
 
 /// NIXL over host memory, as its transport describes itself.
 pub const CAPABILITIES: Capabilities = Capabilities {
@@ -55,21 +54,27 @@ pub fn llama_70b() -> ModelConfig {
     config
 }
 
-/// One of so many ranks of a side that holds Kimi-K2 with TP8 and EP32.
+/// Every one of so many trainer ranks that hold Kimi-K2 with TP8 and EP32.
+pub fn kimi_k2(ranks: u32) -> impl Iterator<Item = RankLayout> {
+    let config =
+        ModelConfig::from_json(include_str!("../crates/cli/presets/kimi-k2.json")).unwrap();
+    let stages = Pipeline::new(1).stages(config.num_layers).unwrap();
+    let ranks = TrainerSizes::new(8).with_dp(ranks / 8).with_ep(32).ranks(&stages).unwrap();
+    ranks.into_iter().map(move |rank| source_layout(&config, &rank))
+}
+
+/// One trainer rank's layout.
 #[must_use]
-pub fn kimi_k2(ranks: u32, rank: u32) -> RankLayout {
-    let sharding = Sharding { ranks, tp: 8, ep: 32 };
-    synthetic::layout(&synthetic::KIMI_K2, sharding, rank).unwrap()
+pub fn source_layout(config: &ModelConfig, rank: &SourceRank) -> RankLayout {
+    let held = megatron::expected(config, rank, &TrainerOptions::default()).unwrap();
+    megatron::layout(config, rank, &held).unwrap()
 }
 
 /// Every trainer rank's layout.
 #[must_use]
 pub fn source_layouts(config: &ModelConfig, tp: u32) -> Vec<RankLayout> {
-    let layout = |rank: &SourceRank| {
-        let held = megatron::expected(config, rank, &TrainerOptions::default()).unwrap();
-        megatron::layout(config, rank, &held).unwrap()
-    };
-    SourceRank::grid(config.num_layers, tp, 1, 1).unwrap().iter().map(layout).collect()
+    let ranks = SourceRank::grid(config.num_layers, tp, 1, 1).unwrap();
+    ranks.iter().map(|rank| source_layout(config, rank)).collect()
 }
 
 /// One engine rank's layout.

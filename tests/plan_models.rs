@@ -6,10 +6,11 @@ use refit::planner::{
     Capabilities, LowerOptions, Mode, Param, Plan, PlanOptions, Policy, RankLayout, SourceLayout,
     lower, plan,
 };
-use refit_cli::synthetic::{self, Moe, Sharding};
 use refit_tests::execute::{self, Sources};
 use refit_tests::models::{self, plan_of, qwen3_4b};
 use refit_tests::{landing, oracle};
+use refit_translate::megatron::{Pipeline, TrainerOptions, TrainerSizes};
+use refit_translate::{Family, Mla, ModelConfig, Moe};
 
 const HOST: Capabilities = Capabilities {
     strided_reads: false,
@@ -165,30 +166,30 @@ fn a_change_that_moves_a_byte_changes_the_hash() {
 }
 
 /// Small enough for the oracle; otherwise a mixture of experts like any.
-const TINY_MOE: Moe = Moe {
-    layers: 3,
-    dense_layers: 1,
-    hidden: 8,
-    heads: 8,
-    q_rank: 6,
-    kv_rank: 5,
-    nope: 2,
-    rope: 1,
-    value: 2,
-    dense_inner: 16,
-    expert_inner: 8,
-    experts: 12,
-    vocab: 24,
-};
+fn tiny_moe() -> ModelConfig {
+    let mut config = ModelConfig::new(Family::DeepseekV3);
+    (config.hidden_size, config.intermediate_size, config.vocab_size) = (8, 16, 24);
+    (config.num_layers, config.num_heads) = (3, 8);
+    let mut moe = Moe::new(12, 8);
+    moe.shared_intermediate_size = Some(8);
+    moe.score_bias = true;
+    moe.dense_layers = vec![0];
+    config.moe = Some(moe);
+    config.mla = Some(Mla::new(Some(6), 5, [2, 1, 2]));
+    config
+}
 
-fn moe(sharding: Sharding) -> Vec<RankLayout> {
-    (0..sharding.ranks).map(|rank| synthetic::layout(&TINY_MOE, sharding, rank).unwrap()).collect()
+/// Every trainer rank of so many, of these tensor- and expert-parallel sizes.
+fn moe((ranks, tp, ep): (u32, u32, u32)) -> Vec<RankLayout> {
+    let config = tiny_moe();
+    let stages = Pipeline::new(1).stages(config.num_layers).unwrap();
+    let sizes = TrainerSizes::new(tp).with_dp(ranks / tp).with_ep(ep);
+    models::source_ranks(&config, &sizes.ranks(&stages).unwrap(), &TrainerOptions::default())
 }
 
 #[test]
 fn experts_move_between_any_sizes() {
-    let sizes = [(16, 8, 4), (12, 4, 12), (12, 2, 3), (8, 8, 1), (6, 1, 6), (1, 1, 1)]
-        .map(|(ranks, tp, ep)| Sharding { ranks, tp, ep });
+    let sizes = [(16, 8, 4), (12, 4, 12), (12, 2, 3), (8, 8, 1), (6, 1, 6), (1, 1, 1)];
     for source in sizes {
         let layouts = moe(source);
         let joined = SourceLayout::new(&layouts).unwrap();
@@ -210,10 +211,10 @@ fn experts_move_between_any_sizes() {
 /// all targets together ask all sources alike.
 #[test]
 fn many_copies_share_the_load_of_many_targets() {
-    let source = moe(Sharding { ranks: 64, tp: 4, ep: 4 });
+    let source = moe((64, 4, 4));
     let joined = SourceLayout::new(&source).unwrap();
     let reversed = SourceLayout::new(source.iter().rev()).unwrap();
-    let targets = moe(Sharding { ranks: 32, tp: 4, ep: 4 });
+    let targets = moe((32, 4, 4));
     let mut asked = std::collections::BTreeMap::<u32, u64>::new();
     for target in &targets {
         let plan = plan(&joined, target, &PlanOptions::default()).unwrap();

@@ -5,7 +5,6 @@
 #![forbid(unsafe_code)]
 
 pub mod case;
-pub mod synthetic;
 
 mod bands;
 mod bench;

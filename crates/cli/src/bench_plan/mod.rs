@@ -86,7 +86,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
         Ok(())
     };
     if args.curve {
-        CURVE.iter().try_for_each(|&ranks| add(&sides.with_target_ranks(ranks)))?;
+        CURVE.iter().try_for_each(|&ranks| add(&sides.with_target_ranks(ranks)?))?;
     } else {
         add(&sides)?;
     }

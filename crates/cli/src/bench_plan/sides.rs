@@ -3,61 +3,91 @@
 use std::path::Path;
 use std::{fmt, fs};
 
-use refit::RefitError;
 use refit::planner::RankLayout;
 use refit::translate::ModelConfig;
-use refit::translate::megatron::{self, SourceRank, TrainerOptions};
+use refit::translate::megatron::{self, Pipeline, SourceRank, TrainerOptions, TrainerSizes};
 use refit::translate::vllm::{self, TargetRank};
 use serde_json::json;
 
 use super::Preset;
 use crate::error::CliError;
 use crate::model;
-use crate::synthetic::{self, Moe, Sharding};
 
 /// Both sides of a job; any rank's layout can be made by itself.
 pub(super) struct Sides {
-    model: Model,
+    config: ModelConfig,
     source: Sharding,
     target: Sharding,
+    sources: Vec<SourceRank>,
+    targets: Targets,
 }
 
-enum Model {
-    /// A trainer's and an engine's layouts, as they are. No experts.
-    Dense(Box<ModelConfig>),
-    /// The same way of holding on either side.
-    Moe(Moe),
+enum Targets {
+    /// The same way of holding as on the source side: a parameter for every expert, as other planners have it.
+    Trainer(Vec<SourceRank>),
+    /// An engine's, as they are. No experts.
+    Engine(Vec<TargetRank>),
+}
+
+/// How one side shares a model out. Experts are not sharded over tensor-parallel ranks.
+#[derive(Clone, Copy)]
+struct Sharding {
+    /// All ranks; whatever the other two do not divide are copies.
+    ranks: u32,
+    /// Tensor-parallel size of everything but routed experts.
+    tp: u32,
+    /// Expert-parallel size.
+    ep: u32,
+}
+
+impl Sharding {
+    fn trainer(self, config: &ModelConfig) -> Result<Vec<SourceRank>, CliError> {
+        let sizes = TrainerSizes::new(self.tp).with_dp(self.ranks / self.tp).with_ep(self.ep);
+        Ok(sizes.ranks(&Pipeline::new(1).stages(config.num_layers)?)?)
+    }
+
+    fn engine(self) -> Vec<TargetRank> {
+        (0..self.ranks).map(|rank| TargetRank::new(rank, rank % self.tp, self.tp)).collect()
+    }
+
+    /// Ranks until layouts repeat: the least common multiple of the parallel sizes.
+    fn distinct(self) -> u32 {
+        let (mut a, mut b) = (self.tp, self.ep);
+        while b != 0 {
+            (a, b) = (b, a % b);
+        }
+        (self.tp / a).saturating_mul(self.ep).min(self.ranks)
+    }
 }
 
 impl Sides {
     pub(super) fn of(preset: Preset) -> Result<Self, CliError> {
-        let dense = |name: &str, source: u32, target: u32| {
-            let sharding = |tp: u32| Sharding { ranks: tp, tp, ep: 1 };
-            let model = Model::Dense(Box::new(model::config(name)?));
-            Ok(Self { model, source: sharding(source), target: sharding(target) })
+        let dense = |tp: u32| Sharding { ranks: tp, tp, ep: 1 };
+        let spread = |ranks: u32| Sharding { ranks, tp: 8, ep: 32 };
+        let (name, source, target) = match preset {
+            Preset::KimiK2 => ("kimi-k2", spread(256), spread(128)),
+            Preset::DeepseekV3 => ("deepseek-v3", spread(256), spread(128)),
+            Preset::Llama70b => ("llama-3.1-70b", dense(8), dense(4)),
+            Preset::Qwen3 => ("qwen3-4b", dense(4), dense(2)),
         };
-        let moe = |model: Moe| {
-            let sharding = |ranks: u32| Sharding { ranks, tp: 8, ep: 32 };
-            Ok(Self { model: Model::Moe(model), source: sharding(256), target: sharding(128) })
+        Self::new(model::config(name)?, source, target)
+    }
+
+    fn new(config: ModelConfig, source: Sharding, target: Sharding) -> Result<Self, CliError> {
+        let sources = source.trainer(&config)?;
+        let targets = match config.moe {
+            Some(_) => Targets::Trainer(target.trainer(&config)?),
+            None => Targets::Engine(target.engine()),
         };
-        match preset {
-            Preset::KimiK2 => moe(synthetic::KIMI_K2),
-            Preset::DeepseekV3 => moe(synthetic::DEEPSEEK_V3),
-            Preset::Llama70b => dense("llama-3.1-70b", 8, 4),
-            Preset::Qwen3 => dense("qwen3-4b", 4, 2),
-        }
+        Ok(Self { config, source, target, sources, targets })
     }
 
     /// The same job on this many target ranks and twice as many source ranks: more copies, and fewer experts a rank
     /// until the expert-parallel size is reached.
-    pub(super) fn with_target_ranks(&self, ranks: u32) -> Self {
+    pub(super) fn with_target_ranks(&self, ranks: u32) -> Result<Self, CliError> {
         let scaled =
             |side: Sharding, ranks: u32| Sharding { ranks, ep: side.ep.min(ranks), ..side };
-        let model = match &self.model {
-            Model::Dense(config) => Model::Dense(config.clone()),
-            Model::Moe(model) => Model::Moe(*model),
-        };
-        Self { model, source: scaled(self.source, 2 * ranks), target: scaled(self.target, ranks) }
+        Self::new(self.config.clone(), scaled(self.source, 2 * ranks), scaled(self.target, ranks))
     }
 
     /// Writes `sides.json` and every layout of which there are copies once: rank `r` of a side holds what
@@ -93,38 +123,31 @@ impl Sides {
     }
 
     pub(super) fn source(&self, rank: u32) -> Result<RankLayout, CliError> {
-        match &self.model {
-            Model::Moe(model) => moe(model, self.source, rank),
-            Model::Dense(config) => {
-                let tp = self.source.tp;
-                let layers = (0..config.num_layers).collect();
-                let rank = SourceRank::new(rank, layers).with_tp(rank % tp, tp);
-                let held = megatron::expected(config, &rank, &TrainerOptions::default())?;
-                Ok(megatron::layout(config, &rank, &held)?)
-            }
-        }
+        self.trainer(&self.sources[rank as usize])
     }
 
     pub(super) fn target(&self, rank: u32) -> Result<RankLayout, CliError> {
-        match &self.model {
-            Model::Moe(model) => moe(model, self.target, rank),
-            Model::Dense(config) => {
-                let rank = TargetRank::new(rank, rank % self.target.tp, self.target.tp);
-                Ok(vllm::layout(config, &rank, &vllm::expected(config, &rank)?)?.layout)
+        match &self.targets {
+            Targets::Trainer(ranks) => self.trainer(&ranks[rank as usize]),
+            Targets::Engine(ranks) => {
+                let rank = &ranks[rank as usize];
+                let held = vllm::expected(&self.config, rank)?;
+                Ok(vllm::layout(&self.config, rank, &held)?.layout)
             }
         }
     }
-}
 
-fn moe(model: &Moe, sharding: Sharding, rank: u32) -> Result<RankLayout, CliError> {
-    Ok(synthetic::layout(model, sharding, rank).map_err(RefitError::from)?)
+    fn trainer(&self, rank: &SourceRank) -> Result<RankLayout, CliError> {
+        let held = megatron::expected(&self.config, rank, &TrainerOptions::default())?;
+        Ok(megatron::layout(&self.config, rank, &held)?)
+    }
 }
 
 impl fmt::Display for Sides {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let side = |side: Sharding| match self.model {
-            Model::Dense(_) => format!("TP{}", side.tp),
-            Model::Moe(_) => format!("TP{} EP{} on {} ranks", side.tp, side.ep, side.ranks),
+        let side = |side: Sharding| match self.targets {
+            Targets::Engine(_) => format!("TP{}", side.tp),
+            Targets::Trainer(_) => format!("TP{} EP{} on {} ranks", side.tp, side.ep, side.ranks),
         };
         write!(f, "{} -> {}", side(self.source), side(self.target))
     }
