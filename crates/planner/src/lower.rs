@@ -255,8 +255,6 @@ fn forms<'a>(
     room: &mut Room,
 ) -> Result<Group<'a>, LowerError> {
     let needed: u64 = segments.iter().map(|segment| segment.source_bytes()).sum();
-    let spans = spans(&segments, capabilities, room)?;
-    let spanned = spans.iter().fold(0, |sum: u64, span| sum.saturating_add(Form::Span.bytes(span)));
     let (source, target) = (segments[0].source, segments[0].target);
     let choice = |method, reads: u64, wire_bytes, landed| Choice {
         source,
@@ -278,9 +276,19 @@ fn forms<'a>(
         })
     };
     let copies_only = segments.iter().all(|segment| segment.transform == Transform::Copy);
+    let direct = (copies_only && options.mode == Mode::Direct)
+        .then(|| choice(Method::Direct, reads(&segments), needed, 0));
+    if let Some(direct) = direct
+        && direct.reads == 1
+    {
+        // No other form has fewer reads or costs less, and most parameters are such.
+        return Ok(Group { segments, spans: Vec::new(), forms: vec![direct] });
+    }
+    let spans = spans(&segments, capabilities, room)?;
+    let spanned = spans.iter().fold(0, |sum: u64, span| sum.saturating_add(Form::Span.bytes(span)));
     let mut forms = Vec::with_capacity(2);
-    if copies_only && options.mode == Mode::Direct {
-        forms.push(choice(Method::Direct, reads(&segments), needed, 0));
+    if let Some(direct) = direct {
+        forms.push(direct);
     } else if options.policy != Policy::ReadPerRun || options.mode == Mode::Staged {
         let pieces = packed(&segments, room)?;
         let pieces: Vec<&Segment> = pieces.iter().flatten().collect();
