@@ -14,6 +14,7 @@ use refit::transport::{Transport, TransportPool, TransportRegistrar, local};
 use refit::{Publication, RefitError, Source, Target, TargetOptions, allocate};
 
 use crate::case::{self, Case, CaseError, Tensors};
+use crate::device::DeviceName;
 use crate::error::CliError;
 use crate::transports::TransportName;
 
@@ -89,10 +90,7 @@ struct Passed {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
-    #[cfg(not(feature = "nixl"))]
-    if args.transport == TransportName::Nixl {
-        return Err(crate::transports::without_nixl());
-    }
+    let transport = args.transport.on(DeviceName::Host)?;
     let (mut passed, mut failed, mut broken) = (0, 0, 0);
     for path in &args.cases {
         let folders = match case::find(path) {
@@ -105,7 +103,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
         };
         for folder in folders {
             let name = case::name(&folder);
-            match replay(&folder, args.transport) {
+            match replay(&folder, transport) {
                 Ok(Passed { ranks, tensors, bytes, reads }) => {
                     passed += 1;
                     println!(
@@ -141,7 +139,9 @@ fn replay(folder: &Path, transport: TransportName) -> Result<Passed, Failure> {
             let (source, target) = agents.map_err(RefitError::from)?;
             replay_over(&case, source, target)
         }
+        #[cfg(feature = "nixl")]
         TransportName::Nixl => replay_over_nixl(&case),
+        other => Err(Failure::Transport(format!("`{}` is not for golden cases", other.name()))),
     }
 }
 
@@ -152,11 +152,6 @@ fn replay_over_nixl(case: &Case) -> Result<Passed, Failure> {
             .map_err(|error| Failure::Transport(error.to_string()))
     };
     replay_over(case, agent("source", true)?, agent("target", false)?)
-}
-
-#[cfg(not(feature = "nixl"))]
-fn replay_over_nixl(_: &Case) -> Result<Passed, Failure> {
-    Err(Failure::Transport(crate::transports::without_nixl().to_string()))
 }
 
 /// Publishes every source rank of a case from one agent and pulls every target rank of it from another.
