@@ -63,7 +63,7 @@ impl Transport for Scripted {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { strided_reads: false, bytes_per_us: 1, ns_per_read: 1, max_reads: 1 }
+        Capabilities { max_reads: 1, ..Capabilities::plain(1, 1) }
     }
 
     fn metadata(&self) -> Result<Vec<u8>, TransportError> {

@@ -47,12 +47,7 @@ pub struct LocalOptions {
 impl Default for LocalOptions {
     /// Strided reads, the cost of a copy on one ordinary core, 16 MiB a poll.
     fn default() -> Self {
-        let capabilities = Capabilities {
-            strided_reads: true,
-            bytes_per_us: 4_000,
-            ns_per_read: 100,
-            max_reads: u64::MAX,
-        };
+        let capabilities = Capabilities { strided_reads: true, ..Capabilities::plain(4_000, 100) };
         Self { capabilities, bytes_per_poll: 16 << 20 }
     }
 }
