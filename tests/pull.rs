@@ -90,7 +90,7 @@ impl Transport for Scripted {
         unreachable!("batches are made by the tests")
     }
 
-    fn written<'a>(&self, prepared: &'a Batch) -> &'a [LocalRange] {
+    fn written<'a>(&self, prepared: &'a Batch) -> &'a [Written] {
         &prepared.written
     }
 
