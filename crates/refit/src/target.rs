@@ -13,7 +13,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use refit_planner::{
-    LowerOptions, Mode, PlanOptions, Program, RankLayout, SourceLayout, lower, plan,
+    Capabilities, LowerOptions, Mode, PlanOptions, Program, RankLayout, SourceLayout, SourceParam,
+    lower_for, plan,
 };
 use refit_pool::Memory;
 use refit_translate::{PostAction, TargetLayout};
@@ -24,7 +25,7 @@ use refit_transport::{
 
 use crate::bind::{self, Batch};
 use crate::error::RefitError;
-use crate::land;
+use crate::land::{DeviceLander, Landings};
 use crate::memory::in_layout_order;
 use crate::publication::Publication;
 use crate::report::Report;
@@ -194,6 +195,8 @@ struct Inner<T: Transport> {
     live: Vec<Memory>,
     /// By source rank: the publication a peer was met under, and the peer.
     peers: BTreeMap<u32, ([u8; 32], Peer)>,
+    /// What lands in memory that the processor cannot write.
+    device: Option<DeviceLander>,
     /// The last few plans, the latest first.
     planned: Vec<Planned>,
 }
@@ -207,6 +210,10 @@ struct Planned {
     layouts: [u8; 32],
     options: TargetOptions,
     program: Arc<Program>,
+    /// What the ways to the sources could do when it was lowered, by source rank.
+    links: Vec<(u32, Capabilities)>,
+    /// How the waves are landed.
+    landings: Landings,
     /// The last binding of it: digest of the publications, and the pool's key.
     bound: Option<([u8; 32], [u8; 32])>,
 }
@@ -250,8 +257,24 @@ impl<T: Transport> Target<T> {
             options,
             live,
             peers: BTreeMap::new(),
+            device: None,
             planned: Vec::new(),
         })))
+    }
+
+    /// Lands by this device's kernel, which parameters in its memory need where bytes are staged or filled.
+    #[cfg(feature = "cuda")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+    #[must_use]
+    pub fn with_device(mut self, device: DeviceLander) -> Self {
+        self.0.device = Some(device);
+        self.0.planned.clear();
+        self
+    }
+
+    /// How bytes come from each source rank met so far, and why that way.
+    pub fn routes(&self) -> impl Iterator<Item = (u32, String)> {
+        self.0.peers.iter().map(|(&rank, (_, peer))| (rank, self.0.transport.route(peer)))
     }
 
     /// The rank's layout.
@@ -348,7 +371,9 @@ impl<T: Transport> Prepared<T> {
     pub fn pull(self) -> Result<Pulling<T>, Failed<Unfinished<T>>> {
         let Self { mut refit, lease } = self;
         refit.started = Instant::now();
-        match refit.post(lease) {
+        let reading = refit.post(lease);
+        refit.report.posted = refit.began.elapsed();
+        match reading {
             Reading::Stopped(stop) => Err(refit.stopped(stop)),
             reading => Ok(Pulling { reading: Some(reading), refit }),
         }
@@ -399,7 +424,8 @@ impl<T: Transport> Pulled<T> {
     /// Copies what the last wave staged to its place, converting elements on the way, and writes the fills.
     ///
     /// # Errors
-    /// [`RefitError::NotHost`] for parameters the processor cannot write.
+    /// [`RefitError::NotHost`] for parameters the processor cannot write, [`RefitError::Device`] from the device that
+    /// lands.
     pub fn land(self) -> Result<Landed<T>, Failed<InvalidTarget<T>>> {
         let Self { mut refit, lease } = self;
         match refit.land(&lease).and_then(|()| refit.fill()) {
@@ -420,8 +446,11 @@ impl<T: Transport> Landed<T> {
 }
 
 impl<T: Transport> Refit<T> {
-    /// Posts the reads of the current wave.
+    /// Posts the reads of the current wave, once nothing is landed any more from where they arrive.
     fn post(&mut self, lease: TransportLease<T>) -> Reading<T> {
+        if let Err(error) = self.landed_before(self.wave) {
+            return Reading::Stopped(Stop::Landing(error));
+        }
         let first = self.batches.end;
         self.batches = first..first + bind::batches_of(&self.program, self.program.wave(self.wave));
         let live = std::mem::take(&mut self.inner.live);
@@ -451,24 +480,34 @@ impl<T: Transport> Refit<T> {
         self.post(lease)
     }
 
-    /// Lands what the current wave has staged.
+    /// Lands what the current wave has staged. On a device this only begins here.
     fn land(&mut self, lease: &TransportLease<T>) -> Result<(), RefitError> {
         let started = Instant::now();
-        let staging = match lease.arenas() {
-            [] => &[][..],
-            [arena, ..] => arena
-                .host_bytes()
-                .ok_or_else(|| RefitError::NotHost { param: "staging".to_owned() })?,
-        };
-        let landings = self.program.wave(self.wave).landings;
-        land::land(landings, staging, self.program.targets(), &mut self.inner.live)?;
+        let Inner { planned, live, .. } = &mut *self.inner;
+        let staging = lease.arenas().first();
+        planned[0].landings.land(&self.program, self.wave, staging, live)?;
         self.report.land += started.elapsed();
         Ok(())
     }
 
+    /// Waits for the landings whose staging memory this wave uses; all of them before the first.
+    fn landed_before(&mut self, wave: usize) -> Result<(), RefitError> {
+        let started = Instant::now();
+        let busy = match wave.checked_sub(self.program.slots()) {
+            Some(last) => 0..last + 1,
+            None if wave == 0 => 0..self.program.waves().len(),
+            None => return Ok(()),
+        };
+        self.inner.planned[0].landings.wait(busy)?;
+        self.report.land += started.elapsed();
+        Ok(())
+    }
+
+    /// Writes the fills and waits for everything that lands.
     fn fill(&mut self) -> Result<(), RefitError> {
         let started = Instant::now();
-        land::fill(self.program.fills(), self.program.targets(), &mut self.inner.live)?;
+        let Inner { planned, live, .. } = &mut *self.inner;
+        planned[0].landings.fill(&self.program, live)?;
         self.report.land += started.elapsed();
         Ok(())
     }
@@ -511,6 +550,11 @@ impl<T: Transport> Refit<T> {
         };
         if let Some(live) = live {
             self.inner.live = live;
+        }
+        // Nothing may be landed into parameters that are handed back. If waiting fails, the device has failed and
+        // moves nothing any more.
+        if let Err(landing) = self.inner.planned[0].landings.wait(0..self.program.waves().len()) {
+            tracing::warn!(%landing, "a landing failed as well");
         }
         // Earlier waves have landed; in staged mode there are none.
         let wrote_live =
@@ -562,12 +606,7 @@ impl<T: Transport> Inner<T> {
         publications: &[Publication],
         report: &mut Report,
     ) -> Result<(Arc<Program>, TransportLease<T>), RefitError> {
-        let started = Instant::now();
         let (program, key) = self.planned(publications, report)?;
-        report.plan = started.elapsed();
-        let started = Instant::now();
-        self.connect(publications, &program)?;
-        report.connect = started.elapsed();
 
         let Self { transport, live, peers, .. } = self;
         let lease = self.pool.lease(key.into(), |build| {
@@ -598,31 +637,58 @@ impl<T: Transport> Inner<T> {
         Ok((program, lease))
     }
 
-    /// The program for these publications and its key in the pool: planned anew when a layout changed, bound anew
-    /// when an address or an agent did, looked up otherwise.
+    /// The program for these publications and its key in the pool: planned anew when a layout changed, lowered anew when
+    /// a source is reached in another way, bound anew when an address or an agent changed, looked up otherwise.
     fn planned(
         &mut self,
         publications: &[Publication],
         report: &mut Report,
     ) -> Result<(Arc<Program>, [u8; 32]), RefitError> {
+        let started = Instant::now();
         let layouts = digest("refit layouts v1", publications, Publication::layout_digest);
+        let bindings = digest("refit bindings v1", publications, Publication::digest);
         let known =
             |planned: &Planned| planned.layouts == layouts && planned.options == self.options;
-        match self.planned.iter().position(known) {
-            Some(index) => self.planned[..=index].rotate_right(1),
-            None => {
-                let source = SourceLayout::new(publications.iter().map(Publication::layout))?;
-                let plan = plan(&source, &self.layout, &self.options.plan)?;
-                let program =
-                    Arc::new(lower(&plan, &self.transport.capabilities(), &self.options.lower)?);
-                report.plans += 1;
-                self.planned.truncate(PLANS_KEPT - 1);
-                self.planned
-                    .insert(0, Planned { layouts, options: self.options, program, bound: None });
+        let found = match self.planned.iter().position(known) {
+            Some(index) => {
+                self.planned[..=index].rotate_right(1);
+                let program = self.planned[0].program.clone();
+                let met = self.planned[0].bound.is_some_and(|(known, _)| known == bindings);
+                report.plan = started.elapsed();
+                if !met {
+                    self.connect(publications, program.sources(), report)?;
+                }
+                let same = met || self.links(program.sources()) == self.planned[0].links;
+                if !same {
+                    self.planned.remove(0);
+                }
+                same
             }
+            None => false,
+        };
+        if !found {
+            let started = Instant::now();
+            let source = SourceLayout::new(publications.iter().map(Publication::layout))?;
+            let plan = plan(&source, &self.layout, &self.options.plan)?;
+            report.plan += started.elapsed();
+            self.connect(publications, plan.sources(), report)?;
+
+            let started = Instant::now();
+            let links = self.links(plan.sources());
+            let link = |rank| {
+                let met = links.iter().find(|link| link.0 == rank);
+                met.map_or_else(|| self.transport.capabilities(), |link| link.1)
+            };
+            let program = Arc::new(lower_for(&plan, link, &self.options.lower)?);
+            let landings = Landings::new(&program, self.device.as_ref(), &self.live)?;
+            report.plans += 1;
+            let options = self.options;
+            self.planned.truncate(PLANS_KEPT - 1);
+            self.planned
+                .insert(0, Planned { layouts, options, program, links, landings, bound: None });
+            report.plan += started.elapsed();
         }
         let planned = &mut self.planned[0];
-        let bindings = digest("refit bindings v1", publications, Publication::digest);
         let key = match planned.bound {
             Some((known, key)) if known == bindings => key,
             _ => {
@@ -634,13 +700,26 @@ impl<T: Transport> Inner<T> {
         Ok((planned.program.clone(), key))
     }
 
-    /// Meets every agent that the program reads from and that is not known yet, or not under this description.
+    /// What can be done with each of these sources' ranks, which have been met.
+    fn links(&self, sources: &[SourceParam]) -> Vec<(u32, Capabilities)> {
+        let ranks = sources.chunk_by(|a, b| a.rank == b.rank).map(|of_rank| of_rank[0].rank);
+        ranks
+            .filter_map(|rank| {
+                let (_, peer) = self.peers.get(&rank)?;
+                Some((rank, self.transport.capabilities_of(peer)))
+            })
+            .collect()
+    }
+
+    /// Meets every agent that is read from and that is not known yet, or not under this description.
     fn connect(
         &mut self,
         publications: &[Publication],
-        program: &Program,
+        sources: &[SourceParam],
+        report: &mut Report,
     ) -> Result<(), RefitError> {
-        for source in program.sources().chunk_by(|a, b| a.rank == b.rank) {
+        let started = Instant::now();
+        for source in sources.chunk_by(|a, b| a.rank == b.rank) {
             let rank = source[0].rank;
             let missing = RefitError::MissingPublication { rank };
             let publication =
@@ -660,6 +739,7 @@ impl<T: Transport> Inner<T> {
             let peer = self.transport.connect(publication.agent(), publication.metadata())?;
             self.peers.insert(rank, (*publication.digest(), peer));
         }
+        report.connect += started.elapsed();
         Ok(())
     }
 }
