@@ -146,7 +146,11 @@ impl World {
             let arena = build.arena(bytes).unwrap();
             let batch = |(index, script): (usize, &&[Step])| Batch {
                 script: script.iter().copied().collect(),
-                written: vec![Written::range(arena.kind(), arena.address() + 4096 * index as u64, 4096)],
+                written: vec![Written::range(
+                    arena.kind(),
+                    arena.address() + 4096 * index as u64,
+                    4096,
+                )],
                 posted: Arc::clone(&self.posted),
             };
             Ok::<_, TransportError>(scripts.iter().enumerate().map(batch).collect())

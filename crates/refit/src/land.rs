@@ -81,10 +81,12 @@ impl Landings {
     /// Waits until these waves have landed.
     pub(crate) fn wait(&mut self, waves: Range<usize>) -> Result<(), RefitError> {
         match self {
-            Self::Host => Ok(()),
+            // The processor landed them when it was asked to.
+            Self::Host => drop(waves),
             #[cfg(feature = "cuda")]
-            Self::Device(landings) => landings.wait(waves),
+            Self::Device(landings) => landings.wait(waves)?,
         }
+        Ok(())
     }
 
     /// Writes the fills, and waits for them and for every wave.
