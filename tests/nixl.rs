@@ -142,6 +142,8 @@ impl Target {
                     },
                     run,
                     dims: Dims::none(),
+                    transform: Transform::Copy,
+                    bulk: false,
                 })
                 .collect();
             Ok::<_, TransportError>(vec![self.transport.prepare(&peer, &reads)?])
