@@ -9,10 +9,13 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use refit::RefitError;
-use refit::planner::RankLayout;
-use refit::pool::{AllocateError, Allocator, ArenaPlan, HostAllocator, Memory, MemoryKind, PoolError};
+use refit::planner::{LowerOptions, RankLayout};
+use refit::pool::{
+    AllocateError, Allocator, ArenaPlan, HostAllocator, Memory, MemoryKind, PoolError,
+};
 
+use refit::transport::Transport;
+use refit::{RefitError, Target};
 use serde::Serialize;
 
 use crate::error::CliError;
@@ -69,7 +72,10 @@ impl Allocator for Home {
 pub(crate) enum Part<'a> {
     Host(&'a mut [u8]),
     #[cfg(feature = "cuda")]
-    Cuda { memory: std::sync::Arc<std::sync::Mutex<&'a mut Memory>>, range: Range<usize> },
+    Cuda {
+        memory: std::sync::Arc<std::sync::Mutex<&'a mut Memory>>,
+        range: Range<usize>,
+    },
 }
 
 impl Home {
@@ -83,6 +89,34 @@ impl Home {
         return Ok(Self::Cuda(cuda::Gpu::new(gpu)?));
         #[cfg(not(feature = "cuda"))]
         Err(CliError::Usage(format!("GPU {gpu}: {}", crate::transports::without("CUDA", "cuda"))))
+    }
+
+    /// Makes a GPU current on this thread, which libraries below look at.
+    #[cfg(feature = "nixl")]
+    pub(crate) fn enter(&self) -> Result<(), CliError> {
+        match self {
+            Self::Host => Ok(()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => Ok(gpu.device().make_current()?),
+        }
+    }
+
+    /// How to lower for parameters in this memory.
+    pub(crate) fn lowering(&self) -> LowerOptions {
+        match self {
+            Self::Host => LowerOptions::default(),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => LowerOptions::on_device(),
+        }
+    }
+
+    /// Gives a target with parameters in this memory what lands bytes there.
+    pub(crate) fn equip<T: Transport>(&self, target: Target<T>) -> Result<Target<T>, CliError> {
+        match self {
+            Self::Host => Ok(target),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => Ok(target.with_device(gpu.lander()?)),
+        }
     }
 
     /// Every parameter of a layout in an allocation of its own, as an engine or a trainer without an arena holds them.
@@ -250,7 +284,8 @@ impl Guards {
                 (None, Some(before)) => format!("behind `{before}`"),
                 (None, None) => "of a rank without parameters".to_owned(),
             };
-            let text = format!("memory that belongs to no parameter was written: byte {byte} {near}");
+            let text =
+                format!("memory that belongs to no parameter was written: byte {byte} {near}");
             return Err(CliError::Mismatch(text));
         }
         Ok(())

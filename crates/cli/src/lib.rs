@@ -14,6 +14,7 @@ mod error;
 mod memory;
 mod model;
 mod parallel;
+mod placement;
 mod plan;
 mod sizes;
 mod transports;

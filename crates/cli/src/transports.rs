@@ -6,6 +6,8 @@ use std::sync::Arc;
 use clap::ValueEnum;
 
 use crate::device::DeviceName;
+#[cfg(feature = "nixl")]
+use crate::device::Home;
 use crate::error::CliError;
 
 /// How bytes move.
@@ -68,13 +70,24 @@ pub(crate) fn without(what: &str, feature: &str) -> CliError {
     ))
 }
 
-/// A NIXL agent whose name starts with `name`. One that only reads needs no thread to answer peers.
+/// What is said where a transport that [`TransportName::on`] let pass is not there all the same.
+pub(crate) fn missing(name: TransportName) -> CliError {
+    CliError::Usage(format!(
+        "the transport `{}` is not one that this build can use here",
+        name.name()
+    ))
+}
+
+/// A NIXL agent whose name starts with `name`, for memory that lives in `home`. One that only reads needs no thread to
+/// answer peers.
 #[cfg(feature = "nixl")]
 pub(crate) fn nixl(
     name: &str,
     answers_peers: bool,
+    home: &Home,
 ) -> Result<Arc<refit::transport::nixl::NixlTransport>, CliError> {
     use refit::transport::nixl::{NixlLibrary, NixlOptions, NixlTransport};
+    home.enter()?;
     let library = NixlLibrary::load(&[]).map_err(|error| CliError::Nixl(error.to_string()))?;
     let transport =
         NixlTransport::new(library, NixlOptions::new(name).with_progress_thread(answers_peers))

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use refit::planner::LowerOptions;
 
 use super::rank::RankSetup;
 use crate::device::DeviceName;
@@ -55,9 +54,9 @@ pub(crate) struct Args {
     /// and no sizes are given)
     #[arg(long)]
     pub(super) read_per_row: bool,
-    /// What a wave may stage before it is landed, in MiB; 0 stages everything at once
-    #[arg(long, default_value_t = LowerOptions::default().wave_bytes >> 20, value_name = "MIB")]
-    pub(super) wave: u64,
+    /// What a wave may stage before it is landed, in MiB; 0 stages everything at once (default: 8, on GPUs 256)
+    #[arg(long, value_name = "MIB")]
+    pub(super) wave: Option<u64>,
     /// Write every number to a file
     #[arg(long, value_name = "FILE")]
     pub(super) json: Option<PathBuf>,
@@ -121,7 +120,7 @@ pub(crate) struct RankArgs {
     #[arg(long)]
     threads: usize,
     #[arg(long)]
-    wave: u64,
+    wave: Option<u64>,
     #[arg(long)]
     patience: u64,
 }
@@ -142,11 +141,11 @@ impl RankArgs {
             ("--transport", transport.name().to_owned()),
             ("--directory", setup.directory.display().to_string()),
             ("--threads", setup.threads.to_string()),
-            ("--wave", setup.wave.to_string()),
             ("--patience", setup.patience.as_secs().to_string()),
         ];
         let gpu = setup.gpu.map(|gpu| ("--gpu", gpu.to_string()));
-        let options = values.into_iter().chain(gpu);
+        let wave = setup.wave.map(|wave| ("--wave", wave.to_string()));
+        let options = values.into_iter().chain(gpu).chain(wave);
         let options = options.flat_map(|(name, value)| [name.to_owned(), value]);
         let flags = setup.separate.then(|| "--separate".to_owned());
         std::iter::once(role.name().to_owned()).chain(options).chain(flags).collect()

@@ -12,7 +12,7 @@ use refit::{
 };
 
 use super::protocol::{Rate, Reply};
-use super::rank::{Cycle, cycle, lost};
+use super::rank::{cycle, lost};
 use crate::device::Home;
 use crate::error::CliError;
 
@@ -78,8 +78,9 @@ impl<T: Transport> Ceiling<T> {
         let params = allocate(&wanted, home)?;
         let target =
             Target::new(transport.clone(), pool, wanted, params, TargetOptions::default())?;
+        let target = home.equip(target)?;
         // The first read touches the memory and builds the read; it is not counted.
-        let Cycle { target, .. } = cycle(target, &published, patience)?;
+        let (target, _) = cycle(target, &published, patience)?;
         Ok(Self { target: Some(target), published, patience })
     }
 
@@ -94,7 +95,7 @@ impl<T: Transport> Ceiling<T> {
 
     fn once(&mut self) -> Result<Report, CliError> {
         let target = self.target.take().ok_or_else(lost)?;
-        let Cycle { target, report, .. } = cycle(target, &self.published, self.patience)?;
+        let (target, report) = cycle(target, &self.published, self.patience)?;
         self.target = Some(target);
         Ok(report)
     }

@@ -3,7 +3,7 @@
 
 mod args;
 mod ceiling;
-mod placement;
+mod process;
 mod protocol;
 mod rank;
 mod sizing;
@@ -11,25 +11,23 @@ mod table;
 mod values;
 mod workers;
 
-use std::io::{BufRead, Write};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use refit::transport::Transport;
 
 pub(crate) use self::args::{Args, RankArgs, Role};
-use self::placement::{Placement, Wish};
+pub(crate) use self::process::run_rank;
 use self::protocol::{Command, Mode, RankReport, Rate, Reply};
 use self::rank::RankSetup;
 use self::sizing::{Pair, Room};
 pub(crate) use self::table::machine;
 use self::table::{Cycle, PairResult, Run};
 use self::workers::{Launcher, Worker};
-use crate::device::{DeviceName, Gpus, Home};
+use crate::device::{DeviceName, Gpus};
 use crate::error::CliError;
 use crate::model;
+use crate::placement::{Placement, Wish};
 use crate::sizes::{SourceSizes, TargetSizes};
 use crate::transports::TransportName;
 
@@ -224,51 +222,4 @@ fn progress(steps: u64, prefix: String) -> ProgressBar {
     ProgressBar::new(steps)
         .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         .with_prefix(prefix)
-}
-
-/// Runs one rank: commands from standard input, answers to standard output.
-pub(crate) fn run_rank(args: &RankArgs) -> Result<ExitCode, CliError> {
-    let served = args.setup().and_then(|setup| serve(args, &setup));
-    if let Err(error) = &served {
-        say(&Reply::Failed { reason: error.to_string() });
-    }
-    Ok(if served.is_ok() { ExitCode::SUCCESS } else { ExitCode::from(2) })
-}
-
-fn serve(args: &RankArgs, setup: &RankSetup) -> Result<(), CliError> {
-    let home = Home::new(setup.gpu)?;
-    let name = format!("{}-{}", args.role.name(), setup.rank);
-    match args.transport {
-        #[cfg(feature = "nixl")]
-        TransportName::Nixl => {
-            let answers_peers = args.role == Role::Source;
-            follow(args.role, setup, &home, crate::transports::nixl(&name, answers_peers)?)
-        }
-        other => {
-            let text = format!("ranks in processes of their own cannot use `{}`", other.name());
-            Err(CliError::Usage(format!("{name}: {text}")))
-        }
-    }
-}
-
-/// Carries out the commands from standard input.
-fn follow<T: Transport>(
-    role: Role,
-    setup: &RankSetup,
-    home: &Home,
-    transport: Arc<T>,
-) -> Result<(), CliError> {
-    let commands =
-        std::io::stdin().lock().lines().map_while(|line| serde_json::from_str(&line.ok()?).ok());
-    match role {
-        Role::Source => rank::source(setup, home, transport, commands, |reply| say(&reply)),
-        Role::Target => rank::target(setup, home, transport, commands, |reply| say(&reply)),
-    }
-}
-
-/// Answers on standard output; a bench that is gone closes it, and then the next command never comes.
-fn say(reply: &Reply) {
-    let line = serde_json::to_string(reply).unwrap_or_default() + "\n";
-    let mut stdout = std::io::stdout().lock();
-    let _ = stdout.write_all(line.as_bytes()).and_then(|()| stdout.flush());
 }

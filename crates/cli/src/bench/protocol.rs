@@ -1,7 +1,6 @@
 //! What the bench and its ranks say to each other, one JSON value a line.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use refit::Report;
 use refit::planner::{Destination, Program};
@@ -118,13 +117,7 @@ pub(crate) struct RankReport {
 }
 
 impl RankReport {
-    pub(crate) fn new(
-        rank: u32,
-        report: &Report,
-        posting: Duration,
-        param_bytes: u64,
-        peak_rss_bytes: u64,
-    ) -> Self {
+    pub(crate) fn new(rank: u32, report: &Report, param_bytes: u64, peak_rss_bytes: u64) -> Self {
         Self {
             rank,
             plan_s: report.plan.as_secs_f64(),
@@ -132,7 +125,7 @@ impl RankReport {
             register_s: report.register.as_secs_f64(),
             connect_s: report.connect.as_secs_f64(),
             prepare_s: report.prepare.as_secs_f64(),
-            posting_s: posting.as_secs_f64(),
+            posting_s: report.posted.as_secs_f64(),
             pull_s: report.pull.as_secs_f64(),
             land_s: report.land.as_secs_f64(),
             total_s: report.total.as_secs_f64(),
@@ -187,6 +180,9 @@ impl Description {
                 _ => &mut description.staged,
             };
             moved.add(1, read.bytes());
+            if read.bulk {
+                description.bulk.add(1, read.bytes());
+            }
         }
         description
     }

@@ -4,11 +4,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use refit::planner::{LowerOptions, Policy, RankLayout};
+use refit::planner::{Policy, RankLayout};
 use refit::pool::PoolOptions;
 use refit::transport::{Transport, TransportPool, TransportRegistrar};
 use refit::{
-    Directory, Publication, RefitError, Report, Source, Target, TargetOptions, allocate,
+    Cancelled, Directory, Prepared, Publication, RefitError, Report, Source, Target, TargetOptions,
+    allocate,
 };
 
 use super::ceiling::{Ceiling, bytes_by_source};
@@ -36,8 +37,8 @@ pub(crate) struct RankSetup {
     pub(crate) own_process: bool,
     /// Threads that write and compare values.
     pub(crate) threads: usize,
-    /// MiB that a wave may stage; 0 for everything at once.
-    pub(crate) wave: u64,
+    /// MiB that a wave may stage; 0 for everything at once, none for what suits the memory.
+    pub(crate) wave: Option<u64>,
     /// How long a pull may take.
     pub(crate) patience: Duration,
 }
@@ -128,6 +129,7 @@ pub(crate) fn target<T: Transport>(
         params,
         TargetOptions::default(),
     )?;
+    let target = home.equip(target)?;
     let mut bench = TargetBench {
         setup,
         home,
@@ -173,10 +175,11 @@ struct TargetBench<'a, T: Transport> {
 impl<T: Transport> TargetBench<'_, T> {
     fn set_mode(&mut self, mode: Mode) -> Result<(), CliError> {
         let policy = if mode == Mode::ReadPerRun { Policy::ReadPerRun } else { Policy::Cheapest };
-        let wave_bytes = self.setup.wave.checked_mul(1 << 20).filter(|bytes| *bytes > 0);
-        let lower = LowerOptions::default()
-            .with_policy(policy)
-            .with_wave_bytes(wave_bytes.unwrap_or(u64::MAX));
+        let mut lower = self.home.lowering().with_policy(policy);
+        if let Some(wave) = self.setup.wave {
+            let bytes = wave.checked_mul(1 << 20).filter(|bytes| *bytes > 0);
+            lower = lower.with_wave_bytes(bytes.unwrap_or(u64::MAX));
+        }
         let target = self.target.as_mut().ok_or_else(lost)?;
         target.set_options(TargetOptions::default().with_lower(lower));
         Ok(())
@@ -189,11 +192,10 @@ impl<T: Transport> TargetBench<'_, T> {
             target.forget_plans();
             self.pool.clear();
         }
-        let done = cycle(target, &self.published, self.setup.patience)?;
-        self.target = Some(done.target);
+        let (target, report) = cycle(target, &self.published, self.setup.patience)?;
+        self.target = Some(target);
         let peak = if self.setup.own_process { crate::memory::peak_bytes()? } else { 0 };
-        let (report, posting) = (&done.report, done.posting);
-        Ok(RankReport::new(self.setup.rank, report, posting, self.layout.bytes(), peak))
+        Ok(RankReport::new(self.setup.rank, &report, self.layout.bytes(), peak))
     }
 
     fn verify(&self, cycle: u64) -> Result<Reply, CliError> {
@@ -208,11 +210,10 @@ impl<T: Transport> TargetBench<'_, T> {
     fn describe(&mut self) -> Result<Description, CliError> {
         self.set_mode(Mode::Cached)?;
         let prepared = self.target.take().ok_or_else(lost)?.prepare(&self.published)?;
-        let description = Description::new(self.setup.rank, prepared.program());
-        self.target = match prepared.cancel() {
-            refit::Cancelled::Whole(target) => Some(target),
-            refit::Cancelled::Invalid(_) => return Err(lost()),
-        };
+        let mut description = Description::new(self.setup.rank, prepared.program());
+        let target = cancelled(prepared)?;
+        description.routes = target.routes().collect();
+        self.target = Some(target);
         Ok(description)
     }
 
@@ -220,25 +221,20 @@ impl<T: Transport> TargetBench<'_, T> {
         if self.ceiling.is_none() {
             let prepared = self.target.take().ok_or_else(lost)?.prepare(&self.published)?;
             let bytes = bytes_by_source(prepared.program());
-            self.target = match prepared.cancel() {
-                refit::Cancelled::Whole(target) => Some(target),
-                refit::Cancelled::Invalid(_) => return Err(lost()),
-            };
+            self.target = Some(cancelled(prepared)?);
             let RankSetup { rank, patience, .. } = *self.setup;
             let (home, transport, published) = (self.home, &self.transport, &self.published);
-            self.ceiling =
-                Some(Ceiling::new(home, transport, rank, published, &bytes, patience)?);
+            self.ceiling = Some(Ceiling::new(home, transport, rank, published, &bytes, patience)?);
         }
         self.ceiling.as_mut().ok_or_else(lost)
     }
 }
 
-/// One refit, and what it came to.
-pub(super) struct Cycle<T: Transport> {
-    pub(super) target: Target<T>,
-    pub(super) report: Report,
-    /// From the start of `prepare` until every read of the first wave was posted.
-    pub(super) posting: Duration,
+fn cancelled<T: Transport>(prepared: Prepared<T>) -> Result<Target<T>, CliError> {
+    match prepared.cancel() {
+        Cancelled::Whole(target) => Ok(target),
+        Cancelled::Invalid(_) => Err(lost()),
+    }
 }
 
 /// One refit, whatever way it finds its buffers.
@@ -246,13 +242,9 @@ pub(super) fn cycle<T: Transport>(
     target: Target<T>,
     published: &[Publication],
     patience: Duration,
-) -> Result<Cycle<T>, CliError> {
-    let began = Instant::now();
+) -> Result<(Target<T>, Report), CliError> {
     let pulling = target.prepare(published)?.pull()?;
-    let posting = began.elapsed();
-    let pulled = pulling.wait(Instant::now() + patience)?;
-    let (target, report) = pulled.land()?.install().refreshed();
-    Ok(Cycle { target, report, posting })
+    Ok(pulling.wait(Instant::now() + patience)?.land()?.install().refreshed())
 }
 
 pub(super) fn lost() -> CliError {

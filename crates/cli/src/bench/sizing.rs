@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use refit::planner::RankLayout;
 use refit::translate::ModelConfig;
 
-use super::placement::Placement;
 use crate::error::CliError;
 use crate::model;
+use crate::placement::Placement;
 use crate::sizes::{SourceSizes, TargetSizes, bytes as shown};
 
 /// A bench may take this share of the host's free memory: pages that the system caches for others stay where they are.
@@ -125,8 +125,8 @@ pub(crate) fn free_memory() -> Result<u64, CliError> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::placement::Wish;
     use super::*;
+    use crate::placement::Wish;
 
     fn pair(gpus: u32) -> Pair {
         let placement = Placement::new(gpus, 2, 1, Wish::default()).unwrap();

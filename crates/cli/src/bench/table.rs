@@ -6,10 +6,10 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::args::Args;
-use super::placement::Placement;
 use super::protocol::{Description, Mode, Moved, RankReport, Rate};
 use super::sizing::Room;
 use crate::device::Gpus;
+use crate::placement::Placement;
 use crate::plan::amplification;
 use crate::sizes::{SourceSizes, TargetSizes, bytes};
 use crate::transports::TransportName;
@@ -413,10 +413,7 @@ impl Run {
             println!("GPU {}: {}, {} free", gpu.ordinal, gpu.name, bytes(gpu.free_bytes));
         }
         if self.chosen {
-            println!(
-                "({layers} layers are what fits into {}; --layers changes it)",
-                room.text()
-            );
+            println!("({layers} layers are what fits into {}; --layers changes it)", room.text());
         }
         if self.separate {
             println!("every parameter of a source in an allocation of its own");
@@ -456,9 +453,8 @@ impl Run {
     /// `cycles[]` and `ceilings` of the whole run, and the same for every pair under `pairs[]`.
     pub(crate) fn json(&self) -> serde_json::Value {
         let ceilings = |pairs: &[PairResult]| {
-            let all = |rates: fn(&PairResult) -> Vec<f64>| {
-                median(pairs.iter().flat_map(rates).collect())
-            };
+            let all =
+                |rates: fn(&PairResult) -> Vec<f64>| median(pairs.iter().flat_map(rates).collect());
             json!({
                 "memcpy_gbps": all(PairResult::memcpy_gbps),
                 "big_read_gbps": all(PairResult::big_read_gbps),

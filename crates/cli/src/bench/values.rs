@@ -85,7 +85,9 @@ impl Values {
             let rows = content.chunk_rows();
             let size = usize::try_from(rows * content.row_bytes()).unwrap_or(usize::MAX);
             let chunks = content.chunks(rows);
-            work.extend(chunks.zip(home.parts(memory, size)?).map(|(rows, part)| (content, rows, part)));
+            work.extend(
+                chunks.zip(home.parts(memory, size)?).map(|(rows, part)| (content, rows, part)),
+            );
         }
         parallel::sum(threads, work, Vec::new, |scratch, (content, rows, part)| {
             home.generate(part, scratch, |bytes| {

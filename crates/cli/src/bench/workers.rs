@@ -71,8 +71,12 @@ impl Launcher {
                 .and_then(|transport| {
                     let transport = std::sync::Arc::new(transport);
                     match role {
-                        Role::Source => rank::source(&setup, &Home::Host, transport, inbox.into_iter(), answer),
-                        Role::Target => rank::target(&setup, &Home::Host, transport, inbox.into_iter(), answer),
+                        Role::Source => {
+                            rank::source(&setup, &Home::Host, transport, inbox.into_iter(), answer)
+                        }
+                        Role::Target => {
+                            rank::target(&setup, &Home::Host, transport, inbox.into_iter(), answer)
+                        }
                     }
                 });
                 if let Err(error) = served {
