@@ -348,3 +348,67 @@ fn allocation(error: AllocateError) -> CliError {
 fn elsewhere() -> CliError {
     CliError::Usage("a parameter is not in the memory of its rank".to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use refit::planner::{Dtype, LayoutBuilder, Param};
+
+    use super::*;
+
+    fn layout() -> RankLayout {
+        let mut layout = LayoutBuilder::new(0);
+        for (name, rows) in [("a", 3), ("b", 256), ("c", 1000)] {
+            layout.param(Param::new(name, Dtype::U8, rows, 1)).unwrap();
+        }
+        layout.build()
+    }
+
+    #[test]
+    fn parameters_lie_apart_in_one_allocation() {
+        let (params, guards) = Home::Host.guarded(&layout()).unwrap();
+        let allocation = params[0].1.allocation();
+        let mut at = allocation.address();
+        for (guard, (_, param)) in guards.0.iter().zip(&params) {
+            assert_eq!((guard.address(), param.address() % ALIGN), (at, 0));
+            assert!(guard.len() as u64 >= GUARD);
+            assert_eq!(param.address(), at + guard.len() as u64);
+            assert!(param.host_bytes().unwrap().iter().all(|&byte| byte == POISON));
+            at = param.address() + param.len() as u64;
+        }
+        assert_eq!(guards.0.len(), params.len() + 1);
+        assert_eq!(at + GUARD, allocation.address() + allocation.len());
+        let separate = Home::Host.separate(&layout()).unwrap();
+        assert!(separate[0].1.allocation().address() != separate[1].1.allocation().address());
+    }
+
+    #[test]
+    fn whoever_writes_beside_a_parameter_is_found() {
+        let (_params, mut guards) = Home::Host.guarded(&layout()).unwrap();
+        guards.check(&Home::Host, &layout()).unwrap();
+        for (guard, near) in [(0, "before `a`"), (1, "between `a` and `b`"), (3, "behind `c`")] {
+            for byte in [0, guards.0[guard].len() - 1] {
+                guards.0[guard].host_bytes_mut().unwrap()[byte] ^= 0x10;
+                let error = guards.check(&Home::Host, &layout()).unwrap_err().to_string();
+                assert!(error.ends_with(&format!("byte {byte} {near}")), "{error}");
+                guards.0[guard].host_bytes_mut().unwrap()[byte] ^= 0x10;
+            }
+        }
+    }
+
+    #[test]
+    fn parts_cover_a_memory_once() {
+        let mut memory = HostAllocator.allocate(10).unwrap();
+        let parts = Home::Host.parts(&mut memory, 4).unwrap();
+        for (part, byte) in parts.into_iter().zip(1..) {
+            let fill = |bytes: &mut [u8]| {
+                bytes.fill(byte);
+                Ok(())
+            };
+            Home::Host.generate(part, &mut Vec::new(), fill).unwrap();
+        }
+        assert_eq!(memory.host_bytes().unwrap(), [1, 1, 1, 1, 2, 2, 2, 2, 3, 3]);
+        let mut scratch = Vec::new();
+        assert_eq!(Home::Host.read(&memory, 3..5, &mut scratch).unwrap(), [1, 2]);
+        assert!(Home::Host.read(&memory, 8..11, &mut scratch).is_err());
+    }
+}

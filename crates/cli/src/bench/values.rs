@@ -355,3 +355,118 @@ fn stray() -> CliError {
 fn mismatch(param: &Param, byte: usize, cycle: u64) -> CliError {
     CliError::Mismatch(format!("cycle {cycle}: `{}` is wrong from byte {byte} on", param.name()))
 }
+
+#[cfg(test)]
+mod tests {
+    use refit::planner::LayoutBuilder;
+
+    use super::*;
+
+    /// A parameter of 6 x 5 elements: a band of spread rows, another beside it, and zeros at the end.
+    fn layout(dtype: Dtype, map: ElementMap, zeros: bool) -> RankLayout {
+        let mut layout = LayoutBuilder::new(0);
+        let (a, b) = (layout.tensor("a", 9, 4).unwrap(), layout.tensor("b", 9, 9).unwrap());
+        let param = Param::new("p", dtype, 6, 5).map(map);
+        let param = param
+            .band(Band::new(a, 2..5, 1..4).row_step(2))
+            .band(Band::new(b, 1..4, 0..3).at(1, 0).row_step(2));
+        let param = if zeros { param.fill(0..6, 3..5) } else { param };
+        layout.param(param).unwrap();
+        layout.build()
+    }
+
+    fn filled(values: &Values, layout: &RankLayout, threads: usize) -> Memory {
+        let mut memory = Home::Host.separate(layout).unwrap().remove(0).1;
+        values.fill(&Home::Host, layout, [("p", &mut memory)].into_iter(), 7, threads).unwrap();
+        memory
+    }
+
+    fn verify(values: &Values, layout: &RankLayout, memory: &Memory, cycle: u64) -> bool {
+        values.verify(&Home::Host, layout, [("p", memory)].into_iter(), cycle, 3).is_ok()
+    }
+
+    #[test]
+    fn any_other_byte_and_any_other_cycle_is_found() {
+        for dtype in [Dtype::U8, Dtype::F8E4m3, Dtype::Bf16, Dtype::F32, Dtype::I64] {
+            let layout = layout(dtype, ElementMap::Identity, true);
+            let values = Values::new(&[layout.clone()], &[layout.clone()]).unwrap();
+            let mut memory = filled(&values, &layout, 1);
+            assert_eq!(memory.host_bytes(), filled(&values, &layout, 4).host_bytes());
+            assert!(verify(&values, &layout, &memory, 7), "{dtype}");
+            assert!(!verify(&values, &layout, &memory, 8), "{dtype}");
+            for byte in 0..memory.len() {
+                memory.host_bytes_mut().unwrap()[byte] ^= 1;
+                assert!(!verify(&values, &layout, &memory, 7), "{dtype} {byte}");
+                memory.host_bytes_mut().unwrap()[byte] ^= 1;
+            }
+            assert!(verify(&values, &layout, &memory, 7), "{dtype}");
+        }
+    }
+
+    /// What is computed by hand, from the elements that the source stores.
+    #[test]
+    fn conversions_are_those_of_the_elements() {
+        type Expect = fn(f32) -> f32;
+        let cases: [(Dtype, ElementMap, Dtype, ElementMap, Expect); 4] = [
+            (Dtype::Bf16, ElementMap::Identity, Dtype::F32, ElementMap::Identity, |x| x),
+            (Dtype::F32, ElementMap::Identity, Dtype::Bf16, ElementMap::Identity, |x| x),
+            (Dtype::F32, ElementMap::AddOne, Dtype::F32, ElementMap::Identity, |x| x + 1.0),
+            (Dtype::F32, ElementMap::Identity, Dtype::F32, ElementMap::NegExp, |x| -x.exp()),
+        ];
+        for (from, source_map, to, target_map, expect) in cases {
+            let (source, target) = (layout(from, source_map, true), layout(to, target_map, true));
+            let values = Values::new(&[source.clone()], &[target.clone()]).unwrap();
+            let stored = filled(&values, &source, 2);
+            let numbers = |dtype: Dtype, bytes: &[u8]| -> Vec<f32> {
+                let size = usize::try_from(dtype.size()).unwrap();
+                let wide = |element: &[u8]| {
+                    let mut bytes = [0; 4];
+                    bytes[4 - size..].copy_from_slice(element);
+                    f32::from_le_bytes(bytes)
+                };
+                bytes.chunks_exact(size).map(wide).collect()
+            };
+            let want: Vec<f32> = numbers(from, stored.host_bytes().unwrap());
+            assert!(want.iter().all(|number| number.abs() < 2.0), "{from}: {want:?}");
+            let mut got = vec![0; usize::try_from(target.bytes()).unwrap()];
+            contents(&target)["p"].write_expected(&values, &(0..6), 7, &mut got).unwrap();
+            for (index, (got, stored)) in numbers(to, &got).into_iter().zip(want).enumerate() {
+                // Two columns of zeros, which nothing converts.
+                let want = if index % 5 > 2 { 0.0 } else { expect(stored) };
+                // Half a unit in the last place of a bf16 below 2, and what exponentials differ by.
+                let near = if to == Dtype::Bf16 { 0.004 } else { 1e-6 };
+                assert!((got - want).abs() <= near * want.abs(), "{from} {to} {got} {want}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_no_band_describes_is_zero_in_a_source_and_an_error_in_a_target() {
+        let layout = layout(Dtype::Bf16, ElementMap::Identity, false);
+        let values = Values::new(&[layout.clone()], &[]).unwrap();
+        let memory = filled(&values, &layout, 1);
+        let bytes = memory.host_bytes().unwrap();
+        assert!(bytes.chunks_exact(10).all(|row| row[6..] == [0; 4] && row[..6] != [0; 6]));
+        let error = values
+            .verify(&Home::Host, &layout, [("p", &memory)].into_iter(), 7, 1)
+            .unwrap_err()
+            .to_string();
+        assert_eq!(error, "`p`: only 36 of 60 bytes could be verified");
+    }
+
+    #[test]
+    fn sides_that_no_conversion_joins_are_refused() {
+        let side = |dtype, map| [layout(dtype, map, true)];
+        let refused = |source: [RankLayout; 1], target: [RankLayout; 1]| {
+            Values::new(&source, &target).unwrap_err().to_string()
+        };
+        let (plain, map) = (ElementMap::Identity, ElementMap::NegExp);
+        let error = refused(side(Dtype::Bf16, plain), side(Dtype::I32, plain));
+        assert_eq!(error, "`p`: there is no conversion from BF16 to I32");
+        let error = refused(side(Dtype::F32, map), side(Dtype::F32, map));
+        assert_eq!(error, "`p`: there is no conversion from F32 to F32");
+        let both = [layout(Dtype::F32, plain, true), layout(Dtype::Bf16, plain, true)];
+        let error = Values::new(&both, &[]).unwrap_err().to_string();
+        assert_eq!(error, "`a` is stored in different ways by two source parameters");
+    }
+}
