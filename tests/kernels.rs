@@ -398,3 +398,18 @@ fn both_languages_lay_out_the_same_structures() {
     let parameter = format!("refit_move_param_0[{}]", size_of::<Launch>());
     assert!(refit_kernels::internal::PTX.contains(&parameter));
 }
+
+/// What the source asks for and no test could show: the widest loads, which do not stay in the caches, and registers
+/// only.
+#[test]
+fn the_ptx_has_wide_loads_and_no_local_memory() {
+    let ptx = refit_kernels::internal::PTX;
+    for wide in ["ld.global.cs.v4.u32", "st.global.cs.v4.u32"] {
+        assert!(ptx.contains(wide), "{wide}");
+    }
+    for slow in [".local", "call.uni", ".shared"] {
+        assert!(!ptx.contains(slow), "{slow}");
+    }
+    // What the oldest drivers take.
+    assert!(ptx.contains("\n.version 8.0\n.target sm_80\n"));
+}
