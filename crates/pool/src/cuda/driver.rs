@@ -15,7 +15,7 @@ pub struct Driver {
 const LIBRARIES: [&str; 2] = ["libcuda.so", "libcuda.so.1"];
 
 /// The functions this module calls. The bindings panic at the first call of one that is missing.
-const REQUIRED: [&str; 34] = [
+const REQUIRED: [&str; 35] = [
     "cuCtxEnablePeerAccess",
     "cuCtxPopCurrent_v2",
     "cuCtxPushCurrent_v2",
