@@ -72,6 +72,9 @@ pub mod local;
 #[cfg(feature = "nixl")]
 #[cfg_attr(docsrs, doc(cfg(feature = "nixl")))]
 pub mod nixl;
+#[cfg(feature = "cuda")]
+#[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+pub mod peer;
 
 pub use cause::Cause;
 pub use error::{Side, TransportError};

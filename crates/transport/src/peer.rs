@@ -1,0 +1,7 @@
+//! GPUs that can map one another's memory.
+
+mod blob;
+mod pieces;
+mod process;
+mod reach;
+mod view;
