@@ -165,6 +165,10 @@ pub enum Cause {
         /// Its state.
         state: &'static str,
     },
+    /// CUDA refused.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] refit_pool::cuda::CudaError),
     /// An agent of another host, where GPUs' memory would have to be mapped.
     #[error(
         "the peer is on another host, and GPUs map one another's memory within one host only; read from it over NIXL"

@@ -107,6 +107,17 @@ impl Blob {
         }
         Ok(Self { process, incarnation, device, allocations })
     }
+
+    /// The allocations that hold bytes of `ranges`, which were decoded with this. The others need no mapping.
+    pub(super) fn holding(&self, ranges: &Ranges) -> Vec<Allocation> {
+        let mut ranges = ranges.iter().peekable();
+        let holds = |allocation: &&Allocation| {
+            // Both are sorted, disjoint, and of one kind.
+            while ranges.next_if(|(_, start, len)| start + len <= allocation.base).is_some() {}
+            ranges.peek().is_some_and(|(_, start, _)| *start < allocation.base + allocation.len)
+        };
+        self.allocations.iter().filter(holds).copied().collect()
+    }
 }
 
 #[cfg(test)]
@@ -217,6 +228,19 @@ mod tests {
             let part = "a range outside every allocation";
             assert_eq!(refused, Cause::Metadata { part }, "{kind} {address:#x} {len:#x}");
         }
+    }
+
+    #[test]
+    fn allocations_without_published_bytes_need_no_mapping() {
+        let there = blob(&[(0x1000, 0x100), (0x2000, 0x100), (0x2100, 0x100), (0x3000, 0x100)]);
+        let holding = |list: &[(u64, u64)]| -> Vec<u64> {
+            let list: Vec<_> = list.iter().map(|&(start, len)| (KIND, start, len)).collect();
+            there.holding(&ranges(&list)).iter().map(|allocation| allocation.base).collect()
+        };
+        assert_eq!(holding(&[]), []);
+        assert_eq!(holding(&[(0x1000, 1), (0x10FF, 1)]), [0x1000]);
+        assert_eq!(holding(&[(0x20FF, 2), (0x3080, 0x80)]), [0x2000, 0x2100, 0x3000]);
+        assert_eq!(holding(&[(0x2100, 0x100)]), [0x2100]);
     }
 
     #[test]
