@@ -112,7 +112,11 @@ fn open() -> Result<(&'static str, Library), CudaError> {
         // SAFETY: what runs when the driver is loaded is what any CUDA program runs.
         match unsafe { Library::new(name) } {
             Ok(library) => return Ok((name, library)),
-            Err(error) => tried.push(error.to_string()),
+            Err(error) => {
+                // What the loader said is the cause; the error itself says that it was asked.
+                let cause = std::error::Error::source(&error);
+                tried.push(cause.map_or_else(|| format!("{name}: {error}"), ToString::to_string));
+            }
         }
     }
     Err(CudaError::NotPresent { tried: tried.join(", ") })
