@@ -284,6 +284,14 @@ fn named(mut error: TransportError, way: Way, by: Option<&str>) -> TransportErro
     error
 }
 
+/// What one of two publishes, under the name that it has.
+fn described<T: Transport>(
+    transport: &Result<T, String>,
+) -> Result<Option<(&str, Vec<u8>)>, TransportError> {
+    let Ok(transport) = transport else { return Ok(None) };
+    Ok(Some((transport.agent(), transport.metadata()?)))
+}
+
 /// Registers with one of two; none if it does not handle that kind of memory, and the other may.
 fn register<T: Transport>(
     transport: &Result<T, String>,
@@ -341,12 +349,11 @@ impl<N: Transport, F: Transport> Transport for Auto<N, F> {
     }
 
     fn metadata(&self) -> Result<Vec<u8>, TransportError> {
-        let near = self.near.as_ref().ok().map(|near| Ok((near.agent(), near.metadata()?)));
-        let far = self.far.as_ref().ok().map(|far| Ok((far.agent(), far.metadata()?)));
-        let near = near.transpose().map_err(|error| named(error, Way::Near, None))?;
-        let far = far.transpose().map_err(|error| named(error, Way::Far, None))?;
-        let part = |(name, metadata): &'_ (&'_ str, Vec<u8>)| -> Part<'_> { Part { name, metadata } };
-        let blob = Blob { near: near.as_ref().map(part), far: far.as_ref().map(part) };
+        let near = described(&self.near).map_err(|error| named(error, Way::Near, None))?;
+        let far = described(&self.far).map_err(|error| named(error, Way::Far, None))?;
+        let near = near.as_ref().map(|(name, metadata)| Part { name, metadata });
+        let far = far.as_ref().map(|(name, metadata)| Part { name, metadata });
+        let blob = Blob { near, far };
         Ok(envelope::encode(self.backend(), &self.name, &Ranges::default(), &blob.encode()))
     }
 

@@ -36,9 +36,9 @@ pub(super) struct Parts {
     pub(super) table: Option<Resident>,
     pub(super) copies: Vec<Copy>,
     /// Memory of other processes, mapped as long as this may read it; by the peer's addresses.
-    pub(super) mappings: BTreeMap<u64, Arc<Mapping>>,
+    pub(super) _mappings: BTreeMap<u64, Arc<Mapping>>,
     /// Keeps what is written registered, and so allocated.
-    pub(super) holds: Holds<Allocation>,
+    pub(super) _holds: Holds<Allocation>,
     pub(super) engine: Arc<Engine>,
     pub(super) peer: Arc<PeerState<Link>>,
     /// What is read, in the peer's addresses.
@@ -51,7 +51,7 @@ pub(super) struct Parts {
 enum State {
     Idle,
     /// Queued. Memory of our own process that is read stays allocated by the holds.
-    Running(Arc<Flight>, #[expect(dead_code, reason = "held, never read")] Option<Holds<Allocation>>),
+    Running(Arc<Flight>, Option<Holds<Allocation>>),
     /// The device may write for ever.
     Lost,
 }

@@ -121,6 +121,7 @@ impl Blob {
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "invented bytes may be any")]
 mod tests {
     use super::*;
 

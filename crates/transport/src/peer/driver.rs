@@ -25,7 +25,10 @@ pub(super) fn export(device: &Device, region: &Region) -> Result<Allocation, Cau
     // SAFETY: the context is current, and the driver writes one handle.
     let code = unsafe { sys::cuIpcGetMemHandle(&raw mut handle, base) };
     if code != sys::CUresult::CUDA_SUCCESS {
-        return Err(Cause::NotExportable { call: "cuIpcGetMemHandle", status: format!("{code:?}") });
+        return Err(Cause::NotExportable {
+            call: "cuIpcGetMemHandle",
+            status: format!("{code:?}"),
+        });
     }
     Ok(Allocation { handle: handle.reserved.map(|byte| byte.to_ne_bytes()[0]), base, len })
 }

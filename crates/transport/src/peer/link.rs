@@ -54,7 +54,7 @@ impl Link {
                 own.device.enable_access(&agent.device)?;
                 End::Agent(Arc::downgrade(&agent))
             }
-            Way::Ipc => End::Process(match Watch::new(&own.process, &blob.process) {
+            Way::Ipc => End::Process(match Watch::start(&own.process, &blob.process) {
                 Watched::Yes(watch) => Some(watch),
                 Watched::Unseen => None,
                 Watched::Gone => return Err(Cause::PeerGone),

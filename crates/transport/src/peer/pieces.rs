@@ -61,7 +61,7 @@ impl Piece {
         let Some((&outer, inner)) = self.dims.as_slice().split_first() else {
             return self.cut_run(here, room, out);
         };
-        let inner = || inner.iter().copied().collect::<Vec<Dim>>();
+        let inner = || inner.to_vec();
         if outer.count <= 1 {
             return Self { dims: inner().into_iter().collect(), ..self }.cut(room, out);
         }

@@ -79,7 +79,7 @@ pub(super) enum Watched {
 
 impl Watch {
     /// Starts watching a process, as long as it is the one that published `process`.
-    pub(super) fn new(own: &Process, process: &Process) -> Watched {
+    pub(super) fn start(own: &Process, process: &Process) -> Watched {
         if !own.is_same_namespace(process) || process.started == 0 {
             return Watched::Unseen;
         }
@@ -187,7 +187,7 @@ mod tests {
             token: [1; 16],
             ..own
         };
-        let Watched::Yes(watch) = Watch::new(&own, &there) else {
+        let Watched::Yes(watch) = Watch::start(&own, &there) else {
             child.kill().unwrap();
             panic!("a child cannot be watched");
         };
@@ -195,23 +195,23 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(!watch.is_running());
-        assert!(matches!(Watch::new(&own, &there), Watched::Gone));
+        assert!(matches!(Watch::start(&own, &there), Watched::Gone));
     }
 
     #[test]
     fn numbers_used_again_or_counted_elsewhere_are_not_watched() {
         let own = Process::current().unwrap();
         let earlier = Process { started: own.started - 1, ..own };
-        assert!(matches!(Watch::new(&own, &earlier), Watched::Gone));
+        assert!(matches!(Watch::start(&own, &earlier), Watched::Gone));
         for odd in [0, u32::MAX] {
-            assert!(matches!(Watch::new(&own, &Process { pid: odd, ..own }), Watched::Gone));
+            assert!(matches!(Watch::start(&own, &Process { pid: odd, ..own }), Watched::Gone));
         }
         for unseen in [
             Process { namespace: own.namespace + 1, ..own },
             Process { started: 0, ..own },
             Process { host: [0; 16], ..own },
         ] {
-            assert!(matches!(Watch::new(&own, &unseen), Watched::Unseen));
+            assert!(matches!(Watch::start(&own, &unseen), Watched::Unseen));
         }
     }
 }

@@ -3,7 +3,7 @@ use std::slice;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use refit_kernels::{Effect, Mover, Move, Table};
+use refit_kernels::{Effect, Move, Mover, Table};
 use refit_planner::Capabilities;
 use refit_pool::Region;
 use refit_pool::cuda::{Device, Stream};
@@ -72,8 +72,7 @@ impl PeerTransport {
         if name == self.agent() {
             return Err(Cause::Itself);
         }
-        let envelope =
-            envelope::decode(self.backend(), name, metadata, self.options.max_metadata)?;
+        let envelope = envelope::decode(self.backend(), name, metadata, self.options.max_metadata)?;
         let blob = Blob::decode(envelope.blob, &envelope.ranges)?;
         let known = self.peers.get(name).ok();
         if let Some(state) = known.filter(|state| state.link.incarnation == blob.incarnation) {
@@ -148,7 +147,12 @@ impl PeerTransport {
         TransportError::Connect { agent: self.agent().into(), peer: peer.into(), cause }
     }
 
-    fn register_error(&self, len: u64, kind: refit_pool::MemoryKind, cause: Cause) -> TransportError {
+    fn register_error(
+        &self,
+        len: u64,
+        kind: refit_pool::MemoryKind,
+        cause: Cause,
+    ) -> TransportError {
         TransportError::Register { agent: self.agent().into(), len, kind, cause }
     }
 
@@ -291,8 +295,8 @@ impl Transport for PeerTransport {
         Ok(PeerReads::new(Parts {
             table,
             copies: work.copies,
-            mappings: work.mappings,
-            holds,
+            _mappings: work.mappings,
+            _holds: holds,
             engine: Arc::clone(&self.engine),
             peer: state,
             sources: Source::join(sources.collect()),
@@ -345,7 +349,7 @@ impl Transport for PeerTransport {
             let parts = || ready.iter().map(|(index, _)| batches[*index].parts());
             let tables: Vec<_> = parts().filter_map(|parts| parts.table.as_ref()).collect();
             let copies: Vec<_> = parts().map(|parts| parts.copies.as_slice()).collect();
-            // SAFETY: each batch keeps what it reads mapped (`mappings`, and `held`) and what it writes allocated, until
+            // SAFETY: each batch keeps what it reads mapped (`_mappings`, and `held`) and what it writes allocated, until
             // its flight is done, or for ever where that is not seen. Nobody accesses what it writes, says the caller,
             // and by `prepare` every address lies in published or registered memory.
             match unsafe { self.engine.launch(&tables, &copies) } {
