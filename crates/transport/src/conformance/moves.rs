@@ -73,7 +73,7 @@ pub fn strided_reads_where_declared<H: Harness>(harness: &H) -> Verdict {
         },
         Chunk { from: 0, into: 100_000, run: 64, dims: [outer, inner].into_iter().collect() },
     ];
-    if world.target.capabilities().strided_reads {
+    if world.target.capabilities_of(&world.sources[0].peer).strided_reads {
         world.check(1 << 20, &[&chunks])?;
         return Ok(Outcome::Passed);
     }
