@@ -1,12 +1,12 @@
 //! The transports a person can name.
 
-#[cfg(feature = "nixl")]
+#[cfg(any(feature = "nixl", feature = "cuda"))]
 use std::sync::Arc;
 
 use clap::ValueEnum;
 
 use crate::device::DeviceName;
-#[cfg(feature = "nixl")]
+#[cfg(any(feature = "nixl", feature = "cuda"))]
 use crate::device::Home;
 use crate::error::CliError;
 
@@ -86,11 +86,55 @@ pub(crate) fn nixl(
     answers_peers: bool,
     home: &Home,
 ) -> Result<Arc<refit::transport::nixl::NixlTransport>, CliError> {
+    let transport = nixl_agent(name, answers_peers, home);
+    transport.map(Arc::new).map_err(|error| CliError::Nixl(error.to_string()))
+}
+
+#[cfg(feature = "nixl")]
+fn nixl_agent(
+    name: &str,
+    answers_peers: bool,
+    home: &Home,
+) -> Result<refit::transport::nixl::NixlTransport, Box<dyn std::error::Error>> {
     use refit::transport::nixl::{NixlLibrary, NixlOptions, NixlTransport};
     home.enter()?;
-    let library = NixlLibrary::load(&[]).map_err(|error| CliError::Nixl(error.to_string()))?;
-    let transport =
-        NixlTransport::new(library, NixlOptions::new(name).with_progress_thread(answers_peers))
-            .map_err(|error| CliError::Nixl(error.to_string()))?;
-    Ok(Arc::new(transport))
+    let options = NixlOptions::new(name).with_progress_thread(answers_peers);
+    Ok(NixlTransport::new(NixlLibrary::load(&[])?, options)?)
+}
+
+/// A peer agent of the GPU of `home` whose name starts with `name`.
+#[cfg(feature = "cuda")]
+pub(crate) fn peer(
+    name: &str,
+    home: &Home,
+) -> Result<Arc<refit::transport::peer::PeerTransport>, CliError> {
+    Ok(Arc::new(peer_agent(name, home)?))
+}
+
+#[cfg(feature = "cuda")]
+fn peer_agent(name: &str, home: &Home) -> Result<refit::transport::peer::PeerTransport, CliError> {
+    use refit::pool::cuda::Stream;
+    use refit::transport::peer::{PeerOptions, PeerTransport};
+    let Home::Cuda(gpu) = home else { return Err(missing(TransportName::Peer)) };
+    let stream = Arc::new(Stream::new(gpu.device())?);
+    Ok(PeerTransport::new(stream, PeerOptions::new(name)).map_err(refit::RefitError::from)?)
+}
+
+/// Both at once. One that cannot be had is no error: the other says so where it is chosen.
+#[cfg(feature = "cuda")]
+pub(crate) fn auto(
+    name: &str,
+    answers_peers: bool,
+    home: &Home,
+) -> Result<Arc<refit::transport::auto::AutoTransport>, CliError> {
+    let near = peer_agent(name, home).map_err(|error| error.to_string());
+    #[cfg(feature = "nixl")]
+    let far = nixl_agent(name, answers_peers, home).map_err(|error| error.to_string());
+    #[cfg(not(feature = "nixl"))]
+    let far = {
+        let _ = answers_peers;
+        Err(without("NIXL", "nixl").to_string())
+    };
+    let auto = refit::transport::auto::AutoTransport::new(near, far);
+    Ok(Arc::new(auto.map_err(refit::RefitError::from)?))
 }

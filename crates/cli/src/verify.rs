@@ -171,6 +171,17 @@ fn replay(folder: &Path, transport: TransportName, homes: &Homes) -> Result<Pass
             let source = agent("source", true, &homes.source)?;
             replay_over(&case, homes, source, agent("target", false, &homes.target)?)
         }
+        #[cfg(feature = "cuda")]
+        TransportName::Peer => {
+            let source = transports::peer("source", &homes.source)?;
+            replay_over(&case, homes, source, transports::peer("target", &homes.target)?)
+        }
+        #[cfg(feature = "cuda")]
+        TransportName::Auto => {
+            let agent = transports::auto;
+            let source = agent("source", true, &homes.source)?;
+            replay_over(&case, homes, source, agent("target", false, &homes.target)?)
+        }
         other => Err(transports::missing(other).into()),
     }
 }

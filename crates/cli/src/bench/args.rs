@@ -161,6 +161,7 @@ impl RankArgs {
             target: self.target.parse().map_err(wrong("target"))?,
             rank: self.rank,
             gpu: self.gpu,
+            copies: measures_copies(self.transport, self.gpu),
             separate: self.separate,
             directory: self.directory.clone(),
             own_process: true,
@@ -169,4 +170,9 @@ impl RankArgs {
             patience: Duration::from_secs(self.patience),
         })
     }
+}
+
+/// Whether copies by a copy engine are to be measured beside this transport: one big read through the others is one.
+pub(super) fn measures_copies(transport: TransportName, gpu: Option<u32>) -> bool {
+    transport == TransportName::Nixl && gpu.is_some()
 }

@@ -18,6 +18,7 @@ use crate::error::CliError;
 
 /// A target that reads as many bytes from each source as a refit does, in one read: the link's own rate, measured
 /// through the same code.
+#[derive(Debug)]
 pub(super) struct Ceiling<T: Transport> {
     target: Option<Target<T>>,
     published: Vec<Publication>,

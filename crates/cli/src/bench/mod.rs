@@ -3,6 +3,7 @@
 
 mod args;
 mod ceiling;
+mod copies;
 mod process;
 mod protocol;
 mod rank;
@@ -120,6 +121,7 @@ fn bench(
             target,
             rank,
             gpu,
+            copies: args::measures_copies(transport, gpu),
             separate: args.separate,
             directory: meeting.path().to_path_buf(),
             own_process: launcher.own_processes(),
@@ -132,7 +134,8 @@ fn bench(
     if read_per_row {
         modes.push(Mode::ReadPerRun);
     }
-    let steps = u64::from(args.cycles) * (modes.len() as u64 * 3 + 2) + 3;
+    let copies = args::measures_copies(transport, placement.as_ref().and_then(|it| it.source(0)));
+    let steps = u64::from(args.cycles) * (modes.len() as u64 * 3 + 2 + u64::from(copies)) + 3;
     let bar = progress(steps, format!("{source} -> {target}"));
 
     bar.set_message("starting sources");
@@ -170,6 +173,12 @@ fn bench(
         bar.set_message("one big read");
         result.big_reads.push(rates(&all(&mut targets, patience, Some(&Command::BigRead))?));
         bar.inc(1);
+        if copies {
+            bar.set_message("copies");
+            let replies = all(&mut targets, patience, Some(&Command::Copies))?;
+            result.add_copies(&replies, rates(&replies));
+            bar.inc(1);
+        }
         bar.set_message("memcpy");
         result.memcpys.push(rates(&all(&mut targets, patience, Some(&Command::Memcpy))?));
         bar.inc(1);

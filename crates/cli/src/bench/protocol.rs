@@ -42,6 +42,8 @@ pub(crate) enum Command {
     Describe,
     /// A target: read as many bytes as a refit does, one read a source.
     BigRead,
+    /// A target: read the same from each source by one copy of a copy engine.
+    Copies,
     /// A target: copy memory.
     Memcpy,
     /// Leave.
@@ -62,6 +64,8 @@ pub(crate) enum Reply {
     Described(Box<Description>),
     /// A ceiling was measured.
     Rate(Rate),
+    /// A ceiling cannot be measured here.
+    Unmeasured { reason: String },
     /// The rank cannot go on.
     Failed { reason: String },
 }

@@ -1,5 +1,6 @@
 //! One rank of a bench: a source that writes values, or a target that refits, verifies and measures ceilings.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use refit::{
 };
 
 use super::ceiling::{Ceiling, bytes_by_source};
+use super::copies::{Copies, Published};
 use super::protocol::{Command, Description, Mode, RankReport, Reply};
 use super::values::Values;
 use crate::device::{Guards, Home};
@@ -30,6 +32,8 @@ pub(crate) struct RankSetup {
     pub(crate) rank: u32,
     /// The GPU that holds its memory, or none where the host does.
     pub(crate) gpu: Option<u32>,
+    /// Whether copies by a copy engine are measured beside the transport.
+    pub(crate) copies: bool,
     /// Whether a source holds every parameter in an allocation of its own.
     pub(crate) separate: bool,
     pub(crate) directory: PathBuf,
@@ -89,6 +93,8 @@ pub(crate) fn source<T: Transport>(
         values.fill(home, &layout, source.params_mut(), cycle, setup.threads)
     };
     fill(&mut source, 0)?;
+    let params = source.params_mut().map(|(_, memory)| &*memory);
+    let _readable = setup.copies.then(|| Published::new(setup, home, params)).transpose()?;
     let directory = Directory::new(&setup.directory).map_err(RefitError::from)?;
     directory.publish(&source.publication()?).map_err(RefitError::from)?;
     answer(Reply::Ready);
@@ -141,6 +147,7 @@ pub(crate) fn target<T: Transport>(
         guards,
         target: Some(target),
         ceiling: None,
+        copies: None,
     };
     answer(Reply::Ready);
     for command in commands {
@@ -149,6 +156,7 @@ pub(crate) fn target<T: Transport>(
             Command::Verify { cycle } => bench.verify(cycle)?,
             Command::Describe => Reply::Described(Box::new(bench.describe()?)),
             Command::BigRead => bench.ceiling()?.read()?,
+            Command::Copies => bench.copies()?.read()?,
             Command::Memcpy => bench.ceiling()?.memcpy(home)?,
             Command::Stop => break,
             Command::Fill { .. } => return Err(CliError::Usage("a target cannot fill".to_owned())),
@@ -170,6 +178,7 @@ struct TargetBench<'a, T: Transport> {
     /// Absent only inside a refit, or after one failed.
     target: Option<Target<T>>,
     ceiling: Option<Ceiling<T>>,
+    copies: Option<Copies>,
 }
 
 impl<T: Transport> TargetBench<'_, T> {
@@ -217,16 +226,30 @@ impl<T: Transport> TargetBench<'_, T> {
         Ok(description)
     }
 
+    /// The bytes that a refit reads from each source.
+    fn bytes_by_source(&mut self) -> Result<BTreeMap<u32, u64>, CliError> {
+        let prepared = self.target.take().ok_or_else(lost)?.prepare(&self.published)?;
+        let bytes = bytes_by_source(prepared.program());
+        self.target = Some(cancelled(prepared)?);
+        Ok(bytes)
+    }
+
     fn ceiling(&mut self) -> Result<&mut Ceiling<T>, CliError> {
         if self.ceiling.is_none() {
-            let prepared = self.target.take().ok_or_else(lost)?.prepare(&self.published)?;
-            let bytes = bytes_by_source(prepared.program());
-            self.target = Some(cancelled(prepared)?);
+            let bytes = self.bytes_by_source()?;
             let RankSetup { rank, patience, .. } = *self.setup;
             let (home, transport, published) = (self.home, &self.transport, &self.published);
             self.ceiling = Some(Ceiling::new(home, transport, rank, published, &bytes, patience)?);
         }
         self.ceiling.as_mut().ok_or_else(lost)
+    }
+
+    fn copies(&mut self) -> Result<&mut Copies, CliError> {
+        if self.copies.is_none() {
+            let bytes = self.bytes_by_source()?;
+            self.copies = Some(Copies::new(self.setup, self.home, &bytes)?);
+        }
+        self.copies.as_mut().ok_or_else(lost)
     }
 }
 

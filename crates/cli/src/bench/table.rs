@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::args::Args;
-use super::protocol::{Description, Mode, Moved, RankReport, Rate};
+use super::protocol::{Description, Mode, Moved, RankReport, Rate, Reply};
 use super::sizing::Room;
 use crate::device::Gpus;
 use crate::placement::Placement;
@@ -38,6 +38,10 @@ pub(crate) struct PairResult {
     /// Of every round, what every target rank reached.
     pub(crate) memcpys: Vec<Vec<Rate>>,
     pub(crate) big_reads: Vec<Vec<Rate>>,
+    /// Of every round in which copies by a copy engine were measured beside the transport.
+    copies: Vec<Vec<Rate>>,
+    /// Why they were not.
+    no_copies: Option<String>,
     /// Of every target rank.
     pub(crate) descriptions: Vec<Description>,
 }
@@ -151,7 +155,21 @@ impl PairResult {
             cycles: Vec::new(),
             memcpys: Vec::new(),
             big_reads: Vec::new(),
+            copies: Vec::new(),
+            no_copies: None,
             descriptions: Vec::new(),
+        }
+    }
+
+    /// Takes in a round of copies, in which a rank without a way to a source has none.
+    pub(crate) fn add_copies(&mut self, replies: &[Reply], rates: Vec<Rate>) {
+        let reason = replies.iter().find_map(|reply| match reply {
+            Reply::Unmeasured { reason } => Some(reason.clone()),
+            _ => None,
+        });
+        match reason {
+            Some(reason) => self.no_copies = Some(reason),
+            None => self.copies.push(rates),
         }
     }
 
@@ -237,6 +255,12 @@ impl PairResult {
         println!(
             "ceilings of the same run: memcpy {memcpy:.2} GB/s, one big read from each source {big:.2} GB/s"
         );
+        if let Some(copies) = median(together(&self.copies)) {
+            println!("one copy by a copy engine from each source {copies:.2} GB/s");
+        }
+        if let Some(reason) = &self.no_copies {
+            println!("one copy by a copy engine was not measured: {reason}");
+        }
         let ratios = self.ratios();
         println!(
             "cached: pull {:.2}x of one big read, whole refit {:.2}x, total {:.3}x of its pull; \
@@ -331,6 +355,10 @@ struct Receiver {
     big_read_gbps: f64,
     /// The rate over that of one big read.
     of_big_read: f64,
+    /// Of one copy by a copy engine, where that was measured beside the transport.
+    copy_gbps: Option<f64>,
+    /// The rate over that of one copy.
+    of_copy: Option<f64>,
     /// Of cached refits, from the start of `prepare` until every read was posted.
     posting_s: f64,
     /// Of uncached refits, without connecting.
@@ -351,8 +379,11 @@ impl Receiver {
         };
         let rank = reports(Mode::Cached).next().map(|report| report.rank).unwrap_or_default();
         let gbps = of(Mode::Cached, |report| report.needed_bytes as f64 / report.total_s / 1e9);
-        let ceilings = pair.big_reads.iter().filter_map(|round| round.get(index));
-        let ceiling = median(ceilings.map(|rate| rate.gbps()).collect()).unwrap_or_default();
+        let own = |rounds: &[Vec<Rate>]| {
+            let rates = rounds.iter().filter_map(|round| round.get(index));
+            median(rates.map(|rate| rate.gbps()).collect())
+        };
+        let (ceiling, copy_gbps) = (own(&pair.big_reads).unwrap_or_default(), own(&pair.copies));
         Self {
             rank,
             gpu: pair.placement.as_ref().and_then(|placement| placement.target(rank)),
@@ -360,6 +391,8 @@ impl Receiver {
             gbps,
             big_read_gbps: ceiling,
             of_big_read: gbps / ceiling,
+            copy_gbps,
+            of_copy: copy_gbps.map(|copy| gbps / copy),
             posting_s: of(Mode::Cached, |report| report.posting_s),
             cold_seconds: of(Mode::Uncached, |report| report.total_s - report.connect_s),
             cold_registrations: reports(Mode::Uncached)
@@ -371,14 +404,17 @@ impl Receiver {
 
     fn print(&self) {
         let gpu = self.gpu.map(|gpu| format!(" on GPU {gpu}")).unwrap_or_default();
+        let copy = self.copy_gbps.zip(self.of_copy);
+        let copy = copy.map(|(rate, ratio)| format!(", {ratio:.3}x of one copy ({rate:.2} GB/s)"));
         println!(
-            "receiver {}{gpu}: {:.5} s, {:.2} GB/s, {:.3}x of its big read ({:.2} GB/s); {:.1} us until all is posted; \
-             uncached {:.5} s, {} registrations",
+            "receiver {}{gpu}: {:.5} s, {:.2} GB/s, {:.3}x of its big read ({:.2} GB/s){}; {:.1} us until all is \
+             posted; uncached {:.5} s, {} registrations",
             self.rank,
             self.seconds,
             self.gbps,
             self.of_big_read,
             self.big_read_gbps,
+            copy.unwrap_or_default(),
             self.posting_s * 1e6,
             self.cold_seconds,
             self.cold_registrations
@@ -458,6 +494,7 @@ impl Run {
             json!({
                 "memcpy_gbps": all(PairResult::memcpy_gbps),
                 "big_read_gbps": all(PairResult::big_read_gbps),
+                "copy_gbps": all(|pair| together(&pair.copies)),
             })
         };
         let pairs: Vec<_> = self
@@ -468,7 +505,7 @@ impl Run {
                     "source": pair.source.to_string(),
                     "target": pair.target.to_string(),
                     "ceilings": ceilings(std::slice::from_ref(pair)),
-                    "ceiling_samples": { "memcpy_gbps": pair.memcpy_gbps(), "big_read_gbps": pair.big_read_gbps() },
+                    "ceiling_samples": { "memcpy_gbps": pair.memcpy_gbps(), "big_read_gbps": pair.big_read_gbps(), "copy_gbps": together(&pair.copies) },
                     "placement": pair.placement,
                     "ratios": pair.ratios(),
                     "receivers": pair.receivers(),

@@ -22,6 +22,13 @@ pub(super) fn serve(args: &RankArgs, setup: &RankSetup, say: fn(&Reply)) -> Resu
             let transport = transports::nixl(&name, role == Role::Source, &home)?;
             follow(role, setup, &home, transport, say)
         }
+        #[cfg(feature = "cuda")]
+        TransportName::Peer => follow(role, setup, &home, transports::peer(&name, &home)?, say),
+        #[cfg(feature = "cuda")]
+        TransportName::Auto => {
+            let transport = transports::auto(&name, role == Role::Source, &home)?;
+            follow(role, setup, &home, transport, say)
+        }
         other => Err(transports::missing(other)),
     }
 }
