@@ -288,7 +288,10 @@ fn memory_of_another_kind_is_for_the_far_one() {
     let host_registration = source.register(host.allocation()).unwrap();
     target.connect(source.agent(), &source.metadata().unwrap()).unwrap();
     let route = target.route(&peer);
-    assert!(route.contains("not peer: the peer has registered memory that is not a GPU's"), "{route}");
+    assert!(
+        route.contains("not peer: the peer has registered memory that is not a GPU's"),
+        "{route}"
+    );
     let after = target.prepare(&peer, &[read(&host, into, 4096)]).unwrap();
 
     // Batches of before stay good, and both run in one pull.
@@ -318,8 +321,11 @@ fn memory_of_another_kind_is_for_the_far_one() {
     // Without a far one, there is nobody to take it.
     let alone: Two = Auto::new(Ok(world.near("alone").unwrap()), Err("left out".into())).unwrap();
     let refused = alone.register(host.allocation()).unwrap_err();
-    assert!(matches!(&refused, TransportError::Register { agent, cause: Cause::Kind, .. }
-        if agent == "peer/alone.near"), "{refused:?}");
+    assert!(
+        matches!(&refused, TransportError::Register { agent, cause: Cause::Kind, .. }
+        if agent == "peer/alone.near"),
+        "{refused:?}"
+    );
 }
 
 /// Batches of several peers either way: one post of the near one, whatever their order, and every byte in place.
@@ -334,7 +340,8 @@ fn batches_are_posted_together_whatever_their_order() {
         PoolOptions::default(),
     );
     // The second, the fourth and so on are far.
-    let elsewhere = World { near: Network::new(), far: world.far.clone(), ..World::new(Nearby::All) };
+    let elsewhere =
+        World { near: Network::new(), far: world.far.clone(), ..World::new(Nearby::All) };
     let sources: Vec<_> = (0..SOURCES)
         .map(|index| {
             let from = if index % 2 == 0 { &world } else { &elsewhere };
@@ -346,11 +353,8 @@ fn batches_are_posted_together_whatever_their_order() {
         .collect();
     let lease = pool.lease(Key::from([0; 32]), |build| {
         let arena = build.arena(1000 * SOURCES as u64).unwrap();
-        let into = LocalRange {
-            address: arena.address(),
-            len: 1000 * SOURCES as u64,
-            kind: arena.kind(),
-        };
+        let into =
+            LocalRange { address: arena.address(), len: 1000 * SOURCES as u64, kind: arena.kind() };
         let batches = sources.iter().enumerate().map(|(index, (source, weights, _))| {
             let peer = target.connect(source.agent(), &source.metadata()?)?;
             target.prepare(&peer, &[read(weights, into, 1000 * index as u64)])
