@@ -49,7 +49,7 @@ impl Kernel {
             // SAFETY: `host.cpp` declares it like this.
             let run = *unsafe { library.get::<Run>("run_launch") }.unwrap();
             // SAFETY: and this; it asserts the length.
-            let layout = unsafe { library.get::<*const [usize; 31]>("LAYOUT") }.unwrap();
+            let layout = unsafe { library.get::<*const [usize; 32]>("LAYOUT") }.unwrap();
             // SAFETY: the address of a constant.
             let layout = unsafe { layout.read() }.to_vec();
             // Both pointers stay valid.
@@ -71,8 +71,10 @@ impl Kernel {
         target: &[u8],
     ) -> (Vec<u8>, u64) {
         let (source, mut target) = (Aligned::new(source), Aligned::new(target));
+        // Sources by their addresses, or from a base on.
+        let base = if shape.blocks % 2 == 0 { source.range()[0] } else { 0 };
         let tables: Vec<Table> = case
-            .placed(source.range()[0], target.range()[0])
+            .placed(source.range()[0] - base, target.range()[0])
             .iter()
             .map(|moves| Table::new(moves).unwrap())
             .collect();
@@ -81,6 +83,7 @@ impl Kernel {
             .map(|table| Placed {
                 entries: table.entries().as_ptr().expose_provenance() as u64,
                 owners: table.owners().as_ptr().expose_provenance() as u64,
+                base,
                 tiles: u32::try_from(table.owners().len()).unwrap(),
                 start: 0,
             })

@@ -85,6 +85,19 @@ pub enum KernelError {
         /// The side that does.
         side: Side,
     },
+    /// Staging memory that is not what the moves were checked against.
+    #[error(
+        "{staged} staged bytes of {kind} are to be landed, from a multiple of 16 on; given was {}",
+        given(found)
+    )]
+    Staging {
+        /// Bytes that the moves may read.
+        staged: u64,
+        /// Where they have to be.
+        kind: MemoryKind,
+        /// Where the memory given is, and its bytes.
+        found: Option<(MemoryKind, u64)>,
+    },
     /// Memory, a table or a stream of something else than the device that is to work with it.
     #[error(
         "{what} is of {found}, and the kernel was loaded on CUDA device {device}; use one of that device"
@@ -111,4 +124,8 @@ pub enum KernelError {
     /// The driver failed, or work on the device did.
     #[error(transparent)]
     Cuda(#[from] CudaError),
+}
+
+fn given(found: &Option<(MemoryKind, u64)>) -> String {
+    found.map_or_else(|| "nothing".to_owned(), |(kind, len)| format!("{len} bytes of {kind}"))
 }

@@ -13,6 +13,9 @@ use crate::table::Table;
 
 /// Moves within the memory of one device, carried out as often as wanted and without waiting.
 ///
+/// Sources are offsets into staging memory, which is named at each start and may be another one each time; targets are
+/// addresses.
+///
 /// Safe, since what it reads and writes is memory of a device that it keeps allocated, and no reference to such memory
 /// exists: who writes there at the same time gets other bytes than they expect, and nothing worse. Order it by its
 /// [`stream`](Self::stream), or start it when what it reads is there.
@@ -23,6 +26,8 @@ pub struct Landing {
     event: Event,
     /// Taken apart by hand: what a kernel may still use must not be freed.
     held: ManuallyDrop<Held>,
+    /// Bytes of staging memory that the moves may read.
+    staged: u64,
     running: bool,
 }
 
@@ -30,12 +35,15 @@ pub struct Landing {
 #[derive(Debug)]
 struct Held {
     table: Resident,
-    _memory: Vec<KeepAlive>,
+    _targets: Vec<KeepAlive>,
+    /// Of the last start.
+    staging: Option<KeepAlive>,
 }
 
 impl Landing {
-    /// Checks the moves, and brings them to the device. Every byte they read or write, and what lies between their
-    /// runs, is in `regions`, all of them memory of the device; regions that touch or overlap count as one.
+    /// Checks the moves, and brings them to the device. Every byte they read, and what lies between their runs, is one of
+    /// the first `staged` bytes of staging memory; every byte they write is in `regions`, all of them memory of the device.
+    /// Regions that touch or overlap count as one.
     ///
     /// # Errors
     /// As [`Table::new`]; [`KernelError::Outside`] when a move leaves the regions; [`KernelError::WrongDevice`] when a
@@ -44,6 +52,7 @@ impl Landing {
         mover: &Arc<Mover>,
         stream: &Arc<Stream>,
         moves: &[Move],
+        staged: u64,
         regions: &[Region],
     ) -> Result<Self, KernelError> {
         let device = mover.device();
@@ -60,14 +69,15 @@ impl Landing {
                 .iter()
                 .map(|region| (region.address(), region.address().saturating_add(region.len()))),
         );
-        check(moves, &bounds)?;
+        check(moves, staged, &bounds)?;
         let table = mover.upload(&Table::new(moves)?)?;
         let memory = regions.iter().map(|region| region.keep_alive().clone()).collect();
         Ok(Self {
             mover: Arc::clone(mover),
             stream: Arc::clone(stream),
             event: Event::new(device)?,
-            held: ManuallyDrop::new(Held { table, _memory: memory }),
+            held: ManuallyDrop::new(Held { table, _targets: memory, staging: None }),
+            staged,
             running: false,
         })
     }
@@ -84,21 +94,33 @@ impl Landing {
         self.held.table.bytes()
     }
 
-    /// Queues the moves behind what the stream has. Waits first where an earlier start has not come to its end.
+    /// Queues the moves out of this staging memory behind what the stream has. Waits first where an earlier start has not
+    /// come to its end. Moves that read nothing need no staging memory.
     ///
     /// # Errors
-    /// [`KernelError::Cuda`] when the driver fails, or an earlier start did.
-    pub fn start(&mut self) -> Result<(), KernelError> {
+    /// [`KernelError::Staging`] when that memory is missing, too short, not the device's or does not start at a multiple
+    /// of 16; [`KernelError::Cuda`] when the driver fails, or an earlier start did.
+    pub fn start(&mut self, staging: Option<&Region>) -> Result<(), KernelError> {
         self.wait()?;
         if self.held.table.is_empty() {
             return Ok(());
         }
+        let (kind, staged) = (self.mover.device().kind(), self.staged);
+        let fits = |region: &Region| {
+            region.kind() == kind && region.len() >= staged && region.address().is_multiple_of(16)
+        };
+        if !staging.map_or(staged == 0, fits) {
+            let found = staging.map(|region| (region.kind(), region.len()));
+            return Err(KernelError::Staging { staged, kind, found });
+        }
+        self.held.staging = staging.map(|region| region.keep_alive().clone());
+        let base = staging.map_or(0, Region::address);
         // Also where the launch fails: of what was queued before, nobody knows.
         self.running = true;
-        // SAFETY: `new` found every address in memory of the device that `held` keeps, with the table; it goes only
-        // when this has ended. Others that write there are excluded by nothing, but see nothing and show nothing
+        // SAFETY: `new` found every target in memory of the device and every source in the first `staged` bytes, which
+        // this staging memory has; `held` keeps both, with the table, and goes only when this has ended. Others that write there are excluded by nothing, but see nothing and show nothing
         // except bytes of a device.
-        unsafe { self.mover.launch(&[&self.held.table], &self.stream) }?;
+        unsafe { self.mover.launch_from(base, &[&self.held.table], &self.stream) }?;
         self.event.record(&self.stream)?;
         Ok(())
     }
@@ -110,6 +132,7 @@ impl Landing {
     pub fn poll(&mut self) -> Result<bool, KernelError> {
         if self.running && self.event.is_done()? {
             self.running = false;
+            self.held.staging = None;
         }
         Ok(!self.running)
     }
@@ -123,6 +146,7 @@ impl Landing {
             self.event.wait()?;
             self.running = false;
         }
+        self.held.staging = None;
         Ok(())
     }
 }
@@ -142,10 +166,10 @@ impl Drop for Landing {
 }
 
 /// Whether all moves stay inside.
-fn check(moves: &[Move], bounds: &[Extent]) -> Result<(), KernelError> {
+fn check(moves: &[Move], staged: u64, bounds: &[Extent]) -> Result<(), KernelError> {
     for (index, one) in moves.iter().enumerate() {
         let pattern = one.check(index)?;
-        if pattern.source.is_some_and(|source| !inside(source, bounds)) {
+        if pattern.source.is_some_and(|(_, end)| end > staged) {
             return Err(KernelError::Outside { index, side: Side::Source });
         }
         if !inside(pattern.target, bounds) {
@@ -204,20 +228,20 @@ mod tests {
     fn every_byte_of_both_sides_counts() {
         let dims = Dims::one(Dim { count: 3, source_stride: 16, target_stride: 20 });
         let cast = Transform::Cast { from: Dtype::Bf16, to: Dtype::F32 };
-        // Reads 1000..1040 and writes 2000..2056.
+        // Reads 1000..1040 of what is staged and writes 2000..2056.
         let one = Move { from: 1000, into: 2000, run: 8, dims, effect: Effect::Transform(cast) };
-        let outside = |bounds: &[Extent]| match check(std::slice::from_ref(&one), bounds) {
-            Ok(()) => None,
-            Err(KernelError::Outside { index: 0, side }) => Some(side),
-            Err(other) => panic!("{other}"),
-        };
-        assert_eq!(outside(&[(1000, 1040), (2000, 2056)]), None);
-        assert_eq!(outside(&[(1001, 1040), (2000, 2056)]), Some(Side::Source));
-        assert_eq!(outside(&[(1000, 1039), (2000, 2056)]), Some(Side::Source));
-        assert_eq!(outside(&[(1000, 1040), (2000, 2055)]), Some(Side::Target));
-        assert_eq!(outside(&[(1000, 1040), (2001, 2056)]), Some(Side::Target));
+        let outside =
+            |staged, bounds: &[Extent]| match check(std::slice::from_ref(&one), staged, bounds) {
+                Ok(()) => None,
+                Err(KernelError::Outside { index: 0, side }) => Some(side),
+                Err(other) => panic!("{other}"),
+            };
+        assert_eq!(outside(1040, &[(2000, 2056)]), None);
+        assert_eq!(outside(1039, &[(2000, 2056)]), Some(Side::Source));
+        assert_eq!(outside(1040, &[(2000, 2055)]), Some(Side::Target));
+        assert_eq!(outside(1040, &[(2001, 2056)]), Some(Side::Target));
         // Zeros have no source.
         let zero = Move { from: 7, effect: Effect::Zero, ..one };
-        assert!(check(&[zero], &[(2000, 2048)]).is_ok());
+        assert!(check(&[zero], 0, &[(2000, 2048)]).is_ok());
     }
 }

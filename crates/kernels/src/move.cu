@@ -44,6 +44,7 @@ struct Entry {
 struct Table {
     const Entry *entries;
     const u32 *owners; // the entry of every tile
+    u64 base;          // added to every source; a multiple of 16
     u32 tiles;
     u32 start; // the first step at which all tables before this one are exhausted
 };
@@ -420,7 +421,8 @@ extern "C" __global__ void __launch_bounds__(256, 3) refit_move(const __grid_con
         u32 tile = round + (exhausted ? launch.table[exhausted - 1].tiles : 0);
         const Table &table = launch.table[exhausted + turn];
         // A copy, in registers: stores could change the original for all the compiler knows.
-        const Entry entry = table.entries[table.owners[tile]];
+        Entry entry = table.entries[table.owners[tile]];
+        entry.source += table.base;
         carry_tile(entry, tile - entry.first, lane, launch.lanes);
     }
 }

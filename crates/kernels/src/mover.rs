@@ -98,6 +98,7 @@ impl Mover {
         let place = Placed {
             entries: memory.address(),
             owners: memory.address() + entries.len() as u64,
+            base: 0,
             // Fewer than 2^31, as `Table` checks.
             tiles: u32::try_from(table.owners().len()).unwrap_or(u32::MAX),
             start: 0,
@@ -119,6 +120,20 @@ impl Mover {
     ///   any of the tables that read them included.
     /// - It is not dropped.
     pub unsafe fn launch(&self, tables: &[&Resident], stream: &Stream) -> Result<(), KernelError> {
+        // SAFETY: the caller's promises.
+        unsafe { self.launch_from(0, tables, stream) }
+    }
+
+    /// As [`launch`](Self::launch), of moves whose sources are given from `base` on, a multiple of 16.
+    ///
+    /// # Safety
+    /// As [`launch`](Self::launch), of the sources that lie at `base` and their offsets.
+    pub(crate) unsafe fn launch_from(
+        &self,
+        base: u64,
+        tables: &[&Resident],
+        stream: &Stream,
+    ) -> Result<(), KernelError> {
         let wrong = |what, device: &Device| KernelError::WrongDevice {
             what,
             found: device.kind(),
@@ -130,7 +145,8 @@ impl Mover {
         if let Some(table) = tables.iter().find(|table| table.device != self.device) {
             return Err(wrong("a table", &table.device));
         }
-        let placed: Vec<Placed> = tables.iter().map(|table| table.place).collect();
+        let placed: Vec<Placed> =
+            tables.iter().map(|table| Placed { base, ..table.place }).collect();
         let launches = launches(&placed, self.shape.lanes);
         let _entered = self.device.enter()?;
         for launch in launches {

@@ -10,6 +10,9 @@ use refit_pool::cuda::{CudaError, Device, Event, Stream};
 use super::driver::copy;
 use crate::Cause;
 
+/// Most tables of one launch.
+const TABLES: usize = 64;
+
 /// A contiguous copy for the copy engine, by addresses of this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Copy {
@@ -110,7 +113,8 @@ impl Engine {
             // SAFETY: the caller's promise.
             unsafe { self.mover.launch(tables, &self.stream) }.map_err(|error| Fault {
                 cause: Cause::Call { call: "the launch of the kernel", status: error.to_string() },
-                started: false,
+                // More tables than that take several launches, and nobody says how many there were.
+                started: tables.len() > TABLES,
             })?;
         }
         for copies in copies {

@@ -67,6 +67,12 @@ impl PeerTransport {
         &self.engine.stream
     }
 
+    /// The kernel, for others that work on the same device.
+    #[must_use]
+    pub fn mover(&self) -> &Arc<Mover> {
+        &self.engine.mover
+    }
+
     /// Connects, or learns what a known incarnation has registered since.
     fn learn(&self, name: &str, metadata: &[u8]) -> Result<(), Cause> {
         if name == self.agent() {
@@ -319,7 +325,7 @@ impl Transport for PeerTransport {
         answers.into_iter().next().unwrap_or(Ok(Status::Done))
     }
 
-    /// One launch of the kernel, whatever the number of batches and peers.
+    /// One launch of the kernel for up to 64 batches, of however many peers.
     unsafe fn post_all(&self, batches: &mut [PeerReads]) -> Vec<Result<Status, TransportError>> {
         let mut answers = Vec::with_capacity(batches.len());
         // Those before the first that cannot be posted, and what each has to hold meanwhile.
