@@ -19,7 +19,8 @@ pub(crate) enum TransportName {
     Nixl,
     /// Between GPUs that can map each other's memory
     Peer,
-    /// For each pair of ranks what suits it: peer where GPUs can map each other, NIXL elsewhere
+    /// For each pair of ranks what suits it: peer where GPUs can map each other, NIXL elsewhere and on the host (local
+    /// in a build without NIXL)
     Auto,
 }
 
