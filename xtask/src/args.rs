@@ -1,6 +1,6 @@
 //! The command line, parsed by hand.
 
-use crate::help;
+use crate::{bundle, help};
 
 /// What to do.
 #[derive(Debug, PartialEq, Eq)]
@@ -17,6 +17,8 @@ pub(crate) enum Task {
     Refit(Vec<String>),
     /// Run the criterion benches.
     Criterion(Vec<String>),
+    /// Pack what runs on another host.
+    Bundle(bundle::Options),
     /// Check the rules of the house.
     Tidy,
     /// Run what CI runs.
@@ -55,6 +57,7 @@ impl Task {
             // These pass to `refit`; a leading `--` only ends the arguments of the task.
             "bench" => Ok(Self::Bench(without_separator(rest))),
             "refit" => Ok(Self::Refit(without_separator(rest))),
+            "bundle" => bundle::Options::parse(rest).map(Self::Bundle),
             "setup" => none(&name, &rest).map(|()| Self::Setup),
             "tidy" => none(&name, &rest).map(|()| Self::Tidy),
             _ => match rest.first().map(String::as_str) {

@@ -1,7 +1,8 @@
 //! Help texts.
 
 /// Every task, in the order of the overview.
-pub(crate) const NAMES: [&str; 7] = ["bench", "test", "refit", "setup", "criterion", "tidy", "ci"];
+pub(crate) const NAMES: [&str; 8] =
+    ["bench", "test", "refit", "setup", "criterion", "bundle", "tidy", "ci"];
 
 /// `cargo xtask --help`.
 pub(crate) const MAIN: &str = "\
@@ -13,6 +14,7 @@ Tasks:
   refit      run the `refit` command, built for release
   setup      fetch what NIXL needs; bench, test and refit do this themselves
   criterion  run the micro-benches
+  bundle     pack the command and NIXL for a host without internet
   tidy       check the rules of the house that no compiler checks
   ci         run what CI runs
 
@@ -27,6 +29,7 @@ pub(crate) fn of(name: &str) -> Option<&'static str> {
         "refit" => REFIT,
         "setup" => SETUP,
         "criterion" => CRITERION,
+        "bundle" => BUNDLE,
         "tidy" => TIDY,
         "ci" => CI,
         _ => return None,
@@ -83,6 +86,22 @@ Runs `cargo bench -p refit-benches ARGS`.
 
 Example:
   cargo xtask criterion -- plan
+";
+
+const BUNDLE: &str = "\
+cargo xtask bundle [--out FILE] [--features LIST] [--tests]
+
+Packs one tarball, at most 60 MB, that runs on Ubuntu 24.04 or later without internet, Rust or NIXL: `refit` built
+for release, NIXL with UCX from the pinned wheel, the CUDA 12 runtime that UCX needs (drivers for CUDA 12 and 13 both
+carry it), and all licences. Then unpacks it and replays a golden case with an empty environment.
+
+  --out FILE       what to write, .tar.gz or .tar.xz (default: target/refit-VERSION-linux-ARCH.tar.gz)
+  --features LIST  what `refit` and the tests are built with
+  --tests          take the tests with their golden data along, and the scripts of benches/peers
+
+Example:
+  cargo xtask bundle --tests
+  tar -xf refit-*.tar.gz && refit-*/refit bench        # on the host
 ";
 
 const TIDY: &str = "\
