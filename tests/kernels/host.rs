@@ -72,7 +72,7 @@ impl Kernel {
     ) -> (Vec<u8>, u64) {
         let (source, mut target) = (Aligned::new(source), Aligned::new(target));
         // Sources by their addresses, or from a base on.
-        let base = if shape.blocks % 2 == 0 { source.range()[0] } else { 0 };
+        let base = if shape.blocks.is_multiple_of(2) { source.range()[0] } else { 0 };
         let tables: Vec<Table> = case
             .placed(source.range()[0] - base, target.range()[0])
             .iter()
