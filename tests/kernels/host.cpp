@@ -40,6 +40,7 @@ extern "C" const std::size_t LAYOUT[] = {
     sizeof(Entry),
     offsetof(Table, entries),
     offsetof(Table, owners),
+    offsetof(Table, source),
     offsetof(Table, tiles),
     offsetof(Table, start),
     sizeof(Table),
@@ -51,4 +52,4 @@ extern "C" const std::size_t LAYOUT[] = {
     sizeof(Launch),
 };
 
-static_assert(sizeof(LAYOUT) / sizeof(LAYOUT[0]) == 31, "the test reads so many");
+static_assert(sizeof(LAYOUT) / sizeof(LAYOUT[0]) == 32, "the test reads so many");

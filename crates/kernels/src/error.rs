@@ -76,8 +76,8 @@ pub enum KernelError {
     },
     /// A move leaves the memory that it was given.
     #[error(
-        "move {index} {side} bytes outside of the regions given; a move lies in one region, or in several that follow \
-         each other, with all that is between its runs"
+        "move {index} {side} bytes outside of the memory given for that; with all that is between its runs, a move lies \
+         in one region, or in several that follow each other"
     )]
     Outside {
         /// Number of the move.
@@ -96,6 +96,24 @@ pub enum KernelError {
         found: MemoryKind,
         /// The device of the kernel.
         device: u32,
+    },
+    /// Moves are to read from memory that is too small, or from none.
+    #[error(
+        "the moves read from {needed} bytes, and were given {found}; give them the memory that they were made for"
+    )]
+    SourceTooSmall {
+        /// Bytes that they were said to read from.
+        needed: u64,
+        /// Bytes of the memory given.
+        found: u64,
+    },
+    /// Moves are to read from memory at an odd address.
+    #[error(
+        "the memory to read from does not start at a multiple of {align} bytes; allocations of a device do"
+    )]
+    Misaligned {
+        /// What its address has to be a multiple of.
+        align: u64,
     },
     /// The driver does not take the kernel.
     #[error("the driver does not load the kernel: {source}; it says: {log}")]
