@@ -49,6 +49,7 @@ mod hash;
 mod layout;
 mod lower;
 mod names;
+mod pack;
 mod plan;
 mod program;
 #[cfg(feature = "serde")]
@@ -62,6 +63,7 @@ pub use error::{LayoutError, LowerError, PlanError};
 pub use hash::Hash;
 pub use layout::{Band, FillBox, LayoutBuilder, Param, RankLayout, Tensor, TensorId};
 pub use lower::{Capabilities, LowerOptions, Mode, Policy, lower};
+pub use pack::{PackError, Packed, Slot, TensorSlice, Wish, is_scattered, pack, wish};
 pub use plan::{
     Coverage, Fill, Plan, PlanOptions, Replicas, Segment, SourceParam, TargetParam, plan,
     prove_disjoint, prove_tiling,
