@@ -12,15 +12,10 @@ use refit_tests::oracle::{self, Buffers};
 use refit_tests::strategies::model;
 
 /// What NIXL can do.
-const PLAIN: Capabilities = Capabilities {
-    strided_reads: false,
-    bytes_per_us: 2_000,
-    ns_per_read: 5_000,
-    max_reads: u64::MAX,
-};
+const PLAIN: Capabilities = Capabilities::plain(2_000, 5_000);
 
 /// Reads that cost little and bytes that cost much: not one is read that nobody needs, and none twice.
-const CAREFUL: Capabilities = Capabilities { bytes_per_us: 1, ns_per_read: 999, ..PLAIN };
+const CAREFUL: Capabilities = Capabilities::plain(1, 999);
 
 fn program(source: &[RankLayout], target: &RankLayout, capabilities: &Capabilities) -> Program {
     let joined = SourceLayout::new(source).unwrap();
@@ -29,7 +24,7 @@ fn program(source: &[RankLayout], target: &RankLayout, capabilities: &Capabiliti
 }
 
 fn wish_of(source: &[RankLayout], target: &RankLayout, capabilities: &Capabilities) -> Wish {
-    wish(&program(source, target, capabilities), target, source).unwrap()
+    wish(&program(source, target, capabilities), target, source, |_| *capabilities).unwrap()
 }
 
 /// What every rank offers once it has done as all targets wish.

@@ -19,7 +19,8 @@ use core::ops::Range;
 use self::cut::{Area, Block, is_contiguous};
 use crate::layout::Band;
 use crate::{
-    Choice, Dim, Dims, LayoutBuilder, LayoutError, Method, Param, Program, RankLayout, Tensor,
+    Capabilities, Choice, Dim, Dims, LayoutBuilder, LayoutError, Method, Param, Program,
+    RankLayout, Tensor,
 };
 
 /// Boxes that may be compared with boxes: some seconds. Engines that exist take thousands a rank.
@@ -40,8 +41,8 @@ pub struct TensorSlice {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Wish {
-    /// The source ranks that hold some of it scattered, in ascending order. Those that are read well as they are, by a
-    /// transport that takes strided reads, are not among them.
+    /// The source ranks that hold some of it scattered, in ascending order, but for those that strided reads are made
+    /// from: they are read well as they are.
     pub ranks: Vec<u32>,
     /// In the order in which the target keeps them.
     pub slices: Vec<TensorSlice>,
@@ -98,7 +99,7 @@ pub enum PackError {
 /// A dense copy of a box of one of a rank's parameters: a parameter of the packed layout.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Slot {
+pub struct PackSlot {
     /// Its name in the packed layout.
     pub name: Arc<str>,
     /// Its size in bytes.
@@ -117,7 +118,7 @@ pub struct Slot {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Packed {
     layout: RankLayout,
-    slots: Vec<Slot>,
+    slots: Vec<PackSlot>,
 }
 
 impl Packed {
@@ -130,15 +131,17 @@ impl Packed {
 
     /// The slots, in the order in which targets keep what they hold: placed like that, reads of several join.
     #[must_use]
-    pub fn slots(&self) -> &[Slot] {
+    pub fn slots(&self) -> &[PackSlot] {
         &self.slots
     }
 }
 
 /// The boxes that `program` reads badly: scattered in their source parameters, and therefore by one read for every run,
-/// or together with bytes that nobody needs. `sources` are the layouts it was planned from.
+/// or together with bytes that nobody needs. `sources` are the layouts it was planned from; `link` says what the way to a
+/// source rank can do.
 ///
-/// What a target asks for is a box of its own, whoever holds how much of it: all copies of it are then cut alike.
+/// What a target wishes for is a box of its own, whoever holds how much of it: copies of it are then cut alike, and it
+/// does not matter which of them a plan chooses.
 ///
 /// # Errors
 /// [`PackError::OtherLayouts`] when program and layouts do not belong together, [`PackError::TooComplex`].
@@ -146,29 +149,26 @@ pub fn wish<'a>(
     program: &Program,
     target: &RankLayout,
     sources: impl IntoIterator<Item = &'a RankLayout>,
+    link: impl Fn(u32) -> Capabilities,
 ) -> Result<Wish, PackError> {
     let sources: BTreeMap<u32, &RankLayout> =
         sources.into_iter().map(|layout| (layout.rank(), layout)).collect();
     let mut looks = Looks(MAX_LOOKS);
     let mut known = BTreeSet::new();
     let mut slices = Vec::new();
-    let (mut read_well, mut read_badly) = (BTreeSet::new(), BTreeSet::new());
     for of_target in program.choices().chunk_by(|a, b| a.target == b.target) {
         let param = held(target, &program.targets()[of_target[0].target as usize].name)?;
         let mut wanted = BTreeSet::new();
         for choice in of_target {
             let from = &program.sources()[choice.source as usize];
+            if link(from.rank).strided_reads {
+                continue;
+            }
             let other = || PackError::OtherLayouts { rank: from.rank, param: from.name.clone() };
             let source = *sources.get(&from.rank).ok_or_else(other)?;
             let meeting =
                 Meeting::of(target, param, source, held(source, &from.name)?, &mut looks)?;
-            if meeting.scattered.is_empty() {
-                continue;
-            }
-            if is_good(choice, meeting.boxes) {
-                read_well.insert(from.rank);
-            } else {
-                read_badly.insert(from.rank);
+            if !is_good(choice, meeting.boxes) {
                 wanted.extend(meeting.scattered);
             }
         }
@@ -186,9 +186,7 @@ pub fn wish<'a>(
     let wanted = Wanted::new(&slices);
     let mut ranks = Vec::new();
     for (&rank, layout) in &sources {
-        if read_badly.contains(&rank)
-            || !read_well.contains(&rank) && wanted.finds_scattered(layout, &mut looks)?
-        {
+        if !link(rank).strided_reads && wanted.finds_scattered(layout, &mut looks)? {
             ranks.push(rank);
         }
     }
@@ -402,7 +400,7 @@ fn slot_param(name: &Arc<str>, param: &Param, band: &Band, area: &Area) -> Param
 }
 
 /// The slot of an area of a band. It lies inside the parameter, whose bytes fit in 63 bits.
-fn slot(name: Arc<str>, source: usize, param: &Param, band: &Band, area: &Area) -> Slot {
+fn slot(name: Arc<str>, source: usize, param: &Param, band: &Band, area: &Area) -> PackSlot {
     let part = area.of(band);
     let (height, size) = (area.rows.end - area.rows.start, param.dtype.size());
     let run = (area.cols.end - area.cols.start) * size;
@@ -411,7 +409,7 @@ fn slot(name: Arc<str>, source: usize, param: &Param, band: &Band, area: &Area) 
         source_stride: band.row_step * param.cols * size,
         target_stride: run,
     });
-    Slot {
+    PackSlot {
         name,
         bytes: height * run,
         source,
