@@ -18,21 +18,21 @@ pub(crate) fn sum<I: Send, S>(
 ) -> Result<u64, CliError> {
     let threads = threads.clamp(1, items.len().max(1));
     let queue = Queue { items: Mutex::new(items.into_iter().enumerate()) };
-    let worker = || -> Result<u64, (usize, CliError)> {
+    let worker = || -> Result<u64, (usize, Box<CliError>)> {
         let (mut scratch, mut sum) = (scratch(), 0);
         while let Some((index, item)) = queue.next() {
             match work(&mut scratch, item) {
                 Ok(more) => sum += more,
                 Err(error) => {
                     queue.clear();
-                    return Err((index, error));
+                    return Err((index, Box::new(error)));
                 }
             }
         }
         Ok(sum)
     };
     if threads == 1 {
-        return worker().map_err(|(_, error)| error);
+        return worker().map_err(|(_, error)| *error);
     }
     let results: Vec<_> = thread::scope(|scope| {
         let running: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
@@ -42,7 +42,7 @@ pub(crate) fn sum<I: Send, S>(
         };
         running.into_iter().map(join).collect()
     });
-    let (mut sum, mut first) = (0, None::<(usize, CliError)>);
+    let (mut sum, mut first) = (0, None::<(usize, Box<CliError>)>);
     for result in results {
         match result {
             Ok(more) => sum += more,
@@ -50,7 +50,7 @@ pub(crate) fn sum<I: Send, S>(
             Err(failed) => first = Some(failed),
         }
     }
-    first.map_or(Ok(sum), |(_, error)| Err(error))
+    first.map_or(Ok(sum), |(_, error)| Err(*error))
 }
 
 struct Queue<I> {

@@ -32,7 +32,7 @@ impl Gpu {
 
     /// What lands bytes in this memory.
     pub(crate) fn lander(&self) -> Result<DeviceLander, CliError> {
-        Ok(DeviceLander::new(Stream::new(&self.device)?)?)
+        Ok(DeviceLander::new(Arc::new(Stream::new(&self.device)?))?)
     }
 
     pub(super) fn kind(&self) -> MemoryKind {
