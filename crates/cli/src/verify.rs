@@ -182,6 +182,7 @@ fn replay(folder: &Path, transport: TransportName, homes: &Homes) -> Result<Pass
             let source = agent("source", true, &homes.source)?;
             replay_over(&case, homes, source, agent("target", false, &homes.target)?)
         }
+        #[cfg(not(all(feature = "nixl", feature = "cuda")))]
         other => Err(transports::missing(other).into()),
     }
 }
