@@ -17,6 +17,11 @@ pub(crate) enum Task {
     Refit(Vec<String>),
     /// Run the criterion benches.
     Criterion(Vec<String>),
+    /// Compile the kernel to PTX.
+    Ptx {
+        /// Whether to only say if that would change anything.
+        check: bool,
+    },
     /// Check the rules of the house.
     Tidy,
     /// Run what CI runs.
@@ -56,6 +61,10 @@ impl Task {
             "bench" => Ok(Self::Bench(without_separator(rest))),
             "refit" => Ok(Self::Refit(without_separator(rest))),
             "setup" => none(&name, &rest).map(|()| Self::Setup),
+            "ptx" => match rest.first().map(String::as_str) {
+                Some("--check") if rest.len() == 1 => Ok(Self::Ptx { check: true }),
+                _ => none(&name, &rest).map(|()| Self::Ptx { check: false }),
+            },
             "tidy" => none(&name, &rest).map(|()| Self::Tidy),
             _ => match rest.first().map(String::as_str) {
                 Some("--no-test") if rest.len() == 1 => Ok(Self::Ci { test: false }),
@@ -134,6 +143,9 @@ mod tests {
         assert!(parse("setup --force").unwrap_err().contains("cargo xtask setup --help"));
         assert!(parse("ci --no-test --fast").unwrap_err().contains("cargo xtask ci --help"));
         assert_eq!(parse("ci --no-test"), Ok(Task::Ci { test: false }));
+        assert!(parse("ptx --check --all").unwrap_err().contains("cargo xtask ptx --help"));
+        assert_eq!(parse("ptx --check"), Ok(Task::Ptx { check: true }));
+        assert_eq!(parse("ptx"), Ok(Task::Ptx { check: false }));
         assert_eq!(parse("ci"), Ok(Task::Ci { test: true }));
     }
 }

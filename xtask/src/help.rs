@@ -1,7 +1,8 @@
 //! Help texts.
 
 /// Every task, in the order of the overview.
-pub(crate) const NAMES: [&str; 7] = ["bench", "test", "refit", "setup", "criterion", "tidy", "ci"];
+pub(crate) const NAMES: [&str; 8] =
+    ["bench", "test", "refit", "setup", "criterion", "ptx", "tidy", "ci"];
 
 /// `cargo xtask --help`.
 pub(crate) const MAIN: &str = "\
@@ -13,6 +14,7 @@ Tasks:
   refit      run the `refit` command, built for release
   setup      fetch what NIXL needs; bench, test and refit do this themselves
   criterion  run the micro-benches
+  ptx        compile the CUDA kernel to PTX, after a change of it
   tidy       check the rules of the house that no compiler checks
   ci         run what CI runs
 
@@ -27,6 +29,7 @@ pub(crate) fn of(name: &str) -> Option<&'static str> {
         "refit" => REFIT,
         "setup" => SETUP,
         "criterion" => CRITERION,
+        "ptx" => PTX,
         "tidy" => TIDY,
         "ci" => CI,
         _ => return None,
@@ -85,11 +88,20 @@ Example:
   cargo xtask criterion -- plan
 ";
 
+const PTX: &str = "\
+cargo xtask ptx [--check]
+
+Compiles crates/kernels/src/move.cu to the move.ptx beside it, with a pinned NVRTC that is fetched with pip into
+target/setup. Only after a change of move.cu; nobody else needs it. Needs Linux on x86_64, and no GPU.
+
+  --check  write nothing, and fail if the PTX would change
+";
+
 const TIDY: &str = "\
 cargo xtask tidy
 
 Checks the rules of the house that no compiler checks: what the pure crates may depend on, where `unsafe` may
-stand, features, leftovers, file sizes, paths of one machine. Prints every finding, with advice.
+stand, features, leftovers, file sizes, paths of one machine, and that the PTX belongs to the kernel's source. Prints every finding, with advice.
 ";
 
 const CI: &str = "\
