@@ -1,5 +1,7 @@
 //! Memory of real CUDA devices. Without any, every test says that it was skipped.
 //!
+//! With feature `nixl` also NIXL on that memory, which needs the library at run time.
+//!
 //! `REFIT_REQUIRE_CUDA=2` makes tests fail, instead of skipping them, that need no more than two devices.
 
 #![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
@@ -12,9 +14,18 @@ mod device;
 mod gpu;
 #[path = "cuda/kernels.rs"]
 mod kernels;
+#[cfg(feature = "nixl")]
+#[path = "nixl/isolated.rs"]
+mod isolated;
 #[path = "cuda/memory.rs"]
 mod memory;
+#[cfg(feature = "nixl")]
+#[path = "cuda/nixl.rs"]
+mod nixl;
 #[path = "cuda/pool.rs"]
 mod pool;
+#[cfg(feature = "nixl")]
+#[path = "cuda/source.rs"]
+mod source;
 #[path = "cuda/stream.rs"]
 mod stream;
