@@ -2,7 +2,11 @@
 //!
 //! `REFIT_REQUIRE_CUDA=2` makes tests fail, instead of skipping them, that need no more than two devices.
 
-#![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
+#![allow(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "the lint spares test functions, not what they call"
+)]
 
 #[path = "cuda/adopt.rs"]
 mod adopt;
@@ -12,7 +16,11 @@ mod device;
 mod gpu;
 #[path = "cuda/memory.rs"]
 mod memory;
+#[path = "cuda/peer.rs"]
+mod peer;
 #[path = "cuda/pool.rs"]
 mod pool;
+#[path = "cuda/remote.rs"]
+mod remote;
 #[path = "cuda/stream.rs"]
 mod stream;

@@ -92,7 +92,7 @@ impl<'h, H: Harness> World<'h, H> {
         let mut list = Vec::with_capacity(sources);
         for index in 0..sources {
             let transport = harness.agent(&format!("source{index}"))?;
-            let mut memory = allocate(harness, bytes)?;
+            let mut memory = allocate_source(harness, bytes)?;
             harness.write(&mut memory, &pattern(index, bytes));
             let registration = Some(transport.register(memory.allocation())?);
             let peer = target.connect(transport.agent(), &transport.metadata()?)?;
@@ -199,6 +199,10 @@ pub(super) fn compare(found: &[u8], expected: &[u8]) -> Result<(), Failure> {
 
 pub(super) fn allocate<H: Harness>(harness: &H, bytes: usize) -> Result<Memory, Failure> {
     harness.allocator().allocate(bytes).map_err(|error| Failure(error.to_string()))
+}
+
+pub(super) fn allocate_source<H: Harness>(harness: &H, bytes: usize) -> Result<Memory, Failure> {
+    harness.source_allocator().allocate(bytes).map_err(|error| Failure(error.to_string()))
 }
 
 /// Bytes that differ from one another, from other seeds' and from the canary.
