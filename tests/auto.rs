@@ -350,7 +350,7 @@ fn batches_are_posted_together_whatever_their_order() {
         .map(|index| {
             let from = if index % 2 == 0 { &world } else { &elsewhere };
             let source = from.agent(&format!("s{index}")).unwrap();
-            let weights = memory(1000, index as u8 + 1);
+            let weights = memory(1000, u8::try_from(index).unwrap() + 1);
             let registration = source.register(weights.allocation()).unwrap();
             (source, weights, registration)
         })
@@ -371,7 +371,7 @@ fn batches_are_posted_together_whatever_their_order() {
         .unwrap();
     let bytes = settled.lease.arenas()[0].host_bytes().unwrap();
     for (index, part) in bytes.chunks(1000).enumerate() {
-        assert!(part.iter().all(|&byte| byte == index as u8 + 1), "part {index}");
+        assert!(part.iter().all(|&byte| byte == u8::try_from(index).unwrap() + 1), "part {index}");
     }
     assert_eq!(world.posts.load(std::sync::atomic::Ordering::Relaxed), 1);
 

@@ -19,6 +19,8 @@ mod gpu;
 #[cfg(feature = "nixl")]
 #[path = "nixl/isolated.rs"]
 mod isolated;
+#[path = "cuda/kernels.rs"]
+mod kernels;
 #[path = "cuda/memory.rs"]
 mod memory;
 #[cfg(feature = "nixl")]

@@ -88,30 +88,38 @@ impl Harness for Devices {
 }
 
 /// The same, by the transport that chooses.
-struct Auto<F>(Devices, F);
+struct Auto<F> {
+    devices: Devices,
+    make: F,
+    reads_fail_without_owner: bool,
+}
 
 impl<F: Fn(&str) -> Result<AutoTransport, TransportError>> Harness for Auto<F> {
     type Transport = AutoTransport;
     type Allocator = CudaAllocator;
 
     fn agent(&self, role: &str) -> Result<AutoTransport, TransportError> {
-        (self.1)(role)
+        (self.make)(role)
     }
 
     fn allocator(&self) -> CudaAllocator {
-        CudaAllocator::new(self.0.target.clone())
+        CudaAllocator::new(self.devices.target.clone())
     }
 
     fn source_allocator(&self) -> CudaAllocator {
-        CudaAllocator::new(self.0.source.clone())
+        CudaAllocator::new(self.devices.source.clone())
     }
 
     fn read(&self, memory: &Memory) -> Vec<u8> {
-        self.0.read(memory)
+        self.devices.read(memory)
     }
 
     fn write(&self, memory: &mut Memory, bytes: &[u8]) {
-        self.0.write(memory, bytes);
+        self.devices.write(memory, bytes);
+    }
+
+    fn reads_fail_without_owner(&self) -> bool {
+        self.reads_fail_without_owner
     }
 }
 
@@ -155,13 +163,51 @@ fn auto_without_nixl_passes_the_suite() {
         engines: Engines::AsPlanned,
     };
     let make = |role: &str| AutoTransport::new(Ok(devices().peer(role)?), Err("left out".into()));
-    conformance(&Auto(devices(), make));
+    conformance(&Auto { devices: devices(), make, reads_fail_without_owner: true });
     let (source, target) = (make("source").unwrap(), make("target").unwrap());
     let peer = target.connect(source.agent(), &source.metadata().unwrap()).unwrap();
     let route = target.route(&peer);
     println!("{route}");
     assert!(route.starts_with("peer: same process, direct access, device 0 <- device "), "{route}");
     assert!(route.ends_with("; no nixl: left out"), "{route}");
+}
+
+/// One source by mapping its memory, the next through NIXL, all of them in one pull.
+#[cfg(feature = "nixl")]
+#[test]
+fn auto_passes_the_suite_with_both() {
+    use refit_transport::nixl::{NixlOptions, NixlTransport};
+
+    use crate::isolated::{isolated, library};
+
+    isolated("peer::auto_passes_the_suite_with_both", &[], || {
+        let Some(gpus) = Gpus::get("peer::auto_passes_the_suite_with_both", 1) else { return };
+        let devices = || Devices {
+            source: gpus[gpus.len() - 1].clone(),
+            target: gpus[0].clone(),
+            engines: Engines::AsPlanned,
+        };
+        let make = |role: &str| {
+            let devices = devices();
+            let peer = match role {
+                "source1" => Err("it is told not to".into()),
+                _ => Ok(devices.peer(role)?),
+            };
+            let options = NixlOptions::on_device(role, devices.of(role).clone());
+            AutoTransport::new(peer, Ok(NixlTransport::new(library(), options)?))
+        };
+        // NIXL does not notice.
+        conformance(&Auto { devices: devices(), make, reads_fail_without_owner: false });
+        let target = make("target").unwrap();
+        let routes = ["source0", "source1"].map(|role| {
+            let source = make(role).unwrap();
+            let peer = target.connect(source.agent(), &source.metadata().unwrap()).unwrap();
+            target.route(&peer)
+        });
+        println!("{routes:#?}");
+        assert!(routes[0].starts_with("peer: same process"), "{routes:?}");
+        assert!(routes[1].ends_with("; not peer: the peer has none"), "{routes:?}");
+    });
 }
 
 /// Deterministic numbers below a limit.

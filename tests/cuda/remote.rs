@@ -11,7 +11,7 @@ use refit_transport::peer::{PeerOptions, PeerTransport};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Device and bytes of a source.
-const ROLE: &str = "REFIT_CUDA_SOURCE";
+const ROLE: &str = "REFIT_PEER_SOURCE";
 /// Marks our lines among those of the test harness.
 const MARK: &str = "refit-peer:";
 

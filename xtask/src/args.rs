@@ -1,6 +1,6 @@
 //! The command line, parsed by hand.
 
-use crate::help;
+use crate::{bundle, help};
 
 /// What to do.
 #[derive(Debug, PartialEq, Eq)]
@@ -22,6 +22,8 @@ pub(crate) enum Task {
         /// Whether to only say if that would change anything.
         check: bool,
     },
+    /// Pack what runs on another host.
+    Bundle(bundle::Options),
     /// Check the rules of the house.
     Tidy,
     /// Run what CI runs.
@@ -60,6 +62,7 @@ impl Task {
             // These pass to `refit`; a leading `--` only ends the arguments of the task.
             "bench" => Ok(Self::Bench(without_separator(rest))),
             "refit" => Ok(Self::Refit(without_separator(rest))),
+            "bundle" => bundle::Options::parse(rest).map(Self::Bundle),
             "setup" => none(&name, &rest).map(|()| Self::Setup),
             "ptx" => match rest.first().map(String::as_str) {
                 Some("--check") if rest.len() == 1 => Ok(Self::Ptx { check: true }),

@@ -6,6 +6,7 @@
 #![allow(clippy::print_stdout)]
 
 mod args;
+mod bundle;
 mod cargo;
 mod ci;
 mod failure;
@@ -51,6 +52,7 @@ fn run(task: Task) -> Result<(), Failure> {
         Task::Refit(args) => cargo::refit(&root, &nixl::Nixl::prepare(&root)?, &args),
         Task::Criterion(args) => cargo::criterion(&root, &args),
         Task::Ptx { check } => ptx::run(&root, check),
+        Task::Bundle(options) => bundle::run(&root, &options),
         Task::Tidy => tidy::run(&root),
         Task::Ci { test } => ci::run(&root, test),
     }

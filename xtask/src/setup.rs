@@ -58,6 +58,23 @@ pub(crate) const NVRTC: Wheel = Wheel {
     sha256: &["8dd4458a7d8bf8fd2b01a34a9069856d53a9b4c0af2037b77c12b270daf9c828"],
 };
 
+/// What UCX's hooks into CUDA's allocator are linked to: a runtime of CUDA 12, which drivers of CUDA 12 and 13 carry.
+/// Only a bundle takes it along.
+pub(crate) const CUDART: Wheel = Wheel {
+    folder: "cudart",
+    package: "nvidia-cuda-runtime-cu12",
+    version: "12.9.79",
+    megabytes: 4,
+    library: "nvidia/cuda_runtime/lib/libcudart.so.12",
+    own: None,
+    tags: ["py", "none"],
+    platforms: &[("x86_64", "manylinux2014_x86_64"), ("aarch64", "manylinux2014_aarch64")],
+    sha256: &[
+        "25bba2dfb01d48a9b59ca474a1ac43c6ebf7011f1b0b8cc44f54eb6ac48a96c3",
+        "83469a846206f2a733db0c42e223589ab62fd2fabac4432d2f8802de4bded0a4",
+    ],
+};
+
 /// `nixl-sys` is compiled as C++20.
 const OLDEST_GXX: u32 = 10;
 
@@ -94,8 +111,8 @@ pub(crate) struct Wheel {
     version: &'static str,
     megabytes: u32,
     /// The one file we came for.
-    library: &'static str,
-    /// The variable with which a user names a copy of their own, if that is possible.
+    pub(crate) library: &'static str,
+    /// The variable with which a user names a copy of their own, where there is one.
     own: Option<&'static str>,
     /// pip's `--implementation` and `--abi`.
     tags: [&'static str; 2],
@@ -121,36 +138,33 @@ pub(crate) fn run(root: &Path) -> Result<(), Unavailable> {
     }
     let setup = folder(root);
     check_compiler()?;
-    install(&setup, &[&LIBCLANG, &NIXL])?;
+    install(&setup, [&LIBCLANG, &NIXL].into_iter().filter(|wheel| !wheel.is_given()))?;
     link_headers(&setup)
 }
 
-/// Fetches one wheel if it is missing, and says where its library is.
+/// The folder of a pinned wheel, fetched if it is missing, whatever copy of their own the user named.
 ///
 /// # Errors
-/// What is missing, as one line.
-pub(crate) fn fetch(root: &Path, wheel: &Wheel) -> Result<PathBuf, Unavailable> {
+/// Why it cannot be had, as one line.
+pub(crate) fn pinned(root: &Path, wheel: &Wheel) -> Result<PathBuf, Unavailable> {
     let setup = folder(root);
-    install(&setup, &[wheel])?;
-    Ok(setup.join(wheel.folder).join(wheel.library))
+    install(&setup, [wheel])?;
+    Ok(setup.join(wheel.folder))
 }
 
-/// Those that are missing and that the user has no copy of.
-fn install(setup: &Path, wheels: &[&Wheel]) -> Result<(), Unavailable> {
-    let missing: Vec<&Wheel> = wheels
-        .iter()
-        .copied()
-        .filter(|wheel| !wheel.is_given() && !wheel.is_installed(setup))
-        .collect();
-    if !missing.is_empty() {
-        check_pip()?;
-        fs::create_dir_all(setup).map_err(|error| Unavailable::io(setup, &error))?;
-        remove_leftovers(setup);
-        for wheel in missing {
-            wheel.install(setup)?;
-        }
+fn install<'a>(
+    setup: &Path,
+    wheels: impl IntoIterator<Item = &'a Wheel>,
+) -> Result<(), Unavailable> {
+    let missing: Vec<&Wheel> =
+        wheels.into_iter().filter(|wheel| !wheel.is_installed(setup)).collect();
+    if missing.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    check_pip()?;
+    fs::create_dir_all(setup).map_err(|error| Unavailable::io(setup, &error))?;
+    remove_leftovers(setup);
+    missing.into_iter().try_for_each(|wheel| wheel.install(setup))
 }
 
 /// Always in the workspace, where `.cargo/config.toml` expects it, wherever `CARGO_TARGET_DIR` points.
