@@ -178,7 +178,17 @@ impl<'h, H: Harness> World<'h, H> {
 
     /// Leases, pulls, and compares every byte of the arena.
     pub(super) fn check(&self, bytes: usize, chunks: &[&[Chunk]]) -> Result<(), Failure> {
-        let settled = self.pull(self.lease(1, bytes as u64, chunks)?, Vec::new())?;
+        self.check_as(1, bytes, chunks)
+    }
+
+    /// The same under a key of one's own: what is leased by one key is prepared once.
+    pub(super) fn check_as(
+        &self,
+        key: u8,
+        bytes: usize,
+        chunks: &[&[Chunk]],
+    ) -> Result<(), Failure> {
+        let settled = self.pull(self.lease(key, bytes as u64, chunks)?, Vec::new())?;
         compare(&self.harness.read(&settled.lease.arenas()[0]), &self.expected(bytes, chunks))
     }
 }
