@@ -647,6 +647,13 @@ fn killed_between_pulls() {
     remote.stop();
     target.check(&target.pull(0, &offer).unwrap(), 1);
     remote.kill();
+    let own = rustix::process::getpid();
+    if rustix::process::pidfd_open(own, rustix::process::PidfdFlags::empty()).is_err() {
+        println!("this kernel has no way to watch a process: what is mapped stays readable");
+        drop(target.pull(0, &offer));
+        assert_eq!(target.pool.stats().quarantined_bytes, 0);
+        return;
+    }
     let started = Instant::now();
     let error = target.pull(0, &offer).unwrap_err();
     println!("killed peer reported after {:?}: {error}", started.elapsed());
