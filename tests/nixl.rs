@@ -56,13 +56,13 @@ impl Harness for Nixl {
     }
 }
 
-fn conformance() {
+fn conformance<H: Harness>(harness: &H) {
     // One by one, so that a crash names its case. `REFIT_CONFORMANCE_CASE` picks one.
     let only = std::env::var("REFIT_CONFORMANCE_CASE").ok();
-    for Case { name, run } in cases::<Nixl>() {
+    for Case { name, run } in cases::<H>() {
         if only.as_ref().is_none_or(|only| only == name) {
             println!("case {name}");
-            match run(&Nixl).unwrap_or_else(|failure| panic!("{name}: {failure}")) {
+            match run(harness).unwrap_or_else(|failure| panic!("{name}: {failure}")) {
                 Outcome::Passed => {}
                 Outcome::Skipped(why) => {
                     println!("skipped: {why}");
@@ -78,12 +78,50 @@ fn conformance() {
 
 #[test]
 fn passes_the_suite_one_sided() {
-    isolated("passes_the_suite_one_sided", ONE_SIDED, conformance);
+    isolated("passes_the_suite_one_sided", ONE_SIDED, || conformance(&Nixl));
 }
 
 #[test]
 fn passes_the_suite_emulated() {
-    isolated("passes_the_suite_emulated", EMULATED, conformance);
+    isolated("passes_the_suite_emulated", EMULATED, || conformance(&Nixl));
+}
+
+/// The choice between transports, where there is none: the host's memory is NIXL's.
+#[cfg(feature = "cuda")]
+mod auto {
+    use refit_transport::auto::AutoTransport;
+
+    use super::*;
+
+    struct Auto;
+
+    impl Harness for Auto {
+        type Transport = AutoTransport;
+        type Allocator = HostAllocator;
+
+        fn agent(&self, role: &str) -> Result<AutoTransport, TransportError> {
+            AutoTransport::new(Err("the memory is the host's".into()), Ok(Nixl.agent(role)?))
+        }
+
+        fn allocator(&self) -> HostAllocator {
+            HostAllocator
+        }
+
+        fn reads_fail_without_owner(&self) -> bool {
+            Nixl.reads_fail_without_owner()
+        }
+    }
+
+    #[test]
+    fn passes_the_suite_through_nixl() {
+        isolated("auto::passes_the_suite_through_nixl", ONE_SIDED, || {
+            conformance(&Auto);
+            let (source, target) = (Auto.agent("source").unwrap(), Auto.agent("target").unwrap());
+            let peer = target.connect(source.agent(), &source.metadata().unwrap()).unwrap();
+            let route = target.route(&peer);
+            assert!(route.ends_with("; not peer: the memory is the host's"), "{route}");
+        });
+    }
 }
 
 #[test]
