@@ -11,6 +11,7 @@ pub mod golden;
 pub mod landing;
 pub mod models;
 pub mod oracle;
+pub mod packing;
 pub mod ranks;
 pub mod reference;
 pub mod strategies;
