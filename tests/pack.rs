@@ -26,6 +26,9 @@ use refit_tests::strategies::model;
 /// What NIXL can do.
 const PLAIN: Capabilities = Capabilities::plain(2_000, 5_000);
 
+/// What a copy between the processes of a host costs.
+const LOCAL: Capabilities = Capabilities::plain(4_000, 100);
+
 /// Reads that cost little and bytes that cost much: not one is read that nobody needs, and none twice.
 const CAREFUL: Capabilities = Capabilities::plain(1, 999);
 
@@ -173,7 +176,7 @@ fn row_parallel_parameters_of_a_finer_engine_cross_the_wire_once_and_whole() {
 #[test]
 fn uneven_shares_are_slots_too() {
     let mut config = models::tiny();
-    (config.num_heads, config.num_kv_heads) = (12, 6);
+    (config.num_heads, config.num_kv_heads, config.vocab_size) = (12, 6, 576);
     for (source_tp, target_tp) in [(2, 3), (3, 2), (2, 6)] {
         let sources = ranks(models::source(&config, source_tp, 1, 1));
         let targets = ranks(models::target(&config, target_tp));
@@ -200,13 +203,13 @@ fn data_parallel_copies_are_packed_alike() {
 fn engines_of_several_sizes_are_served_by_the_same_slots() {
     let sources = models::source(&models::tiny(), 1, 1, 1);
     let targets = [models::target(&models::tiny(), 2), models::target(&models::tiny(), 4)].concat();
-    let wishes: Vec<_> = targets.iter().map(|target| wish_of(&sources, target, &PLAIN)).collect();
+    let wishes: Vec<_> = targets.iter().map(|target| wish_of(&sources, target, &LOCAL)).collect();
     let packed = packed(&sources, &wishes);
     let held = oracle::buffers(&sources[0]);
     let buffers = Sources::from([(0, filled(&sources[0], &packed[0], &held))]);
     let layouts = [packed[0].layout().clone()];
     for target in &targets {
-        let program = program(&layouts, target, &PLAIN);
+        let program = program(&layouts, target, &LOCAL);
         assert_eq!(program.wire_bytes(), program.needed_bytes());
         assert_eq!(execute::program(&program, &buffers), oracle::buffers(target));
     }
@@ -252,8 +255,11 @@ fn golden_cases_end_with_the_same_bytes() {
         let (sources, targets) = golden_ranks(&Case::open(&folder).unwrap());
         let Outcomes { targets, slots } = over_local(&sources, &targets);
         packed += usize::from(slots.iter().any(|bytes| *bytes > 0));
-        for Outcome { after, .. } in targets {
-            assert_eq!(after.wire_bytes, after.needed_bytes, "{}", folder.display());
+        for Outcome { before, after, slices } in targets {
+            // Small gaps between whole rows are still read where that costs less than another read.
+            let fewer = after.wire_bytes < before.wire_bytes || after.reads < before.reads;
+            assert!(after.wire_bytes <= before.wire_bytes, "{}", folder.display());
+            assert_eq!(fewer, slices > 0, "{}", folder.display());
         }
     }
     assert!(packed > 1, "{packed} cases were packed");

@@ -110,7 +110,7 @@ pub fn packed<T: Transport>(
                 })
                 .count()
         });
-        assert_eq!(names.unwrap(), held.len());
+        assert_eq!(names.unwrap(), source.unpacked_layout().params().len());
     }
     for ((target, pool, canaries, published), (layout, wanted)) in refitted.into_iter().zip(targets)
     {
