@@ -1,6 +1,6 @@
 //! The command line, parsed by hand.
 
-use crate::help;
+use crate::{bundle, help};
 
 /// What to do.
 #[derive(Debug, PartialEq, Eq)]
@@ -17,6 +17,13 @@ pub(crate) enum Task {
     Refit(Vec<String>),
     /// Run the criterion benches.
     Criterion(Vec<String>),
+    /// Compile the kernel to PTX.
+    Ptx {
+        /// Whether to only say if that would change anything.
+        check: bool,
+    },
+    /// Pack what runs on another host.
+    Bundle(bundle::Options),
     /// Check the rules of the house.
     Tidy,
     /// Run what CI runs.
@@ -55,7 +62,12 @@ impl Task {
             // These pass to `refit`; a leading `--` only ends the arguments of the task.
             "bench" => Ok(Self::Bench(without_separator(rest))),
             "refit" => Ok(Self::Refit(without_separator(rest))),
+            "bundle" => bundle::Options::parse(rest).map(Self::Bundle),
             "setup" => none(&name, &rest).map(|()| Self::Setup),
+            "ptx" => match rest.first().map(String::as_str) {
+                Some("--check") if rest.len() == 1 => Ok(Self::Ptx { check: true }),
+                _ => none(&name, &rest).map(|()| Self::Ptx { check: false }),
+            },
             "tidy" => none(&name, &rest).map(|()| Self::Tidy),
             _ => match rest.first().map(String::as_str) {
                 Some("--no-test") if rest.len() == 1 => Ok(Self::Ci { test: false }),
@@ -134,6 +146,9 @@ mod tests {
         assert!(parse("setup --force").unwrap_err().contains("cargo xtask setup --help"));
         assert!(parse("ci --no-test --fast").unwrap_err().contains("cargo xtask ci --help"));
         assert_eq!(parse("ci --no-test"), Ok(Task::Ci { test: false }));
+        assert!(parse("ptx --check --all").unwrap_err().contains("cargo xtask ptx --help"));
+        assert_eq!(parse("ptx --check"), Ok(Task::Ptx { check: true }));
+        assert_eq!(parse("ptx"), Ok(Task::Ptx { check: false }));
         assert_eq!(parse("ci"), Ok(Task::Ci { test: true }));
     }
 }

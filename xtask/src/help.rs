@@ -1,7 +1,8 @@
 //! Help texts.
 
 /// Every task, in the order of the overview.
-pub(crate) const NAMES: [&str; 7] = ["bench", "test", "refit", "setup", "criterion", "tidy", "ci"];
+pub(crate) const NAMES: [&str; 9] =
+    ["bench", "test", "refit", "setup", "criterion", "bundle", "ptx", "tidy", "ci"];
 
 /// `cargo xtask --help`.
 pub(crate) const MAIN: &str = "\
@@ -13,6 +14,8 @@ Tasks:
   refit      run the `refit` command, built for release
   setup      fetch what NIXL needs; bench, test and refit do this themselves
   criterion  run the micro-benches
+  bundle     pack the command and NIXL for a host without internet
+  ptx        compile the CUDA kernel to PTX, after a change of it
   tidy       check the rules of the house that no compiler checks
   ci         run what CI runs
 
@@ -27,6 +30,8 @@ pub(crate) fn of(name: &str) -> Option<&'static str> {
         "refit" => REFIT,
         "setup" => SETUP,
         "criterion" => CRITERION,
+        "bundle" => BUNDLE,
+        "ptx" => PTX,
         "tidy" => TIDY,
         "ci" => CI,
         _ => return None,
@@ -85,11 +90,36 @@ Example:
   cargo xtask criterion -- plan
 ";
 
+const PTX: &str = "\
+cargo xtask ptx [--check]
+
+Compiles crates/kernels/src/move.cu to the move.ptx beside it, with a pinned NVRTC that is fetched with pip into
+target/setup. Only after a change of move.cu; nobody else needs it. Needs Linux on x86_64, and no GPU.
+
+  --check  write nothing, and fail if the PTX would change
+";
+
+const BUNDLE: &str = "\
+cargo xtask bundle [--out FILE] [--features LIST] [--tests]
+
+Packs one tarball, at most 60 MB, that runs on Ubuntu 24.04 or later without internet, Rust or NIXL: `refit` built
+for release, NIXL with UCX from the pinned wheel, the CUDA 12 runtime that UCX needs (drivers for CUDA 12 and 13 both
+carry it), and all licences. Then unpacks it and replays a golden case with an empty environment.
+
+  --out FILE       what to write, .tar.gz or .tar.xz (default: target/refit-VERSION-linux-ARCH.tar.gz)
+  --features LIST  what `refit` and the tests are built with
+  --tests          take the tests with their golden data along, and the scripts of benches/peers
+
+Example:
+  cargo xtask bundle --tests
+  tar -xf refit-*.tar.gz && refit-*/refit bench        # on the host
+";
+
 const TIDY: &str = "\
 cargo xtask tidy
 
 Checks the rules of the house that no compiler checks: what the pure crates may depend on, where `unsafe` may
-stand, features, leftovers, file sizes, paths of one machine. Prints every finding, with advice.
+stand, features, leftovers, file sizes, paths of one machine, and that the PTX belongs to the kernel's source. Prints every finding, with advice.
 ";
 
 const CI: &str = "\

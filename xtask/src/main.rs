@@ -6,11 +6,13 @@
 #![allow(clippy::print_stdout)]
 
 mod args;
+mod bundle;
 mod cargo;
 mod ci;
 mod failure;
 mod help;
 mod nixl;
+mod ptx;
 mod setup;
 mod tidy;
 
@@ -49,6 +51,8 @@ fn run(task: Task) -> Result<(), Failure> {
         Task::Bench(args) => cargo::bench(&root, &nixl::Nixl::prepare(&root)?, &args),
         Task::Refit(args) => cargo::refit(&root, &nixl::Nixl::prepare(&root)?, &args),
         Task::Criterion(args) => cargo::criterion(&root, &args),
+        Task::Ptx { check } => ptx::run(&root, check),
+        Task::Bundle(options) => bundle::run(&root, &options),
         Task::Tidy => tidy::run(&root),
         Task::Ci { test } => ci::run(&root, test),
     }

@@ -28,7 +28,7 @@ pub(crate) enum Landings {
     Host,
     /// By a kernel, which is started and goes on.
     #[cfg(feature = "cuda")]
-    Device(device::Landings),
+    Device(Box<device::Landings>),
 }
 
 impl Landings {
@@ -41,7 +41,8 @@ impl Landings {
         match device {
             #[cfg(feature = "cuda")]
             Some(lander) if live.iter().any(|memory| memory.kind() != MemoryKind::Host) => {
-                Ok(Self::Device(device::Landings::new(program, lander, live)?))
+                let landings = device::Landings::new(program, lander, live)?;
+                Ok(Self::Device(Box::new(landings)))
             }
             _ => {
                 // Better now than after the bytes have moved.

@@ -75,6 +75,9 @@ mod request;
 mod source;
 mod target;
 
+#[cfg(feature = "cuda")]
+#[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+pub use refit_kernels as kernels;
 pub use refit_planner as planner;
 pub use refit_pool as pool;
 pub use refit_translate as translate;
@@ -82,6 +85,9 @@ pub use refit_transport as transport;
 
 pub use directory::{Directory, DirectoryError};
 pub use error::RefitError;
+#[cfg(feature = "cuda")]
+#[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+pub use land::DeviceLander;
 pub use memory::allocate;
 pub use publication::{MAX_ENCODED_BYTES, Place, Publication, PublicationError, PublishedRegion};
 pub use report::Report;

@@ -15,7 +15,7 @@ pub struct Driver {
 const LIBRARIES: [&str; 2] = ["libcuda.so", "libcuda.so.1"];
 
 /// The functions this module calls. The bindings panic at the first call of one that is missing.
-const REQUIRED: [&str; 34] = [
+const REQUIRED: [&str; 35] = [
     "cuCtxEnablePeerAccess",
     "cuCtxPopCurrent_v2",
     "cuCtxPushCurrent_v2",
@@ -41,6 +41,7 @@ const REQUIRED: [&str; 34] = [
     "cuMemFree_v2",
     "cuMemGetInfo_v2",
     "cuMemHostAlloc",
+    "cuMemcpyDtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyHtoDAsync_v2",
     "cuMemsetD8Async",
@@ -112,7 +113,11 @@ fn open() -> Result<(&'static str, Library), CudaError> {
         // SAFETY: what runs when the driver is loaded is what any CUDA program runs.
         match unsafe { Library::new(name) } {
             Ok(library) => return Ok((name, library)),
-            Err(error) => tried.push(error.to_string()),
+            Err(error) => {
+                // What the loader said is the cause; the error itself says that it was asked.
+                let cause = std::error::Error::source(&error);
+                tried.push(cause.map_or_else(|| format!("{name}: {error}"), ToString::to_string));
+            }
         }
     }
     Err(CudaError::NotPresent { tried: tried.join(", ") })

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use refit_kernels::{Effect, Landing, Move, Mover};
 use refit_planner::Program;
-use refit_pool::cuda::{Device, Stream};
+use refit_pool::cuda::Stream;
 use refit_pool::{Memory, Region};
 
 use crate::error::RefitError;
@@ -15,7 +15,7 @@ use crate::error::RefitError;
 #[derive(Clone, Debug)]
 pub struct DeviceLander {
     mover: Arc<Mover>,
-    stream: Stream,
+    stream: Arc<Stream>,
 }
 
 impl DeviceLander {
@@ -23,20 +23,20 @@ impl DeviceLander {
     ///
     /// # Errors
     /// [`RefitError::Device`] when the device does not take the kernel.
-    pub fn new(stream: Stream) -> Result<Self, RefitError> {
+    pub fn new(stream: Arc<Stream>) -> Result<Self, RefitError> {
         let mover = Mover::new(stream.device()).map_err(RefitError::device)?;
         Ok(Self { mover, stream })
     }
 
     /// A lander of a kernel that is loaded, on this stream of its device.
     #[must_use]
-    pub fn with_mover(mover: Arc<Mover>, stream: Stream) -> Self {
+    pub fn with_mover(mover: Arc<Mover>, stream: Arc<Stream>) -> Self {
         Self { mover, stream }
     }
 }
 
 /// The landings of a program.
-pub(super) struct Landings {
+pub(crate) struct Landings {
     /// One for each wave; none where it lands nothing.
     waves: Vec<Option<Landing>>,
     fills: Option<Landing>,
@@ -49,16 +49,10 @@ impl Landings {
         live: &[Memory],
     ) -> Result<Self, RefitError> {
         let regions: Vec<Region> = live.iter().map(|memory| memory.allocation().clone()).collect();
-        let landing = |moves: &[Move]| {
-            let made = (!moves.is_empty()).then(|| {
-                Landing::new(
-                    &lander.mover,
-                    &lander.stream,
-                    moves,
-                    program.staging_bytes(),
-                    &regions,
-                )
-            });
+        let landing = |moves: &[Move], staged| {
+            let DeviceLander { mover, stream } = lander;
+            let made =
+                (!moves.is_empty()).then(|| Landing::new(mover, stream, moves, staged, &regions));
             made.transpose().map_err(RefitError::device)
         };
         let place = |target: u32, offset: u64| live[target as usize].address() + offset;
@@ -75,7 +69,7 @@ impl Landings {
                     effect: Effect::Transform(landing.transform),
                 })
                 .collect();
-            waves.push(landing(&moves)?);
+            waves.push(landing(&moves, program.staging_bytes())?);
         }
         let fills: Vec<Move> = program
             .fills()
@@ -88,7 +82,7 @@ impl Landings {
                 effect: Effect::Zero,
             })
             .collect();
-        Ok(Self { waves, fills: landing(&fills)? })
+        Ok(Self { waves, fills: landing(&fills, 0)? })
     }
 
     /// Begins to land a wave.
@@ -99,7 +93,7 @@ impl Landings {
     ) -> Result<(), RefitError> {
         let Some(landing) = &mut self.waves[wave] else { return Ok(()) };
         let staging = staging.ok_or(RefitError::NoStaging)?;
-        landing.start(Some(staging.allocation())).map_err(RefitError::device)
+        landing.start(Some(staging)).map_err(RefitError::device)
     }
 
     /// Waits until these waves have landed.
