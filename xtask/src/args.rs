@@ -17,6 +17,8 @@ pub(crate) enum Task {
     Refit(Vec<String>),
     /// Run the criterion benches.
     Criterion(Vec<String>),
+    /// Draw what benches wrote.
+    Chart(Vec<String>),
     /// Pack what runs on another host.
     Bundle(bundle::Options),
     /// Check the rules of the house.
@@ -57,6 +59,7 @@ impl Task {
             // These pass to `refit`; a leading `--` only ends the arguments of the task.
             "bench" => Ok(Self::Bench(without_separator(rest))),
             "refit" => Ok(Self::Refit(without_separator(rest))),
+            "chart" => Ok(Self::Chart(without_separator(rest))),
             "bundle" => bundle::Options::parse(rest).map(Self::Bundle),
             "setup" => none(&name, &rest).map(|()| Self::Setup),
             "tidy" => none(&name, &rest).map(|()| Self::Tidy),

@@ -1,8 +1,8 @@
 //! Help texts.
 
 /// Every task, in the order of the overview.
-pub(crate) const NAMES: [&str; 8] =
-    ["bench", "test", "refit", "setup", "criterion", "bundle", "tidy", "ci"];
+pub(crate) const NAMES: [&str; 9] =
+    ["bench", "test", "refit", "setup", "criterion", "chart", "bundle", "tidy", "ci"];
 
 /// `cargo xtask --help`.
 pub(crate) const MAIN: &str = "\
@@ -14,6 +14,7 @@ Tasks:
   refit      run the `refit` command, built for release
   setup      fetch what NIXL needs; bench, test and refit do this themselves
   criterion  run the micro-benches
+  chart      draw what benches wrote
   bundle     pack the command and NIXL for a host without internet
   tidy       check the rules of the house that no compiler checks
   ci         run what CI runs
@@ -29,6 +30,7 @@ pub(crate) fn of(name: &str) -> Option<&'static str> {
         "refit" => REFIT,
         "setup" => SETUP,
         "criterion" => CRITERION,
+        "chart" => CHART,
         "bundle" => BUNDLE,
         "tidy" => TIDY,
         "ci" => CI,
@@ -86,6 +88,15 @@ Runs `cargo bench -p refit-benches ARGS`.
 
 Example:
   cargo xtask criterion -- plan
+";
+
+const CHART: &str = "\
+cargo xtask chart FILE... --out FILE.svg
+
+Runs `refit chart`, built without NIXL: draws what `refit bench --json` and benches/peers/gpu.py wrote.
+
+Example:
+  cargo xtask chart docs/bench/qwen3-4b-host-nixl.json --out docs/bench/qwen3-4b-host-nixl.svg
 ";
 
 const BUNDLE: &str = "\
