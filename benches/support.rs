@@ -18,12 +18,7 @@ use refit::transport::{TransportPool, TransportRegistrar};
 use refit::{Publication, Source, Target, TargetOptions, allocate};
 
 /// NIXL over host memory, as its transport describes itself.
-pub const CAPABILITIES: Capabilities = Capabilities {
-    strided_reads: false,
-    bytes_per_us: 2_000,
-    ns_per_read: 5_000,
-    max_reads: u64::MAX,
-};
+pub const CAPABILITIES: Capabilities = Capabilities::plain(2_000, 5_000);
 
 /// Qwen3-4B with this many layers.
 #[must_use]

@@ -19,7 +19,7 @@ mod peer;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use refit_planner::Dims;
+use refit_planner::{Dims, Transform};
 use refit_pool::{HostAllocator, Key, Pool, PoolOptions};
 use refit_transport::conformance::{Case, Harness, Outcome, cases};
 use refit_transport::nixl::{NixlOptions, NixlTransport};
@@ -142,6 +142,8 @@ impl Target {
                     },
                     run,
                     dims: Dims::none(),
+                    transform: Transform::Copy,
+                    bulk: false,
                 })
                 .collect();
             Ok::<_, TransportError>(vec![self.transport.prepare(&peer, &reads)?])

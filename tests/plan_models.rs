@@ -12,12 +12,7 @@ use refit_tests::{landing, oracle};
 use refit_translate::megatron::{Pipeline, TrainerOptions, TrainerSizes};
 use refit_translate::{Family, Mla, ModelConfig, Moe};
 
-const HOST: Capabilities = Capabilities {
-    strided_reads: false,
-    bytes_per_us: 2_000,
-    ns_per_read: 5_000,
-    max_reads: u64::MAX,
-};
+const HOST: Capabilities = Capabilities::plain(2_000, 5_000);
 
 /// Row-parallel tensors are what other planners explode: 369,149 reads of 512 bytes for this very pair.
 #[test]

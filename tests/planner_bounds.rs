@@ -153,12 +153,7 @@ fn cast(rows: u64, cols: u64, cut: u64) -> Plan {
 #[test]
 fn sizes_that_nobody_has_are_lowered_or_refused_in_time() {
     let started = Instant::now();
-    let capabilities = Capabilities {
-        strided_reads: false,
-        bytes_per_us: 2_000,
-        ns_per_read: 5_000,
-        max_reads: u64::MAX,
-    };
+    let capabilities = Capabilities::plain(2_000, 5_000);
     let options = LowerOptions::default();
 
     // Waves of 8 MiB would be a trillion; one wave is all there is then.

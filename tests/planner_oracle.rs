@@ -5,20 +5,15 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 use refit::planner::{
-    Band, Capabilities, Destination, Dtype, ElementMap, LayoutBuilder, LayoutError, LowerOptions,
-    Mode, Param, Plan, PlanError, PlanOptions, Policy, RankLayout, Replicas, SourceLayout,
-    Transform, lower, plan,
+    Band, Bulk, Capabilities, Destination, Dtype, ElementMap, LayoutBuilder, LayoutError,
+    LowerOptions, Mode, Param, Plan, PlanError, PlanOptions, Policy, RankLayout, Replicas,
+    SourceLayout, Transform, lower, lower_for, plan,
 };
 use refit_tests::execute::{self, Sources};
 use refit_tests::strategies::{Model, model};
 use refit_tests::{landing, oracle};
 
-const CAPABILITIES: Capabilities = Capabilities {
-    strided_reads: false,
-    bytes_per_us: 2_000,
-    ns_per_read: 5_000,
-    max_reads: u64::MAX,
-};
+const CAPABILITIES: Capabilities = Capabilities::plain(2_000, 5_000);
 
 fn source(model: &Model) -> SourceLayout {
     SourceLayout::new(model.source.clone()).unwrap()
@@ -29,23 +24,32 @@ fn sources(model: &Model) -> Sources {
 }
 
 fn every_option() -> impl Strategy<Value = (Capabilities, LowerOptions)> {
-    let capabilities =
-        (any::<bool>(), 1u64..10_000, 0u64..10_000).prop_map(|(strided_reads, rate, read)| {
-            Capabilities { strided_reads, bytes_per_us: rate, ns_per_read: read, ..CAPABILITIES }
-        });
+    let bulk = proptest::option::of(
+        (1u64..10_000, 0u64..10_000)
+            .prop_map(|(bytes_per_us, ns_per_read)| Bulk { bytes_per_us, ns_per_read }),
+    );
+    let capabilities = (any::<(bool, bool)>(), 1u64..10_000, 0u64..10_000, bulk).prop_map(
+        |((strided_reads, transforms), rate, read, bulk)| Capabilities {
+            strided_reads,
+            transforms,
+            bulk,
+            ..Capabilities::plain(rate, read)
+        },
+    );
     let modes = prop_oneof![Just(Mode::Direct), Just(Mode::Staged)];
     let policies = prop_oneof![Just(Policy::Cheapest), Just(Policy::ExactWire)];
     // Waves of less than a row, of a few tensors, and of everything.
     let waves = prop_oneof![0u64..64, 64u64..4_096, Just(u64::MAX)];
-    (capabilities, modes, policies, 1u64..10_000, waves).prop_map(
-        |(capabilities, mode, policy, landing, wave)| {
+    (capabilities, modes, policies, 1u64..10_000, waves, 0u32..4).prop_map(
+        |(capabilities, mode, policy, landing, wave, slots)| {
             (
                 capabilities,
                 LowerOptions::default()
                     .with_mode(mode)
                     .with_policy(policy)
                     .with_landing_rate(landing)
-                    .with_wave_bytes(wave),
+                    .with_wave_bytes(wave)
+                    .with_slots(slots),
             )
         },
     )
@@ -68,11 +72,20 @@ proptest! {
     }
 
     #[test]
-    fn executing_a_program_equals_the_oracle(model in model(), (capabilities, options) in every_option()) {
+    fn executing_a_program_equals_the_oracle(
+        model in model(), (capabilities, options) in every_option(), (other, _) in every_option(), mixed in any::<bool>(),
+    ) {
         let (joined, sources) = (source(&model), sources(&model));
         for target in &model.target {
             let plan = plan(&joined, target, &PlanOptions::default()).unwrap();
-            let program = lower(&plan, &capabilities, &options).unwrap();
+            let link = |rank| if mixed && rank % 2 == 1 { other } else { capabilities };
+            let program = lower_for(&plan, link, &options).unwrap();
+            for read in program.reads() {
+                let link = link(program.sources()[read.source as usize].rank);
+                prop_assert!(read.dims.is_none() || (link.strided_reads && !read.bulk));
+                prop_assert!(read.transform == Transform::Copy || (link.transforms && !read.bulk));
+                prop_assert!(!read.bulk || link.bulk.is_some());
+            }
             let wanted = oracle::wanted(target, &model.source);
             prop_assert_eq!(&execute::program(&program, &sources), &wanted);
             prop_assert_eq!(landing::program(&program, &sources), wanted);

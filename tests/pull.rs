@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use refit_planner::Capabilities;
 use refit_pool::{Allocator, HostAllocator, Key, Memory, Pool, PoolOptions, Region};
 use refit_transport::{
-    Cause, LocalRange, Peer, Progress, Pull, PullError, ReadOp, Status, Transport, TransportError,
-    TransportPool, TransportRegistrar,
+    Cause, Peer, Progress, Pull, PullError, ReadOp, Status, Transport, TransportError,
+    TransportPool, TransportRegistrar, Written,
 };
 
 use Step::{Done, Failed, Lost, Pending};
@@ -29,7 +29,7 @@ enum Step {
 #[derive(Debug)]
 struct Batch {
     script: VecDeque<Step>,
-    written: Vec<LocalRange>,
+    written: Vec<Written>,
     posted: Arc<AtomicUsize>,
 }
 
@@ -63,7 +63,7 @@ impl Transport for Scripted {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { strided_reads: false, bytes_per_us: 1, ns_per_read: 1, max_reads: 1 }
+        Capabilities { max_reads: 1, ..Capabilities::plain(1, 1) }
     }
 
     fn metadata(&self) -> Result<Vec<u8>, TransportError> {
@@ -90,7 +90,7 @@ impl Transport for Scripted {
         unreachable!("batches are made by the tests")
     }
 
-    fn written<'a>(&self, prepared: &'a Batch) -> &'a [LocalRange] {
+    fn written<'a>(&self, prepared: &'a Batch) -> &'a [Written] {
         &prepared.written
     }
 
@@ -146,11 +146,11 @@ impl World {
             let arena = build.arena(bytes).unwrap();
             let batch = |(index, script): (usize, &&[Step])| Batch {
                 script: script.iter().copied().collect(),
-                written: vec![LocalRange {
-                    address: arena.address() + 4096 * index as u64,
-                    len: 4096,
-                    kind: arena.kind(),
-                }],
+                written: vec![Written::range(
+                    arena.kind(),
+                    arena.address() + 4096 * index as u64,
+                    4096,
+                )],
                 posted: Arc::clone(&self.posted),
             };
             Ok::<_, TransportError>(scripts.iter().enumerate().map(batch).collect())

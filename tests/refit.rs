@@ -163,12 +163,18 @@ fn waves_end_with_the_same_bytes_and_need_less_memory() {
         assert!(report.land > Duration::ZERO && report.total >= report.pull + report.land);
         canaries.check();
 
-        let (_, warm) = ranks::refit(target, &published);
+        let (mut target, warm) = ranks::refit(target, &published);
         assert_eq!(
             (warm.plans, warm.allocations, warm.registrations, warm.prepared_reads),
             (0, 0, 0, 0)
         );
         assert_eq!((warm.reads, warm.wire_bytes), (report.reads, report.wire_bytes));
+
+        let lower = in_waves().lower.with_slots(3);
+        target.set_options(in_waves().with_lower(lower));
+        let (target, in_turn) = ranks::refit(target, &published);
+        assert_eq!(ranks::held(&target), wanted);
+        assert!((2_000..=3 * 1_024).contains(&in_turn.staging_bytes), "{}", in_turn.staging_bytes);
     }
 }
 

@@ -34,7 +34,8 @@ pub fn plan(plan: &Plan, sources: &Sources) -> Buffers {
 
 /// Executes a program as a transport and a landing would: wave after wave of reads and landing copies, then fills.
 ///
-/// Between waves staging is poisoned: nothing may land what another wave has brought.
+/// Before each wave staging is poisoned, for nothing may land what another wave has brought; and no wave may stage where
+/// one of the `slots - 1` before it did, for those may be landing still.
 #[must_use]
 pub fn program(program: &Program, sources: &Sources) -> Buffers {
     let mut targets = Targets::new(
@@ -42,6 +43,7 @@ pub fn program(program: &Program, sources: &Sources) -> Buffers {
     );
     let staging_bytes = usize::try_from(program.staging_bytes()).unwrap();
     let mut wire = 0;
+    let mut earlier: Vec<Vec<bool>> = Vec::new();
     for (number, wave) in program.waves().enumerate() {
         let mut staging = vec![POISON; staging_bytes];
         let mut staged = vec![false; staging.len()];
@@ -54,9 +56,10 @@ pub fn program(program: &Program, sources: &Sources) -> Buffers {
                 match read.destination {
                     Destination::Live { target, offset } => {
                         assert_eq!(number, 0, "only the first wave writes live parameters");
-                        targets.write(target, offset + into, run);
+                        targets.write(target, offset + into, &transformed(read.transform, run));
                     }
                     Destination::Staging { offset } => {
+                        assert_eq!(read.transform, Transform::Copy, "landing transforms");
                         let at = usize::try_from(offset + into).unwrap();
                         staging[at..at + run.len()].copy_from_slice(run);
                         for seen in &mut staged[at..at + run.len()] {
@@ -84,6 +87,16 @@ pub fn program(program: &Program, sources: &Sources) -> Buffers {
                 );
             }
         }
+        let mut busy = earlier
+            .iter()
+            .rev()
+            .take(program.slots() - 1)
+            .flat_map(|wave| wave.iter().zip(&staged));
+        assert!(
+            !busy.any(|(&before, &now)| before && now),
+            "a wave stages where one before it may be landing"
+        );
+        earlier.push(staged);
     }
     assert_eq!(wire, program.wire_bytes(), "the program miscounts its wire bytes");
     targets.fill(program.fills());

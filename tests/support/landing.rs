@@ -3,7 +3,7 @@
 use refit::planner::{Destination, Program};
 use refit_translate::host;
 
-use crate::execute::Sources;
+use crate::execute::{Sources, transformed};
 use crate::oracle::{Buffers, POISON};
 
 /// Executes a program; bytes that it does not write stay [`POISON`].
@@ -26,7 +26,8 @@ pub fn program(program: &Program, sources: &Sources) -> Buffers {
             for (from, to) in read.dims.offsets() {
                 let from = usize::try_from(read.offset + from).unwrap();
                 let to = usize::try_from(base + to).unwrap();
-                into[to..to + run].copy_from_slice(&bytes[from..from + run]);
+                let arrived = transformed(read.transform, &bytes[from..from + run]);
+                into[to..to + arrived.len()].copy_from_slice(&arrived);
             }
         }
         for landing in wave.landings {

@@ -10,6 +10,7 @@ pub mod fuzz;
 pub mod golden;
 pub mod landing;
 pub mod models;
+pub mod moves;
 pub mod oracle;
 pub mod ranks;
 pub mod reference;

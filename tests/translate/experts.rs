@@ -356,8 +356,7 @@ proptest! {
         let Ok((sources, targets)) = layouts(&config, &sizes, LayerSpec::Te) else { return Ok(()) };
         let bytes = held(&sources);
         let source = SourceLayout::new(sources.clone()).unwrap();
-        let capabilities =
-            Capabilities { strided_reads: false, bytes_per_us: 2_000, ns_per_read: 5_000, max_reads: u64::MAX };
+        let capabilities = Capabilities::plain(2_000, 5_000);
         let (tp, etp) = (sizes.trainer.tp, sizes.trainer.etp);
         let engine = sizes.engine;
         let flat = engine.tp * engine.dp * engine.pcp;

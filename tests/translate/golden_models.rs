@@ -28,12 +28,7 @@ fn sorted(mut specs: Vec<TensorSpec>) -> Vec<TensorSpec> {
 
 /// Every way to lower that changes which code moves the bytes.
 fn lowerings() -> [(Capabilities, LowerOptions); 5] {
-    let plain = Capabilities {
-        strided_reads: false,
-        bytes_per_us: 2_000,
-        ns_per_read: 5_000,
-        max_reads: u64::MAX,
-    };
+    let plain = Capabilities::plain(2_000, 5_000);
     let strided = Capabilities { strided_reads: true, ..plain };
     let options = LowerOptions::default();
     [

@@ -21,6 +21,11 @@ pub(crate) enum Task {
     Chart(Vec<String>),
     /// Pack what runs on another host.
     Bundle(bundle::Options),
+    /// Compile the kernel to PTX.
+    Ptx {
+        /// Whether to only say if that would change anything.
+        check: bool,
+    },
     /// Check the rules of the house.
     Tidy,
     /// Run what CI runs.
@@ -62,6 +67,10 @@ impl Task {
             "chart" => Ok(Self::Chart(without_separator(rest))),
             "bundle" => bundle::Options::parse(rest).map(Self::Bundle),
             "setup" => none(&name, &rest).map(|()| Self::Setup),
+            "ptx" => match rest.first().map(String::as_str) {
+                Some("--check") if rest.len() == 1 => Ok(Self::Ptx { check: true }),
+                _ => none(&name, &rest).map(|()| Self::Ptx { check: false }),
+            },
             "tidy" => none(&name, &rest).map(|()| Self::Tidy),
             _ => match rest.first().map(String::as_str) {
                 Some("--no-test") if rest.len() == 1 => Ok(Self::Ci { test: false }),
@@ -140,6 +149,9 @@ mod tests {
         assert!(parse("setup --force").unwrap_err().contains("cargo xtask setup --help"));
         assert!(parse("ci --no-test --fast").unwrap_err().contains("cargo xtask ci --help"));
         assert_eq!(parse("ci --no-test"), Ok(Task::Ci { test: false }));
+        assert!(parse("ptx --check --all").unwrap_err().contains("cargo xtask ptx --help"));
+        assert_eq!(parse("ptx --check"), Ok(Task::Ptx { check: true }));
+        assert_eq!(parse("ptx"), Ok(Task::Ptx { check: false }));
         assert_eq!(parse("ci"), Ok(Task::Ci { test: true }));
     }
 }

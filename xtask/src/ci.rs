@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{cargo, failure::Failure, setup, tidy};
+use crate::{cargo, failure::Failure, ptx, setup, tidy};
 
 /// Runs every step, so that one run shows everything that is wrong, and fails if one of them did.
 pub(crate) fn run(root: &Path, test: bool) -> Result<(), Failure> {
@@ -28,6 +28,7 @@ pub(crate) fn run(root: &Path, test: bool) -> Result<(), Failure> {
         cargo::status(command)
     });
     steps.run("tidy", || tidy::run(root));
+    steps.run("ptx", || ptx::check_where_possible(root));
     // By themselves, since in the workspace other crates turn features of theirs on, `serde` and `std` among them.
     steps.run("clippy, pure crates alone", || {
         clippy(&["--package", "refit-planner", "--package", "refit-translate"], &[])

@@ -1,8 +1,8 @@
 //! Help texts.
 
 /// Every task, in the order of the overview.
-pub(crate) const NAMES: [&str; 9] =
-    ["bench", "test", "refit", "setup", "criterion", "chart", "bundle", "tidy", "ci"];
+pub(crate) const NAMES: [&str; 10] =
+    ["bench", "test", "refit", "setup", "criterion", "chart", "bundle", "ptx", "tidy", "ci"];
 
 /// `cargo xtask --help`.
 pub(crate) const MAIN: &str = "\
@@ -16,6 +16,7 @@ Tasks:
   criterion  run the micro-benches
   chart      draw what benches wrote
   bundle     pack the command and NIXL for a host without internet
+  ptx        compile the CUDA kernel to PTX, after a change of it
   tidy       check the rules of the house that no compiler checks
   ci         run what CI runs
 
@@ -32,6 +33,7 @@ pub(crate) fn of(name: &str) -> Option<&'static str> {
         "criterion" => CRITERION,
         "chart" => CHART,
         "bundle" => BUNDLE,
+        "ptx" => PTX,
         "tidy" => TIDY,
         "ci" => CI,
         _ => return None,
@@ -115,11 +117,20 @@ Example:
   tar -xf refit-*.tar.gz && refit-*/refit bench        # on the host
 ";
 
+const PTX: &str = "\
+cargo xtask ptx [--check]
+
+Compiles crates/kernels/src/move.cu to the move.ptx beside it, with a pinned NVRTC that is fetched with pip into
+target/setup. Only after a change of move.cu; nobody else needs it. Needs Linux on x86_64, and no GPU.
+
+  --check  write nothing, and fail if the PTX would change
+";
+
 const TIDY: &str = "\
 cargo xtask tidy
 
 Checks the rules of the house that no compiler checks: what the pure crates may depend on, where `unsafe` may
-stand, features, leftovers, file sizes, paths of one machine. Prints every finding, with advice.
+stand, features, leftovers, file sizes, paths of one machine, and that the PTX belongs to the kernel's source. Prints every finding, with advice.
 ";
 
 const CI: &str = "\

@@ -12,6 +12,7 @@ mod ci;
 mod failure;
 mod help;
 mod nixl;
+mod ptx;
 mod setup;
 mod tidy;
 
@@ -52,6 +53,7 @@ fn run(task: Task) -> Result<(), Failure> {
         Task::Criterion(args) => cargo::criterion(&root, &args),
         Task::Chart(args) => cargo::chart(&root, &args),
         Task::Bundle(options) => bundle::run(&root, &options),
+        Task::Ptx { check } => ptx::run(&root, check),
         Task::Tidy => tidy::run(&root),
         Task::Ci { test } => ci::run(&root, test),
     }

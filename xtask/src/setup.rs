@@ -1,6 +1,7 @@
-//! Fetches what the NIXL features need: libclang to build `nixl-sys`, and the NIXL library itself.
+//! Fetches what the NIXL features need: libclang to build `nixl-sys`, and the NIXL library itself. And NVRTC, for those who
+//! change the kernel.
 //!
-//! Both are Python wheels, unpacked by pip into `target/setup` of the workspace: no Python installation is changed
+//! All are Python wheels, unpacked by pip into `target/setup` of the workspace: no Python installation is changed
 //! and deleting the folder undoes everything. `.cargo/config.toml` points the build and the tests there.
 
 use std::{
@@ -18,8 +19,8 @@ pub(crate) const LIBCLANG: Wheel = Wheel {
     library: "clang/native/libclang.so",
     own: Some("LIBCLANG_PATH"),
     tags: ["py", "none"],
-    platforms: [("x86_64", "manylinux2010_x86_64"), ("aarch64", "manylinux2014_aarch64")],
-    sha256: [
+    platforms: &[("x86_64", "manylinux2010_x86_64"), ("aarch64", "manylinux2014_aarch64")],
+    sha256: &[
         "c533091d8a3bbf7460a00cb6c1a71da93bffe148f172c7d03b1c31fbf8aa2a0b",
         "54dda940a4a0491a9d1532bf071ea3ef26e6dbaf03b5000ed94dd7174e8f9592",
     ],
@@ -35,8 +36,8 @@ pub(crate) const NIXL: Wheel = Wheel {
     own: Some("REFIT_NIXL_LIBRARY"),
     // Only the C library is used, so the Python version of the wheel need not be the user's.
     tags: ["cp", "cp312"],
-    platforms: [("x86_64", "manylinux_2_28_x86_64"), ("aarch64", "manylinux_2_28_aarch64")],
-    sha256: [
+    platforms: &[("x86_64", "manylinux_2_28_x86_64"), ("aarch64", "manylinux_2_28_aarch64")],
+    sha256: &[
         "a02005f84e498641b8fe02d058fdc6762c99edf7ae6430176d2d16fa57f4fb93",
         "98d4b169813a5110842aefc383ba3bf259a886cd09cc9d54c7a6db69bb36de4d",
     ],
@@ -52,11 +53,26 @@ pub(crate) const CUDART: Wheel = Wheel {
     library: "nvidia/cuda_runtime/lib/libcudart.so.12",
     own: None,
     tags: ["py", "none"],
-    platforms: [("x86_64", "manylinux2014_x86_64"), ("aarch64", "manylinux2014_aarch64")],
-    sha256: [
+    platforms: &[("x86_64", "manylinux2014_x86_64"), ("aarch64", "manylinux2014_aarch64")],
+    sha256: &[
         "25bba2dfb01d48a9b59ca474a1ac43c6ebf7011f1b0b8cc44f54eb6ac48a96c3",
         "83469a846206f2a733db0c42e223589ab62fd2fabac4432d2f8802de4bded0a4",
     ],
+};
+
+/// What compiles the kernel, for those who change it. The oldest there is, so that the PTX says a version that the
+/// drivers of CUDA 12.0 know; later releases would say a later one.
+pub(crate) const NVRTC: Wheel = Wheel {
+    folder: "nvrtc",
+    package: "nvidia-cuda-nvrtc-cu12",
+    version: "12.0.76",
+    megabytes: 24,
+    library: "nvidia/cuda_nvrtc/lib/libnvrtc.so.12",
+    // Another one would write other PTX.
+    own: None,
+    tags: ["py3", "none"],
+    platforms: &[("x86_64", "manylinux1_x86_64")],
+    sha256: &["8dd4458a7d8bf8fd2b01a34a9069856d53a9b4c0af2037b77c12b270daf9c828"],
 };
 
 /// `nixl-sys` is compiled as C++20.
@@ -77,6 +93,11 @@ impl Unavailable {
         Self(why.into())
     }
 
+    /// Without saying of what.
+    pub(crate) fn reason(&self) -> &str {
+        &self.0
+    }
+
     fn io(path: &Path, error: &io::Error) -> Self {
         Self(format!("{}: {error}", path.display()))
     }
@@ -91,14 +112,14 @@ pub(crate) struct Wheel {
     megabytes: u32,
     /// The one file we came for.
     library: &'static str,
-    /// The variable with which a user names a copy of their own, where there is one.
+    /// The variable with which a user names a copy of their own, if that is possible.
     own: Option<&'static str>,
     /// pip's `--implementation` and `--abi`.
     tags: [&'static str; 2],
     /// pip's `--platform` by architecture.
-    platforms: [(&'static str, &'static str); 2],
+    platforms: &'static [(&'static str, &'static str)],
     /// One per platform.
-    sha256: [&'static str; 2],
+    sha256: &'static [&'static str],
 }
 
 impl fmt::Display for Wheel {
@@ -129,6 +150,14 @@ pub(crate) fn pinned(root: &Path, wheel: &Wheel) -> Result<PathBuf, Unavailable>
     let setup = folder(root);
     install(&setup, [wheel])?;
     Ok(setup.join(wheel.folder))
+}
+
+/// Fetches one wheel if it is missing, and says where its library is.
+///
+/// # Errors
+/// What is missing, as one line.
+pub(crate) fn fetch(root: &Path, wheel: &Wheel) -> Result<PathBuf, Unavailable> {
+    Ok(pinned(root, wheel)?.join(wheel.library))
 }
 
 fn install<'a>(
@@ -163,6 +192,11 @@ pub(crate) fn include_path(root: &Path, current: Option<&str>) -> Option<String>
 }
 
 impl Wheel {
+    /// Whether there is one for this architecture.
+    pub(crate) fn is_for(&self, architecture: &str) -> bool {
+        self.platforms.iter().any(|(arch, _)| *arch == architecture)
+    }
+
     /// Whether the user named a copy of their own. Cargo has set the variable to our place otherwise.
     fn is_given(&self) -> bool {
         let place = Path::new("target/setup").join(self.folder).join(self.library);

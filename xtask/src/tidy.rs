@@ -10,7 +10,7 @@ mod tree;
 
 use std::{fmt, fs, path::Path};
 
-use crate::failure::Failure;
+use crate::{failure::Failure, ptx};
 
 /// One broken rule.
 #[derive(Debug, PartialEq, Eq)]
@@ -55,6 +55,7 @@ pub(crate) fn run(root: &Path) -> Result<(), Failure> {
         }
         findings.extend(check(file, &content));
     }
+    findings.extend(kernel(root)?);
     findings.extend(tree::check(root)?);
     if findings.is_empty() {
         println!("tidy: {} files and the dependency trees are in order", files.len());
@@ -64,6 +65,16 @@ pub(crate) fn run(root: &Path) -> Result<(), Failure> {
         println!("{finding}");
     }
     Err(Failure::new(format!("tidy: {} findings", findings.len())))
+}
+
+/// The PTX is what was made of the kernel's source, as far as digests tell.
+fn kernel(root: &Path) -> Result<Option<Finding>, Failure> {
+    let read = |file: &str| {
+        fs::read_to_string(root.join(file))
+            .map_err(|error| Failure::new(format!("{file}: {error}")))
+    };
+    let why = ptx::mismatch(&read(ptx::SOURCE)?, &read(ptx::PTX)?);
+    Ok(why.map(|why| Finding::whole(ptx::PTX, format!("{why}; run `cargo xtask ptx`"))))
 }
 
 fn check(file: &str, content: &str) -> Vec<Finding> {

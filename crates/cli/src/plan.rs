@@ -131,9 +131,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
     let source = model::joined(source)?;
     let capabilities = Capabilities {
         strided_reads: args.strided_reads,
-        bytes_per_us: args.rate,
-        ns_per_read: args.read_cost,
-        max_reads: u64::MAX,
+        ..Capabilities::plain(args.rate, args.read_cost)
     };
     let policy = if args.exact_wire { Policy::ExactWire } else { Policy::Cheapest };
     let mode = match args.mode {

@@ -41,6 +41,7 @@
 
 extern crate alloc;
 
+mod capabilities;
 mod dims;
 mod dtype;
 mod encode;
@@ -56,12 +57,13 @@ mod raw;
 mod source;
 mod transform;
 
+pub use capabilities::{Bulk, Capabilities};
 pub use dims::{Dim, Dims, Offsets};
 pub use dtype::Dtype;
 pub use error::{LayoutError, LowerError, PlanError};
 pub use hash::Hash;
 pub use layout::{Band, FillBox, LayoutBuilder, Param, RankLayout, Tensor, TensorId};
-pub use lower::{Capabilities, LowerOptions, Mode, Policy, lower};
+pub use lower::{LowerOptions, Mode, Policy, lower, lower_for};
 pub use plan::{
     Coverage, Fill, Plan, PlanOptions, Replicas, Segment, SourceParam, TargetParam, plan,
     prove_disjoint, prove_tiling,

@@ -6,11 +6,12 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use self::stage::{Form, Piece, Room, Stager};
+use crate::capabilities::{Capabilities, nanoseconds};
 use crate::encode::Encoder;
 use crate::program::{Choice, Destination, Landing, Method, Program, Read};
 use crate::{Dims, LowerError, Plan, Segment, Transform};
 
-const HASH_CONTEXT: &str = "refit-planner program v2";
+const HASH_CONTEXT: &str = "refit-planner program v3";
 
 /// Staged ranges start at multiples of this, so that any element type is aligned and rows share no cache line.
 const STAGING_ALIGN: u64 = 256;
@@ -23,20 +24,6 @@ const MAX_WAVE_PIECES: u64 = 1 << 20;
 
 /// Nor more for each read that a program may have: a piece takes at least one.
 const WAVE_PIECES_PER_READ: u64 = 64;
-
-/// What a transport can do, in integers so that every host decides alike.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-pub struct Capabilities {
-    /// It executes strided segments as they are: nothing needs exploding or staging but casts and maps.
-    pub strided_reads: bool,
-    /// Bytes it moves per microsecond.
-    pub bytes_per_us: u64,
-    /// What one more read costs.
-    pub ns_per_read: u64,
-    /// Most reads one program may have; 2^25 is the most for any transport.
-    pub max_reads: u64,
-}
 
 /// When live parameters may be written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -76,6 +63,9 @@ pub struct LowerOptions {
     /// A piece that cannot be cut smaller gets a wave of its own. Everything is one wave in [`Mode::Staged`], and where
     /// waves would take more reads than the transport allows, 64 times as many pieces, or 2^20.
     pub wave_bytes: u64,
+    /// How many waves have staging memory of their own, at least 1: with 2, the reads of a wave may be under way while
+    /// the one before is landed.
+    pub slots: u32,
 }
 
 impl Default for LowerOptions {
@@ -87,11 +77,26 @@ impl Default for LowerOptions {
             policy: Policy::default(),
             landing_bytes_per_us: 4_000,
             wave_bytes: 8 << 20,
+            slots: 1,
         }
     }
 }
 
 impl LowerOptions {
+    /// For parameters in the memory of a GPU: a landing rate of 1.5 TB/s, waves of 256 MiB, for a wave of a few
+    /// megabytes is over before the next could be posted, and two of them at a time.
+    #[must_use]
+    pub fn on_device() -> Self {
+        Self { landing_bytes_per_us: 1_500_000, wave_bytes: 256 << 20, slots: 2, ..Self::default() }
+    }
+
+    /// These options with so many waves in staging memory of their own; 0 means 1.
+    #[must_use]
+    pub fn with_slots(mut self, slots: u32) -> Self {
+        self.slots = slots;
+        self
+    }
+
     /// These options with another mode.
     #[must_use]
     pub fn with_mode(mut self, mode: Mode) -> Self {
@@ -131,41 +136,89 @@ impl LowerOptions {
 
 /// Turns a plan into reads, landing copies and fills for a transport of these capabilities.
 ///
-/// The expected cost of a form is `reads * ns_per_read + wire_bytes / bytes_per_us + landed_bytes /
-/// landing_bytes_per_us`, in nanoseconds and integers. Equal inputs give equal programs.
-///
 /// # Errors
-/// [`LowerError::TooManyReads`] when no allowed form keeps to `max_reads`, [`LowerError::StagingForbidden`] when a
-/// cast or map meets [`Policy::ReadPerRun`], [`LowerError::StagingTooLarge`].
+/// As [`lower_for`].
 pub fn lower(
     plan: &Plan,
     capabilities: &Capabilities,
     options: &LowerOptions,
 ) -> Result<Program, LowerError> {
-    let max_reads = capabilities.max_reads.min(MAX_READS);
+    lower_for(plan, |_| *capabilities, options)
+}
+
+/// Turns a plan into reads, landing copies and fills, where what can be done depends on the source rank: some may be
+/// reached over NVLink, the others over a network.
+///
+/// The expected cost of a form is `reads * ns_per_read + wire_bytes / bytes_per_us + landed_bytes /
+/// landing_bytes_per_us`, in nanoseconds and integers. Equal inputs give equal programs. Of `max_reads` the smallest
+/// counts, for all reads together.
+///
+/// # Errors
+/// [`LowerError::TooManyReads`] when no allowed form keeps to `max_reads`, [`LowerError::StagingForbidden`] when a
+/// cast or map meets [`Policy::ReadPerRun`], [`LowerError::StagingTooLarge`].
+pub fn lower_for(
+    plan: &Plan,
+    capabilities: impl Fn(u32) -> Capabilities,
+    options: &LowerOptions,
+) -> Result<Program, LowerError> {
+    lower_links(plan, &Links::new(plan, capabilities), options)
+}
+
+/// What the way to each source can do.
+struct Links {
+    /// By index into the plan's sources.
+    by_source: Vec<Capabilities>,
+    max_reads: u64,
+}
+
+impl Links {
+    fn new(plan: &Plan, capabilities: impl Fn(u32) -> Capabilities) -> Self {
+        let mut by_source = Vec::with_capacity(plan.sources().len());
+        for of_rank in plan.sources().chunk_by(|a, b| a.rank == b.rank) {
+            let link = capabilities(of_rank[0].rank);
+            by_source.extend(of_rank.iter().map(|_| link));
+        }
+        let max_reads = by_source.iter().map(|link| link.max_reads).min().unwrap_or(MAX_READS);
+        Self { by_source, max_reads: max_reads.min(MAX_READS) }
+    }
+
+    fn of(&self, source: u32) -> &Capabilities {
+        &self.by_source[source as usize]
+    }
+
+    fn room(&self, options: &LowerOptions) -> Room {
+        let pieces = self.max_reads.saturating_mul(WAVE_PIECES_PER_READ);
+        Room::new(options.wave_limit(), pieces.min(MAX_WAVE_PIECES))
+    }
+}
+
+fn lower_links(plan: &Plan, links: &Links, options: &LowerOptions) -> Result<Program, LowerError> {
     let groups =
-        group(plan, capabilities, options).and_then(|groups| limit_reads(groups, max_reads));
+        group(plan, links, options).and_then(|groups| limit_reads(groups, links.max_reads));
     let groups = match groups {
         // Cutting to waves takes more reads: where they are too many, memory gives way.
         Err(LowerError::TooManyReads { .. }) if options.wave_limit() != u64::MAX => {
-            return lower(plan, capabilities, &options.with_wave_bytes(u64::MAX));
+            return lower_links(plan, links, &options.with_wave_bytes(u64::MAX));
         }
         result => result?,
     };
 
     let mut out = Emitter {
-        strided: capabilities.strided_reads,
-        room: room(capabilities, options),
+        links,
+        room: links.room(options),
         stager: Stager::new(options.wave_limit()),
         waves: vec![WaveParts::default()],
     };
     for of_target in groups.chunk_by(|a, b| a.chosen().target == b.chosen().target) {
         out.emit(of_target)?;
     }
+    let slots = u64::from(options.slots.max(1)).min(out.waves.len() as u64);
+    let slot = out.stager.slot(slots)?;
     let choices: Vec<Choice> = groups.iter().map(Group::chosen).collect();
     let (mut reads, mut landings) = (Vec::new(), Vec::new());
     let mut waves = Vec::with_capacity(out.waves.len());
-    for mut wave in out.waves {
+    for (mut wave, number) in out.waves.into_iter().zip(0_u64..) {
+        wave.shift(number % slots * slot);
         // Grouped by source, in target order within one: a transport posts one batch per peer.
         wave.reads.sort_by_key(|read| read.source);
         reads.append(&mut wave.reads);
@@ -173,7 +226,7 @@ pub fn lower(
         waves.push((reads.len(), landings.len()));
     }
     Ok(Program {
-        hash: hash(plan, capabilities, options, &choices),
+        hash: hash(plan, links, options, &choices),
         plan_hash: plan.hash(),
         sources: plan.sources().clone(),
         targets: plan.targets().clone(),
@@ -182,27 +235,24 @@ pub fn lower(
         reads,
         landings,
         waves,
+        slots: usize::try_from(slots).unwrap_or(usize::MAX),
         fills: plan.fills().to_vec(),
         choices,
-        staging_bytes: out.stager.most,
+        // The last slot need not be rounded up.
+        staging_bytes: (slots - 1) * slot + out.stager.most,
     })
 }
 
-fn room(capabilities: &Capabilities, options: &LowerOptions) -> Room {
-    let pieces = capabilities.max_reads.saturating_mul(WAVE_PIECES_PER_READ);
-    Room::new(options.wave_limit(), pieces.min(MAX_WAVE_PIECES))
-}
-
-fn hash(
-    plan: &Plan,
-    capabilities: &Capabilities,
-    options: &LowerOptions,
-    choices: &[Choice],
-) -> crate::Hash {
+fn hash(plan: &Plan, links: &Links, options: &LowerOptions, choices: &[Choice]) -> crate::Hash {
     let mut encoder = Encoder::new(HASH_CONTEXT);
     encoder.bytes(plan.hash().as_bytes());
-    encoder.u64(u64::from(capabilities.strided_reads));
     encoder.u64(options.wave_limit());
+    encoder.u64(u64::from(options.slots.max(1)));
+    for (index, source) in plan.sources().iter().enumerate() {
+        if index == 0 || plan.sources()[index - 1].rank != source.rank {
+            links.by_source[index].encode(&mut encoder);
+        }
+    }
     encoder.len(choices.len());
     for choice in choices {
         encoder.u64(match choice.method {
@@ -231,17 +281,18 @@ impl Group<'_> {
 
 fn group<'a>(
     plan: &'a Plan,
-    capabilities: &Capabilities,
+    links: &Links,
     options: &LowerOptions,
 ) -> Result<Vec<Group<'a>>, LowerError> {
     let mut groups = Vec::new();
-    let mut room = room(capabilities, options);
+    let mut room = links.room(options);
     // Segments are sorted by target: one pass, and a stable sort by source inside each target.
     for of_target in plan.segments().chunk_by(|a, b| a.target == b.target) {
         let mut sorted: Vec<&Segment> = of_target.iter().collect();
         sorted.sort_by_key(|segment| segment.source);
         for of_source in sorted.chunk_by(|a, b| a.source == b.source) {
-            groups.push(forms(plan, of_source.to_vec(), capabilities, options, &mut room)?);
+            let link = links.of(of_source[0].source);
+            groups.push(forms(plan, of_source.to_vec(), link, options, &mut room)?);
         }
     }
     Ok(groups)
@@ -256,17 +307,19 @@ fn forms<'a>(
 ) -> Result<Group<'a>, LowerError> {
     let needed: u64 = segments.iter().map(|segment| segment.source_bytes()).sum();
     let (source, target) = (segments[0].source, segments[0].target);
-    let choice = |method, reads: u64, wire_bytes, landed| Choice {
+    let priced = |method, reads, wire_bytes, cost_ns| Choice {
         source,
         target,
         method,
         reads,
         wire_bytes,
         needed_bytes: needed,
-        cost_ns: reads
-            .saturating_mul(capabilities.ns_per_read)
-            .saturating_add(nanoseconds(wire_bytes, capabilities.bytes_per_us))
-            .saturating_add(nanoseconds(landed, options.landing_bytes_per_us)),
+        cost_ns,
+    };
+    let landing = nanoseconds(needed, options.landing_bytes_per_us);
+    let staged = |method, reads, wire_bytes| {
+        let wire = capabilities.cost(reads, wire_bytes);
+        priced(method, reads, wire_bytes, wire.saturating_add(landing))
     };
 
     let reads = |pieces: &[&Segment]| {
@@ -275,9 +328,17 @@ fn forms<'a>(
             reads.saturating_add(each)
         })
     };
-    let copies_only = segments.iter().all(|segment| segment.transform == Transform::Copy);
-    let direct = (copies_only && options.mode == Mode::Direct)
-        .then(|| choice(Method::Direct, reads(&segments), needed, 0));
+    let in_flight =
+        |segment: &&Segment| capabilities.transforms || segment.transform == Transform::Copy;
+    let direct = (options.mode == Mode::Direct && segments.iter().all(in_flight)).then(|| {
+        let (mut reads, mut cost_ns) = (0_u64, 0_u64);
+        for segment in &segments {
+            let way = capabilities.direct(segment);
+            reads = reads.saturating_add(way.reads);
+            cost_ns = cost_ns.saturating_add(way.cost_ns);
+        }
+        priced(Method::Direct, reads, needed, cost_ns)
+    });
     if let Some(direct) = direct
         && direct.reads == 1
     {
@@ -292,7 +353,7 @@ fn forms<'a>(
     } else if options.policy != Policy::ReadPerRun || options.mode == Mode::Staged {
         let pieces = packed(&segments, room)?;
         let pieces: Vec<&Segment> = pieces.iter().flatten().collect();
-        forms.push(choice(Method::Packed, reads(&pieces), needed, needed));
+        forms.push(staged(Method::Packed, reads(&pieces), needed));
     }
     let span_allowed = match options.policy {
         Policy::Cheapest => true,
@@ -300,7 +361,7 @@ fn forms<'a>(
         Policy::ReadPerRun => false,
     };
     if span_allowed {
-        forms.push(choice(Method::Span, spans.len() as u64, spanned, needed));
+        forms.push(staged(Method::Span, spans.len() as u64, spanned));
     }
     forms.sort_by_key(|form| form.cost_ns);
     if forms.is_empty() {
@@ -348,11 +409,6 @@ fn packed(segments: &[&Segment], room: &mut Room) -> Result<Vec<Piece>, LowerErr
     Ok(pieces)
 }
 
-fn nanoseconds(bytes: u64, bytes_per_us: u64) -> u64 {
-    let nanoseconds = u128::from(bytes) * 1_000 / u128::from(bytes_per_us.max(1));
-    u64::try_from(nanoseconds).unwrap_or(u64::MAX)
-}
-
 /// Moves groups to forms with fewer reads, the largest saving first, until the program fits.
 fn limit_reads(mut groups: Vec<Group<'_>>, max: u64) -> Result<Vec<Group<'_>>, LowerError> {
     let mut reads: u128 = groups.iter().map(|group| u128::from(group.chosen().reads)).sum();
@@ -382,15 +438,29 @@ struct WaveParts {
     landings: Vec<Landing>,
 }
 
-struct Emitter {
-    strided: bool,
+impl WaveParts {
+    /// Moves what the wave stages by so many bytes. They fit: [`Stager::slot`] has seen to it.
+    fn shift(&mut self, bytes: u64) {
+        for read in &mut self.reads {
+            if let Destination::Staging { offset } = &mut read.destination {
+                *offset += bytes;
+            }
+        }
+        for landing in &mut self.landings {
+            landing.staging_offset += bytes;
+        }
+    }
+}
+
+struct Emitter<'a> {
+    links: &'a Links,
     room: Room,
     stager: Stager,
     /// Never empty.
     waves: Vec<WaveParts>,
 }
 
-impl Emitter {
+impl Emitter<'_> {
     /// Emits everything that one target parameter gets.
     fn emit(&mut self, groups: &[Group<'_>]) -> Result<(), LowerError> {
         let mut staged: Vec<(Form, Piece)> = Vec::new();
@@ -401,7 +471,8 @@ impl Emitter {
                         let Segment { target, target_offset, .. } = **segment;
                         let to =
                             |offset| Destination::Live { target, offset: target_offset + offset };
-                        self.read(0, segment, &segment.dims, to);
+                        let way = self.links.of(segment.source).direct(segment);
+                        self.read(0, segment, &segment.dims, segment.transform, way.bulk, to);
                     }
                 }
                 Method::Packed => {
@@ -431,12 +502,16 @@ impl Emitter {
         match form {
             Form::Span => {
                 let (start, end) = stage::range(piece);
+                let (source, run) = (piece[0].source, end - start);
+                let link = self.links.of(source);
                 self.waves[wave].reads.push(Read {
-                    source: piece[0].source,
+                    source,
                     offset: start,
                     destination: Destination::Staging { offset: base },
-                    run: end - start,
+                    run,
                     dims: Dims::none(),
+                    transform: Transform::Copy,
+                    bulk: link.bulk_cost(link.cost(1, run), 1, run).is_some(),
                 });
                 for segment in piece {
                     let from = base + (segment.source_offset - start);
@@ -454,8 +529,8 @@ impl Emitter {
                             ..*dim
                         })
                         .collect();
-                    self.read(wave, segment, &into, |offset| Destination::Staging {
-                        offset: base + offset,
+                    self.read(wave, segment, &into, Transform::Copy, false, |offset| {
+                        Destination::Staging { offset: base + offset }
                     });
                     self.land(wave, segment, base, packed);
                 }
@@ -470,22 +545,29 @@ impl Emitter {
         wave: usize,
         segment: &Segment,
         dims: &Dims,
+        transform: Transform,
+        bulk: bool,
         to: impl Fn(u64) -> Destination,
     ) {
         let Segment { source, source_offset, run, .. } = *segment;
+        let strided = self.links.of(source).strided_reads;
         let reads = &mut self.waves[wave].reads;
-        if self.strided {
-            let (destination, dims) = (to(0), dims.clone());
-            reads.push(Read { source, offset: source_offset, destination, run, dims });
+        let read = |offset, destination, dims| Read {
+            source,
+            offset,
+            destination,
+            run,
+            dims,
+            transform,
+            bulk,
+        };
+        if strided && !bulk {
+            reads.push(read(source_offset, to(0), dims.clone()));
             return;
         }
-        reads.extend(dims.offsets().map(|(from, into)| Read {
-            source,
-            offset: source_offset + from,
-            destination: to(into),
-            run,
-            dims: Dims::none(),
-        }));
+        reads.extend(
+            dims.offsets().map(|(from, into)| read(source_offset + from, to(into), Dims::none())),
+        );
     }
 
     fn land(&mut self, wave: usize, segment: &Segment, staging_offset: u64, dims: Dims) {

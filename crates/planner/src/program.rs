@@ -16,7 +16,7 @@ pub enum Destination {
         /// Byte offset in the parameter.
         offset: u64,
     },
-    /// In the staging area, which every wave uses anew.
+    /// In the staging area, which waves use in turn.
     Staging {
         /// Byte offset in the staging area.
         offset: u64,
@@ -36,6 +36,10 @@ pub struct Read {
     pub run: u64,
     /// How the run repeats: never, unless the transport declared `strided_reads`.
     pub dims: Dims,
+    /// What happens to the elements: nothing, unless the transport declared `transforms`.
+    pub transform: Transform,
+    /// Whether the transport's second way is the cheaper one for this contiguous copy.
+    pub bulk: bool,
 }
 
 impl Read {
@@ -94,8 +98,8 @@ pub struct Choice {
     pub cost_ns: u64,
 }
 
-/// Reads that are posted together, and the landing copies to run when all of them have settled, before the next wave's
-/// reads are posted: those use the same staging memory.
+/// Reads that are posted together, and the landing copies to run when all of them have settled. They must be over before
+/// the reads of the wave [`Program::slots`] further on are posted: those use the same staging memory.
 ///
 /// Reads into live parameters are all in the first wave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,6 +121,8 @@ pub struct Program {
     pub(crate) landings: Vec<Landing>,
     /// Where each wave ends among the reads and among the landings. Never empty.
     pub(crate) waves: Vec<(usize, usize)>,
+    /// At least 1.
+    pub(crate) slots: usize,
     pub(crate) fills: Vec<Fill>,
     pub(crate) choices: Vec<Choice>,
     pub(crate) staging_bytes: u64,
@@ -152,6 +158,13 @@ impl Program {
     /// The waves, in the order in which they have to run; at least one.
     pub fn waves(&self) -> impl ExactSizeIterator<Item = Wave<'_>> {
         (0..self.waves.len()).map(|index| self.wave(index))
+    }
+
+    /// How many waves have staging memory of their own: wave `n` uses that of wave `n - slots`. At least 1, and no more
+    /// than there are waves.
+    #[must_use]
+    pub fn slots(&self) -> usize {
+        self.slots
     }
 
     /// One wave.
@@ -193,7 +206,7 @@ impl Program {
         &self.choices
     }
 
-    /// Bytes of staging memory: what the largest wave stages.
+    /// Bytes of staging memory: what the largest wave stages, for every slot.
     #[must_use]
     pub fn staging_bytes(&self) -> u64 {
         self.staging_bytes

@@ -92,6 +92,17 @@ impl Transform {
         }
     }
 
+    /// Whether so many source bytes are whole elements.
+    #[must_use]
+    pub fn takes(self, source_bytes: u64) -> bool {
+        match self {
+            Self::Copy => true,
+            Self::Cast { from, .. } | Self::Map { from, .. } => {
+                source_bytes.is_multiple_of(from.size())
+            }
+        }
+    }
+
     /// Bytes written for `source_bytes` bytes read.
     #[must_use]
     pub fn target_bytes(self, source_bytes: u64) -> u64 {

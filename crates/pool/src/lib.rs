@@ -15,6 +15,8 @@ mod arena;
 mod budget;
 mod build;
 mod copy;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod error;
 mod key;
 mod lease;

@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -92,11 +93,14 @@ impl Region {
         }
     }
 
-    /// The smallest region that covers both, which must share bytes, and shares both lifetimes.
-    pub(crate) fn join(&self, other: &Self) -> Self {
-        let address = self.address.min(other.address);
-        let len = self.end().max(other.end()) - address;
-        Self { address, len, kind: self.kind, keep_alive: self.keep_alive.join(&other.keep_alive) }
+    /// The smallest region that covers all of these, which share bytes, and shares all their lifetimes.
+    pub(crate) fn join(regions: Vec<Self>) -> Option<Self> {
+        let first = regions.first()?;
+        let address = regions.iter().map(Self::address).min()?;
+        let len = regions.iter().map(Self::end).max()? - address;
+        let kind = first.kind;
+        let keep_alive = KeepAlive::join(regions.into_iter().map(|region| region.keep_alive));
+        Some(Self { address, len, kind, keep_alive })
     }
 }
 
@@ -105,12 +109,15 @@ impl Region {
 pub struct KeepAlive(Arc<dyn Any + Send + Sync>);
 
 impl KeepAlive {
-    /// Keeps alive what both keep alive.
-    fn join(&self, other: &Self) -> Self {
-        if Arc::ptr_eq(&self.0, &other.0) {
-            self.clone()
-        } else {
-            Self(Arc::new((self.clone(), other.clone())))
+    /// Keeps alive what all of them keep alive. Side by side and not one within the other: a hundred thousand
+    /// parameters of one allocation would overflow the stack when they go.
+    fn join(all: impl Iterator<Item = Self>) -> Self {
+        let mut all = all.collect::<Vec<_>>();
+        all.sort_unstable_by_key(|one| Arc::as_ptr(&one.0).cast::<()>());
+        all.dedup_by(|one, other| Arc::ptr_eq(&one.0, &other.0));
+        match <[Self; 1]>::try_from(all) {
+            Ok([one]) => one,
+            Err(all) => Self(Arc::new(all)),
         }
     }
 }
@@ -139,6 +146,36 @@ impl Memory {
         let address = start.as_ptr().expose_provenance() as u64;
         let allocation = Region { address, len: len as u64, kind, keep_alive: KeepAlive(owner) };
         Self { start, len, allocation }
+    }
+
+    /// Adopts a part of a larger allocation, which gets registered as a whole: parts of one allocation, adopted one by
+    /// one, are registered once.
+    ///
+    /// # Safety
+    /// - As [`adopt`](Self::adopt), of the part.
+    /// - The addresses `allocation` include the part, and stay allocated as long as `owner` lives. Peers that read our
+    ///   registered memory may read all of them.
+    #[must_use]
+    pub unsafe fn adopt_within(
+        start: NonNull<u8>,
+        len: usize,
+        kind: MemoryKind,
+        allocation: Range<u64>,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> Self {
+        // SAFETY: the caller's promise.
+        let part = unsafe { Self::adopt(start, len, kind, owner) };
+        debug_assert!(
+            allocation.start <= part.address() && part.allocation.end() <= allocation.end
+        );
+        Self {
+            allocation: Region {
+                address: allocation.start,
+                len: allocation.end.saturating_sub(allocation.start),
+                ..part.allocation
+            },
+            ..part
+        }
     }
 
     /// Memory without bytes.

@@ -116,15 +116,21 @@ fn place(region: &Region) -> (crate::MemoryKind, u64) {
 pub(crate) fn merged(regions: impl IntoIterator<Item = Region>) -> Vec<Region> {
     let mut regions = regions.into_iter().filter(|region| !region.is_empty()).collect::<Vec<_>>();
     regions.sort_unstable_by_key(place);
-    let mut merged = Vec::<Region>::with_capacity(regions.len());
+    let mut merged = Vec::new();
+    let mut joined = Vec::<Region>::new();
+    let mut end = 0;
     for region in regions {
-        match merged.last_mut() {
-            Some(last) if last.kind() == region.kind() && region.address() < last.end() => {
-                *last = last.join(&region)
-            }
-            _ => merged.push(region),
+        let apart = joined
+            .last()
+            .is_some_and(|last| last.kind() != region.kind() || end <= region.address());
+        if apart {
+            merged.extend(Region::join(mem::take(&mut joined)));
+            end = 0;
         }
+        end = end.max(region.end());
+        joined.push(region);
     }
+    merged.extend(Region::join(joined));
     merged
 }
 

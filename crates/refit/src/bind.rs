@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use refit_planner::{Destination, Dims, Program, Read, Wave};
+use refit_planner::{Destination, Dims, Program, Read, Transform, Wave};
 use refit_pool::{Memory, MemoryKind, Region};
 use refit_transport::{LocalRange, ReadOp, RemoteRange};
 
@@ -127,9 +127,15 @@ fn operation(
             len: read.dims.source_extent(read.run),
             kind: place.kind(),
         },
-        into: LocalRange { address, len: read.dims.target_extent(read.run), kind },
+        into: LocalRange {
+            address,
+            len: read.dims.target_extent(read.transform.target_bytes(read.run)),
+            kind,
+        },
         run: read.run,
         dims: read.dims.clone(),
+        transform: read.transform,
+        bulk: read.bulk,
     })
 }
 
@@ -137,12 +143,13 @@ fn kind(region: &PublishedRegion) -> MemoryKind {
     region.cuda.map_or(MemoryKind::Host, MemoryKind::Cuda)
 }
 
-/// Unites reads that continue each other on both sides.
+/// Unites copies that continue each other on both sides.
 fn join(reads: &mut Vec<ReadOp>) {
     reads.sort_by_key(|read| (read.into.kind, read.into.address));
     reads.dedup_by(|next, last| {
-        let continues = last.dims.is_none()
-            && next.dims.is_none()
+        let plain = |read: &ReadOp| read.dims.is_none() && read.transform == Transform::Copy;
+        let continues = plain(last)
+            && plain(next)
             && last.from.kind == next.from.kind
             && last.into.kind == next.into.kind
             && last.from.address + last.from.len == next.from.address
@@ -151,6 +158,7 @@ fn join(reads: &mut Vec<ReadOp>) {
             last.run += next.run;
             last.from.len += next.run;
             last.into.len += next.run;
+            last.bulk |= next.bulk;
         }
         continues
     });
@@ -165,18 +173,31 @@ fn cut(reads: Vec<ReadOp>, local: &Pieces, remote: &Pieces) -> Result<Vec<ReadOp
             whole.push(read);
             continue;
         }
+        // Cut between elements. `element`: its bytes on either side.
+        let element = match read.transform {
+            Transform::Cast { from, to } | Transform::Map { from, to, .. } => {
+                (from.size(), to.size())
+            }
+            _ => (1, 1),
+        };
         for (from, into) in read.dims.offsets() {
             let mut done = 0;
             while done < read.run {
+                let start = read.transform.target_bytes(done);
                 let mut part = ReadOp {
                     from: RemoteRange { address: read.from.address + from + done, ..read.from },
-                    into: LocalRange { address: read.into.address + into + done, ..read.into },
-                    run: 0,
+                    into: LocalRange { address: read.into.address + into + start, ..read.into },
                     dims: Dims::none(),
+                    ..read
                 };
                 let (near, far) = room(&part, local, remote)?;
-                part.run = (read.run - done).min(near).min(far);
-                (part.from.len, part.into.len) = (part.run, part.run);
+                let elements = (near / element.1).min(far / element.0);
+                part.run = (read.run - done).min(elements * element.0);
+                if part.run == 0 {
+                    let what = "an element that lies in two registrations";
+                    return Err(RefitError::Unsupported { what });
+                }
+                (part.from.len, part.into.len) = (part.run, part.written_run());
                 done += part.run;
                 whole.push(part);
             }

@@ -97,13 +97,20 @@ pub enum RefitError {
     /// The program stages bytes but no staging memory was leased.
     #[error("the program stages bytes but its lease has no staging memory")]
     NoStaging,
-    /// Landing needs memory that the processor can write.
+    /// Landing needs memory that the processor can write, or a device that does it.
     #[error(
-        "`{param}` is not in host memory; landing it needs a device, which this build does not have"
+        "`{param}` is not in host memory, and bytes have to be landed in it; give the target a lander of its device \
+         (`Target::with_device`, feature `cuda`)"
     )]
     NotHost {
         /// The parameter.
         param: String,
+    },
+    /// A device could not land.
+    #[error("the device that lands failed: {source}")]
+    Device {
+        /// What it says.
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// Reads did not settle in time. Nothing was freed; the pull can be waited on again.
     #[error(
@@ -143,6 +150,11 @@ pub enum RefitError {
 }
 
 impl RefitError {
+    #[cfg(feature = "cuda")]
+    pub(crate) fn device(source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self::Device { source: Box::new(source) }
+    }
+
     /// A failed lease is either the pool's error or the one its build ran into.
     pub(crate) fn from_lease(error: LeaseError<Self>) -> Self {
         match error {

@@ -74,6 +74,9 @@ mod report;
 mod source;
 mod target;
 
+#[cfg(feature = "cuda")]
+#[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+pub use refit_kernels as kernels;
 pub use refit_planner as planner;
 pub use refit_pool as pool;
 pub use refit_translate as translate;
@@ -81,6 +84,9 @@ pub use refit_transport as transport;
 
 pub use directory::{Directory, DirectoryError};
 pub use error::RefitError;
+#[cfg(feature = "cuda")]
+#[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+pub use land::DeviceLander;
 pub use memory::allocate;
 pub use publication::{MAX_ENCODED_BYTES, Place, Publication, PublicationError, PublishedRegion};
 pub use report::Report;

@@ -18,9 +18,12 @@ pub struct Report {
     pub connect: Duration,
     /// Binding offsets to addresses and building the reads.
     pub prepare: Duration,
-    /// From the first post until the last read settled.
+    /// From the start of `prepare` until the reads of the first wave were posted: what a refit does before bytes move, and
+    /// for transports that copy with the caller's thread, some of the moving.
+    pub posted: Duration,
+    /// From the first post until the last read settled, without `land` up to then.
     pub pull: Duration,
-    /// Landing copies and fills.
+    /// Landing copies and fills, as far as they were waited for.
     pub land: Duration,
     /// From the start of `prepare` to the end of `install`.
     pub total: Duration,

@@ -7,14 +7,14 @@
 //!                        └── cancel         └────── a failure in direct mode ──▶ InvalidTarget ──prepare──▶ …
 //! ```
 
+mod prepare;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use refit_planner::{
-    LowerOptions, Mode, PlanOptions, Program, RankLayout, SourceLayout, lower, plan,
-};
+use refit_planner::{LowerOptions, Mode, PlanOptions, Program, RankLayout};
 use refit_pool::Memory;
 use refit_translate::{PostAction, TargetLayout};
 use refit_transport::{
@@ -22,12 +22,14 @@ use refit_transport::{
     TransportPool,
 };
 
-use crate::bind::{self, Batch};
+use crate::bind;
 use crate::error::RefitError;
-use crate::land;
+use crate::land::DeviceLander;
 use crate::memory::in_layout_order;
 use crate::publication::Publication;
 use crate::report::Report;
+
+use self::prepare::{Planned, prepare};
 
 /// How a target plans and lowers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -194,21 +196,10 @@ struct Inner<T: Transport> {
     live: Vec<Memory>,
     /// By source rank: the publication a peer was met under, and the peer.
     peers: BTreeMap<u32, ([u8; 32], Peer)>,
+    /// What lands in memory that the processor cannot write.
+    device: Option<DeviceLander>,
     /// The last few plans, the latest first.
     planned: Vec<Planned>,
-}
-
-/// Plans kept for a target that changes between options or between trainers.
-const PLANS_KEPT: usize = 4;
-
-/// A plan, and what it was made from.
-#[derive(Debug)]
-struct Planned {
-    layouts: [u8; 32],
-    options: TargetOptions,
-    program: Arc<Program>,
-    /// The last binding of it: digest of the publications, and the pool's key.
-    bound: Option<([u8; 32], [u8; 32])>,
 }
 
 /// What travels through the states of one refit.
@@ -250,8 +241,24 @@ impl<T: Transport> Target<T> {
             options,
             live,
             peers: BTreeMap::new(),
+            device: None,
             planned: Vec::new(),
         })))
+    }
+
+    /// Lands by this device's kernel, which parameters in its memory need where bytes are staged or filled.
+    #[cfg(feature = "cuda")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+    #[must_use]
+    pub fn with_device(mut self, device: DeviceLander) -> Self {
+        self.0.device = Some(device);
+        self.0.planned.clear();
+        self
+    }
+
+    /// How bytes come from each source rank met so far, and why that way.
+    pub fn routes(&self) -> impl Iterator<Item = (u32, String)> {
+        self.0.peers.iter().map(|(&rank, (_, peer))| (rank, self.0.transport.route(peer)))
     }
 
     /// The rank's layout.
@@ -348,7 +355,9 @@ impl<T: Transport> Prepared<T> {
     pub fn pull(self) -> Result<Pulling<T>, Failed<Unfinished<T>>> {
         let Self { mut refit, lease } = self;
         refit.started = Instant::now();
-        match refit.post(lease) {
+        let reading = refit.post(lease);
+        refit.report.posted = refit.began.elapsed();
+        match reading {
             Reading::Stopped(stop) => Err(refit.stopped(stop)),
             reading => Ok(Pulling { reading: Some(reading), refit }),
         }
@@ -399,7 +408,8 @@ impl<T: Transport> Pulled<T> {
     /// Copies what the last wave staged to its place, converting elements on the way, and writes the fills.
     ///
     /// # Errors
-    /// [`RefitError::NotHost`] for parameters the processor cannot write.
+    /// [`RefitError::NotHost`] for parameters the processor cannot write, [`RefitError::Device`] from the device that
+    /// lands.
     pub fn land(self) -> Result<Landed<T>, Failed<InvalidTarget<T>>> {
         let Self { mut refit, lease } = self;
         match refit.land(&lease).and_then(|()| refit.fill()) {
@@ -420,8 +430,11 @@ impl<T: Transport> Landed<T> {
 }
 
 impl<T: Transport> Refit<T> {
-    /// Posts the reads of the current wave.
+    /// Posts the reads of the current wave, once nothing is landed any more from where they arrive.
     fn post(&mut self, lease: TransportLease<T>) -> Reading<T> {
+        if let Err(error) = self.landed_before(self.wave) {
+            return Reading::Stopped(Stop::Landing(error));
+        }
         let first = self.batches.end;
         self.batches = first..first + bind::batches_of(&self.program, self.program.wave(self.wave));
         let live = std::mem::take(&mut self.inner.live);
@@ -451,24 +464,34 @@ impl<T: Transport> Refit<T> {
         self.post(lease)
     }
 
-    /// Lands what the current wave has staged.
+    /// Lands what the current wave has staged. On a device this only begins here.
     fn land(&mut self, lease: &TransportLease<T>) -> Result<(), RefitError> {
         let started = Instant::now();
-        let staging = match lease.arenas() {
-            [] => &[][..],
-            [arena, ..] => arena
-                .host_bytes()
-                .ok_or_else(|| RefitError::NotHost { param: "staging".to_owned() })?,
-        };
-        let landings = self.program.wave(self.wave).landings;
-        land::land(landings, staging, self.program.targets(), &mut self.inner.live)?;
+        let Inner { planned, live, .. } = &mut *self.inner;
+        let staging = lease.arenas().first();
+        planned[0].landings.land(&self.program, self.wave, staging, live)?;
         self.report.land += started.elapsed();
         Ok(())
     }
 
+    /// Waits for the landings whose staging memory this wave uses; all of them before the first.
+    fn landed_before(&mut self, wave: usize) -> Result<(), RefitError> {
+        let started = Instant::now();
+        let busy = match wave.checked_sub(self.program.slots()) {
+            Some(last) => 0..last + 1,
+            None if wave == 0 => 0..self.program.waves().len(),
+            None => return Ok(()),
+        };
+        self.inner.planned[0].landings.wait(busy)?;
+        self.report.land += started.elapsed();
+        Ok(())
+    }
+
+    /// Writes the fills and waits for everything that lands.
     fn fill(&mut self) -> Result<(), RefitError> {
         let started = Instant::now();
-        land::fill(self.program.fills(), self.program.targets(), &mut self.inner.live)?;
+        let Inner { planned, live, .. } = &mut *self.inner;
+        planned[0].landings.fill(&self.program, live)?;
         self.report.land += started.elapsed();
         Ok(())
     }
@@ -512,6 +535,11 @@ impl<T: Transport> Refit<T> {
         if let Some(live) = live {
             self.inner.live = live;
         }
+        // Nothing may be landed into parameters that are handed back. If waiting fails, the device has failed and
+        // moves nothing any more.
+        if let Err(landing) = self.inner.planned[0].landings.wait(0..self.program.waves().len()) {
+            tracing::warn!(%landing, "a landing failed as well");
+        }
         // Earlier waves have landed; in staged mode there are none.
         let wrote_live =
             (touched || self.wave > 0) && self.inner.options.lower.mode == Mode::Direct;
@@ -522,167 +550,4 @@ impl<T: Transport> Refit<T> {
         };
         Failed { error, state }
     }
-}
-
-type Refused<T> = (RefitError, Box<Inner<T>>);
-
-fn prepare<T: Transport>(
-    mut inner: Box<Inner<T>>,
-    publications: &[Publication],
-    invalid: bool,
-) -> Result<Prepared<T>, Refused<T>> {
-    let began = Instant::now();
-    let mut report = Report::default();
-    match inner.prepare(publications, &mut report) {
-        Ok((program, lease)) => {
-            let reads = |batch| inner.transport.reads(batch) as u64;
-            report.reads = lease.prepared().iter().map(reads).sum();
-            report.wire_bytes = program.wire_bytes();
-            report.needed_bytes = program.needed_bytes();
-            report.staging_bytes = program.staging_bytes();
-            let refit = Refit {
-                inner,
-                invalid,
-                program,
-                report,
-                began,
-                started: began,
-                wave: 0,
-                batches: 0..0,
-            };
-            Ok(Prepared { refit, lease })
-        }
-        Err(error) => Err((error, inner)),
-    }
-}
-
-impl<T: Transport> Inner<T> {
-    fn prepare(
-        &mut self,
-        publications: &[Publication],
-        report: &mut Report,
-    ) -> Result<(Arc<Program>, TransportLease<T>), RefitError> {
-        let started = Instant::now();
-        let (program, key) = self.planned(publications, report)?;
-        report.plan = started.elapsed();
-        let started = Instant::now();
-        self.connect(publications, &program)?;
-        report.connect = started.elapsed();
-
-        let Self { transport, live, peers, .. } = self;
-        let lease = self.pool.lease(key.into(), |build| {
-            let arena = match program.staging_bytes() {
-                0 => None,
-                bytes => Some(build.arena(bytes)?),
-            };
-            build.register(live.iter().map(Memory::allocation))?;
-            let started = Instant::now();
-            let batches =
-                bind::bind(&program, publications, live, arena.as_ref(), build.registered())?;
-            let mut prepared = Vec::with_capacity(batches.len());
-            for Batch { rank, reads } in batches {
-                let (_, peer) = peers.get(&rank).ok_or(RefitError::MissingPublication { rank })?;
-                report.prepared_reads += reads.len() as u64;
-                prepared.push(transport.prepare(peer, &reads)?);
-            }
-            report.prepare = started.elapsed();
-            Ok::<_, RefitError>(prepared)
-        });
-        let lease = lease.map_err(RefitError::from_lease)?;
-        if let Some(built) = lease.built() {
-            report.allocations = built.allocations;
-            report.allocate = built.allocate;
-            report.registrations = built.registrations;
-            report.register = built.register;
-        }
-        Ok((program, lease))
-    }
-
-    /// The program for these publications and its key in the pool: planned anew when a layout changed, bound anew
-    /// when an address or an agent did, looked up otherwise.
-    fn planned(
-        &mut self,
-        publications: &[Publication],
-        report: &mut Report,
-    ) -> Result<(Arc<Program>, [u8; 32]), RefitError> {
-        let layouts = digest("refit layouts v1", publications, Publication::layout_digest);
-        let known =
-            |planned: &Planned| planned.layouts == layouts && planned.options == self.options;
-        match self.planned.iter().position(known) {
-            Some(index) => self.planned[..=index].rotate_right(1),
-            None => {
-                let source = SourceLayout::new(publications.iter().map(Publication::layout))?;
-                let plan = plan(&source, &self.layout, &self.options.plan)?;
-                let program =
-                    Arc::new(lower(&plan, &self.transport.capabilities(), &self.options.lower)?);
-                report.plans += 1;
-                self.planned.truncate(PLANS_KEPT - 1);
-                self.planned
-                    .insert(0, Planned { layouts, options: self.options, program, bound: None });
-            }
-        }
-        let planned = &mut self.planned[0];
-        let bindings = digest("refit bindings v1", publications, Publication::digest);
-        let key = match planned.bound {
-            Some((known, key)) if known == bindings => key,
-            _ => {
-                let key = lease_key(&planned.program, &bindings, &self.live);
-                planned.bound = Some((bindings, key));
-                key
-            }
-        };
-        Ok((planned.program.clone(), key))
-    }
-
-    /// Meets every agent that the program reads from and that is not known yet, or not under this description.
-    fn connect(
-        &mut self,
-        publications: &[Publication],
-        program: &Program,
-    ) -> Result<(), RefitError> {
-        for source in program.sources().chunk_by(|a, b| a.rank == b.rank) {
-            let rank = source[0].rank;
-            let missing = RefitError::MissingPublication { rank };
-            let publication =
-                publications.iter().find(|each| each.rank() == rank).ok_or(missing)?;
-            let met = self.peers.get(&rank);
-            if met.is_some_and(|(digest, _)| digest == publication.digest()) {
-                continue;
-            }
-            if let Some((_, stale)) = self.peers.remove(&rank)
-                && stale.name != publication.agent()
-                && self.peers.values().all(|(_, other)| other.name != stale.name)
-                && let Err(error) = self.transport.disconnect(&stale)
-            {
-                // It may be gone already; that nobody reads from it any more is what counts.
-                tracing::debug!(agent = stale.name, %error, "a peer could not be forgotten");
-            }
-            let peer = self.transport.connect(publication.agent(), publication.metadata())?;
-            self.peers.insert(rank, (*publication.digest(), peer));
-        }
-        Ok(())
-    }
-}
-
-fn digest(
-    context: &'static str,
-    publications: &[Publication],
-    part: impl Fn(&Publication) -> &[u8; 32],
-) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new_derive_key(context);
-    for publication in publications {
-        hasher.update(part(publication));
-    }
-    *hasher.finalize().as_bytes()
-}
-
-/// What decides the prepared reads: the program, where the sources are, where our own parameters are.
-fn lease_key(program: &Program, bindings: &[u8; 32], live: &[Memory]) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new_derive_key("refit lease v1");
-    hasher.update(program.hash().as_bytes());
-    hasher.update(bindings);
-    for memory in live {
-        hasher.update(&memory.address().to_le_bytes());
-    }
-    *hasher.finalize().as_bytes()
 }

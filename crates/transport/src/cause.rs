@@ -1,3 +1,5 @@
+use refit_planner::Transform;
+
 /// What was wrong, below the operation that a [`TransportError`](crate::TransportError) names.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -110,6 +112,27 @@ pub enum Cause {
     Strided {
         /// Index of the read.
         read: usize,
+    },
+    /// A cast or map on a transport that does not declare them.
+    #[error(
+        "read {read} is to change elements on their way ({transform:?}), this transport copies only; lower with its \
+         capabilities"
+    )]
+    Transform {
+        /// Index of the read.
+        read: usize,
+        /// What is to happen.
+        transform: Transform,
+    },
+    /// A run that is not made of whole elements.
+    #[error("read {read} has runs of {len} bytes, no whole elements for {transform:?}")]
+    Elements {
+        /// Index of the read.
+        read: usize,
+        /// Bytes of a run.
+        len: u64,
+        /// What is to happen to the elements.
+        transform: Transform,
     },
     /// Lengths of a read that disagree.
     #[error("read {read} says {len} bytes on the {side} side, its runs span {extent}")]

@@ -17,7 +17,7 @@
 //! use std::sync::Arc;
 //! use std::time::{Duration, Instant};
 //!
-//! use refit_planner::Dims;
+//! use refit_planner::{Dims, Transform};
 //! use refit_pool::{Allocator, HostAllocator, Key, Pool, PoolOptions};
 //! use refit_transport::local::{LocalTransport, Network};
 //! use refit_transport::{LocalRange, Pull, ReadOp, RemoteRange, Transport, TransportRegistrar};
@@ -40,6 +40,8 @@
 //!         into: LocalRange { address: arena.address(), len: 4096, kind: arena.kind() },
 //!         run: 4096,
 //!         dims: Dims::none(),
+//!         transform: Transform::Copy,
+//!         bulk: false,
 //!     };
 //!     Ok::<_, Box<dyn std::error::Error>>(vec![engine.prepare(&peer, &[read])?])
 //! });
@@ -55,6 +57,7 @@
 mod cause;
 mod envelope;
 mod error;
+mod patterns;
 mod peers;
 mod pool;
 mod pull;
@@ -72,6 +75,7 @@ pub mod nixl;
 
 pub use cause::Cause;
 pub use error::{Side, TransportError};
+pub use patterns::Written;
 pub use pool::{TransportLease, TransportPool, TransportRegistrar};
 pub use pull::{Progress, Pull, PullError, PullStats, Settled};
 pub use transport::{LocalRange, Peer, ReadOp, RemoteRange, Status, Transport};

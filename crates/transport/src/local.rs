@@ -27,7 +27,7 @@ use crate::envelope;
 use crate::peers::{PeerState, Peers};
 use crate::reads::{check_shapes, written};
 use crate::registry::{Holds, Registered};
-use crate::{Cause, LocalRange, Peer, ReadOp, Side, Status, Transport, TransportError};
+use crate::{Cause, Peer, ReadOp, Side, Status, Transport, TransportError, Written};
 
 pub use self::network::Network;
 
@@ -47,12 +47,7 @@ pub struct LocalOptions {
 impl Default for LocalOptions {
     /// Strided reads, the cost of a copy on one ordinary core, 16 MiB a poll.
     fn default() -> Self {
-        let capabilities = Capabilities {
-            strided_reads: true,
-            bytes_per_us: 4_000,
-            ns_per_read: 100,
-            max_reads: u64::MAX,
-        };
+        let capabilities = Capabilities { strided_reads: true, ..Capabilities::plain(4_000, 100) };
         Self { capabilities, bytes_per_poll: 16 << 20 }
     }
 }
@@ -92,7 +87,7 @@ pub struct LocalReads {
     owner: u64,
     peer: Arc<PeerState<Link>>,
     reads: Vec<ReadOp>,
-    written: Vec<LocalRange>,
+    written: Vec<Written>,
     /// Keeps the memory that is written registered, and so allocated.
     _holds: Holds<()>,
     /// Where the copying is; `None` unless posted.
@@ -266,7 +261,7 @@ impl Transport for LocalTransport {
         })
     }
 
-    fn written<'a>(&self, prepared: &'a LocalReads) -> &'a [LocalRange] {
+    fn written<'a>(&self, prepared: &'a LocalReads) -> &'a [Written] {
         &prepared.written
     }
 

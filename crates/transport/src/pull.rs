@@ -136,15 +136,12 @@ impl<T: Transport> Pull<T> {
     fn post(&mut self) {
         let Some(owned) = &mut self.owned else { return };
         let batches = &mut owned.lease.prepared_mut()[self.batches.clone()];
-        for (batch, state) in batches.iter_mut().zip(&mut self.states) {
-            // SAFETY: `check` found everything the batch writes inside the lease's arenas and `live`, and written by
-            // no other batch of this pull. This pull holds the exclusive handles of both: they are given back only
-            // when every batch has settled, and leaked otherwise.
-            let posted = unsafe { self.transport.post(batch) };
-            *state = step(posted, &mut self.errors);
-            if !self.errors.is_empty() {
-                break;
-            }
+        // SAFETY: `check` found everything the batches write inside the lease's arenas and `live`, and no byte written
+        // by two of them. This pull holds the exclusive handles of both: they are given back only when every batch
+        // has settled, and leaked otherwise.
+        let answers = unsafe { self.transport.post_all(batches) };
+        for (answer, state) in answers.into_iter().zip(&mut self.states) {
+            *state = step(answer, &mut self.errors);
         }
         self.stats.posting = self.started.elapsed();
         self.stats.total = self.stats.posting;

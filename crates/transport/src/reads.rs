@@ -1,9 +1,9 @@
 //! The checks every backend makes before it builds a batch. None of the arithmetic can wrap.
 
-use refit_planner::Capabilities;
-use refit_pool::MemoryKind;
+use refit_planner::{Capabilities, Transform};
 
-use crate::{Cause, LocalRange, ReadOp, Side, TransportError};
+use crate::patterns::shared;
+use crate::{Cause, LocalRange, ReadOp, Side, TransportError, Written};
 
 /// Refuses reads whose numbers disagree, or that the transport does not execute.
 pub(crate) fn check_shapes(reads: &[ReadOp], capabilities: &Capabilities) -> Result<(), Cause> {
@@ -17,10 +17,16 @@ pub(crate) fn check_shapes(reads: &[ReadOp], capabilities: &Capabilities) -> Res
         if !op.dims.is_none() && !capabilities.strided_reads {
             return Err(Cause::Strided { read });
         }
+        if op.transform != Transform::Copy && !capabilities.transforms {
+            return Err(Cause::Transform { read, transform: op.transform });
+        }
+        if !op.transform.takes(op.run) {
+            return Err(Cause::Elements { read, len: op.run, transform: op.transform });
+        }
         // Extents saturate; one that did cannot lie inside registered memory, which is checked next.
         let sides = [
             (Side::Remote, op.from.len, op.dims.source_extent(op.run)),
-            (Side::Local, op.into.len, op.dims.target_extent(op.run)),
+            (Side::Local, op.into.len, op.dims.target_extent(op.written_run())),
         ];
         for (side, len, extent) in sides {
             if len != extent {
@@ -31,64 +37,48 @@ pub(crate) fn check_shapes(reads: &[ReadOp], capabilities: &Capabilities) -> Res
     Ok(())
 }
 
-/// The bytes that reads write, sorted and joined where they touch.
+/// What reads write, sorted, contiguous patterns joined where they touch.
 ///
-/// The reads have passed [`check_shapes`] and lie in registered memory, so that the number of runs is bounded by it.
+/// The reads have passed [`check_shapes`] and lie in registered memory.
 ///
 /// # Errors
 /// [`TransportError::Overlap`] when a byte would be written twice.
-pub(crate) fn written(peer: &str, reads: &[ReadOp]) -> Result<Vec<LocalRange>, TransportError> {
-    let mut runs: Vec<Run> = Vec::with_capacity(reads.len());
+pub(crate) fn written(peer: &str, reads: &[ReadOp]) -> Result<Vec<Written>, TransportError> {
+    let overlap = |first, second| TransportError::Overlap { peer: peer.into(), first, second };
+    let mut patterns: Vec<(Written, usize)> = Vec::with_capacity(reads.len());
     for (read, op) in reads.iter().enumerate() {
-        let bytes = op.dims.runs().checked_mul(op.run);
-        if bytes.is_none_or(|bytes| bytes > op.into.len) {
-            // More bytes than room: some byte is written twice, and the runs may be too many to list.
-            return Err(TransportError::Overlap { peer: peer.into(), first: read, second: read });
+        let LocalRange { address, kind, .. } = op.into;
+        let pattern = Written { kind, address, run: op.written_run(), dims: op.dims.clone() };
+        if pattern.overlaps_itself() {
+            return Err(overlap(read, read));
         }
-        runs.extend(op.dims.offsets().map(|(_, offset)| {
-            let start = op.into.address + offset;
-            Run { kind: op.into.kind, start, end: start + op.run, read }
-        }));
+        patterns.push((pattern, read));
     }
     // Plans come sorted; asking costs a tenth of sorting.
-    if !runs.is_sorted_by_key(|run| (run.kind, run.start)) {
-        runs.sort_unstable_by_key(|run| (run.kind, run.start));
+    let place = |pattern: &(Written, usize)| (pattern.0.kind, pattern.0.address);
+    if !patterns.is_sorted_by_key(place) {
+        patterns.sort_by_key(place);
     }
-    let mut joined: Vec<LocalRange> = Vec::new();
-    let mut last: Option<&Run> = None;
-    for run in &runs {
-        if let Some(last) = last
-            && last.kind == run.kind
-            && run.start < last.end
-        {
-            return Err(TransportError::Overlap {
-                peer: peer.into(),
-                first: last.read,
-                second: run.read,
-            });
+    let tagged: Vec<(&Written, usize)> =
+        patterns.iter().map(|(pattern, read)| (pattern, *read)).collect();
+    if let Some((first, second)) = shared(&tagged) {
+        return Err(overlap(first, second));
+    }
+    let mut joined: Vec<Written> = Vec::with_capacity(patterns.len());
+    for (pattern, _) in patterns {
+        match joined.last_mut() {
+            Some(last)
+                if last.kind == pattern.kind
+                    && last.dims.is_none()
+                    && pattern.dims.is_none()
+                    && last.end() == pattern.address =>
+            {
+                last.run += pattern.run;
+            }
+            _ => joined.push(pattern),
         }
-        last = Some(run);
-        push_joined(&mut joined, run.kind, run.start, run.end);
     }
     Ok(joined)
-}
-
-struct Run {
-    kind: MemoryKind,
-    start: u64,
-    end: u64,
-    read: usize,
-}
-
-fn push_joined(joined: &mut Vec<LocalRange>, kind: MemoryKind, start: u64, end: u64) {
-    if let Some(last) = joined.last_mut()
-        && last.kind == kind
-        && last.address + last.len == start
-    {
-        last.len = end - last.address;
-        return;
-    }
-    joined.push(LocalRange { address: start, len: end - start, kind });
 }
 
 /// Most bytes of an agent's name, incarnation included.
@@ -103,13 +93,14 @@ pub(crate) fn check_name(name: &str) -> Result<(), Cause> {
 
 #[cfg(test)]
 mod tests {
-    use refit_planner::{Dim, Dims};
+    use refit_planner::{Dim, Dims, Dtype};
+    use refit_pool::MemoryKind;
 
     use super::*;
     use crate::RemoteRange;
 
     const CAPABILITIES: Capabilities =
-        Capabilities { strided_reads: true, bytes_per_us: 1, ns_per_read: 1, max_reads: 8 };
+        Capabilities { strided_reads: true, max_reads: 8, ..Capabilities::plain(1, 1) };
 
     fn op(address: u64, run: u64, dims: Dims) -> ReadOp {
         let kind = MemoryKind::Host;
@@ -119,6 +110,8 @@ mod tests {
             into: LocalRange { address, len: into, kind },
             run,
             dims,
+            transform: Transform::Copy,
+            bulk: false,
         }
     }
 
@@ -131,13 +124,10 @@ mod tests {
         let reads =
             [op(200, 10, Dims::none()), op(100, 100, Dims::none()), op(300, 4, strided(3, 8))];
         let joined = written("p", &reads).unwrap();
-        let spans: Vec<_> = joined.iter().map(|range| (range.address, range.len)).collect();
-        assert_eq!(spans, [(100, 110), (300, 4), (308, 4), (316, 4)]);
+        let spans: Vec<_> = joined.iter().map(|w| (w.address, w.run, w.dims.runs())).collect();
+        assert_eq!(spans, [(100, 110, 1), (300, 4, 3)]);
         let interleaved = [op(300, 4, strided(3, 8)), op(304, 4, strided(3, 8))];
-        assert_eq!(
-            written("p", &interleaved).unwrap(),
-            [LocalRange { address: 300, len: 24, kind: MemoryKind::Host }]
-        );
+        assert_eq!(written("p", &interleaved).unwrap().len(), 2);
     }
 
     #[test]
@@ -173,6 +163,26 @@ mod tests {
             check_shapes(&[op(1, 4, strided(2, 8))], &plain),
             Err(Cause::Strided { read: 0 })
         );
+    }
+
+    #[test]
+    fn transforms_need_a_transport_that_has_them_and_whole_elements() {
+        let cast = Transform::Cast { from: Dtype::F32, to: Dtype::Bf16 };
+        let mut read = op(100, 8, Dims::none());
+        read.transform = cast;
+        read.into.len = 4;
+        assert_eq!(
+            check_shapes(&[read.clone()], &CAPABILITIES),
+            Err(Cause::Transform { read: 0, transform: cast })
+        );
+        let casting = Capabilities { transforms: true, ..CAPABILITIES };
+        assert_eq!(check_shapes(&[read.clone()], &casting), Ok(()));
+        assert_eq!(
+            written("p", &[read.clone()]).unwrap(),
+            [Written::range(MemoryKind::Host, 100, 4)]
+        );
+        read.run = 7;
+        assert!(matches!(check_shapes(&[read], &casting), Err(Cause::Elements { len: 7, .. })));
     }
 
     #[test]

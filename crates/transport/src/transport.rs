@@ -2,10 +2,10 @@
 
 use std::fmt::Debug;
 
-use refit_planner::{Capabilities, Dims};
+use refit_planner::{Capabilities, Dims, Transform};
 use refit_pool::{MemoryKind, Region};
 
-use crate::TransportError;
+use crate::{TransportError, Written};
 
 /// A range of this process's registered memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -36,10 +36,22 @@ pub struct ReadOp {
     pub from: RemoteRange,
     /// What is written: the whole extent of the pattern.
     pub into: LocalRange,
-    /// Bytes of one contiguous run.
+    /// Bytes of one contiguous run, as it is read.
     pub run: u64,
     /// How the run repeats; only for transports that declare `strided_reads`.
     pub dims: Dims,
+    /// What happens to the elements; only for transports that declare `transforms`.
+    pub transform: Transform,
+    /// Whether a transport that declares `bulk` should use it for this contiguous copy. The others take no notice.
+    pub bulk: bool,
+}
+
+impl ReadOp {
+    /// Bytes of one run as it is written.
+    #[must_use]
+    pub fn written_run(&self) -> u64 {
+        self.transform.target_bytes(self.run)
+    }
 }
 
 /// A peer this transport can read from.
@@ -81,6 +93,16 @@ pub trait Transport: Debug + Send + Sync + 'static {
 
     /// What this transport can do; the lowering decides by it.
     fn capabilities(&self) -> Capabilities;
+
+    /// What it can do with this peer, where that is not the same for all of them.
+    fn capabilities_of(&self, _peer: &Peer) -> Capabilities {
+        self.capabilities()
+    }
+
+    /// How bytes come from this peer, and why that way, for people to read.
+    fn route(&self, _peer: &Peer) -> String {
+        self.backend().to_owned()
+    }
 
     /// What a peer needs to know to read from this agent. Changes with every registration.
     ///
@@ -128,8 +150,9 @@ pub trait Transport: Debug + Send + Sync + 'static {
     /// tell, [`TransportError::Overlap`] when two reads write the same byte, [`TransportError::Prepare`] otherwise.
     fn prepare(&self, peer: &Peer, reads: &[ReadOp]) -> Result<Self::Prepared, TransportError>;
 
-    /// The local ranges that a batch writes, joined where they touch, sorted by address.
-    fn written<'a>(&self, prepared: &'a Self::Prepared) -> &'a [LocalRange];
+    /// What a batch writes: patterns that share no byte, sorted by kind and address, contiguous ones joined where they
+    /// touch.
+    fn written<'a>(&self, prepared: &'a Self::Prepared) -> &'a [Written];
 
     /// How many reads a batch posts.
     fn reads(&self, prepared: &Self::Prepared) -> usize;
@@ -144,6 +167,25 @@ pub trait Transport: Debug + Send + Sync + 'static {
     /// From this call until it or [`poll`](Self::poll) returns something other than [`Status::Pending`], nobody
     /// accesses the memory that the batch writes.
     unsafe fn post(&self, prepared: &mut Self::Prepared) -> Result<Status, TransportError>;
+
+    /// Starts several batches, in their order, and ends with the first that fails. One answer for each that was tried.
+    ///
+    /// # Safety
+    /// As [`post`](Self::post), for every one of them. No two of them write the same byte.
+    unsafe fn post_all(
+        &self,
+        batches: &mut [Self::Prepared],
+    ) -> Vec<Result<Status, TransportError>> {
+        let mut answers = Vec::with_capacity(batches.len());
+        for batch in batches {
+            // SAFETY: the caller's promise.
+            answers.push(unsafe { self.post(batch) });
+            if matches!(answers.last(), Some(Err(_))) {
+                break;
+            }
+        }
+        answers
+    }
 
     /// Asks where a posted batch stands, and moves it on.
     ///

@@ -9,12 +9,8 @@ use crate::execute::{self, Sources};
 use crate::{landing, oracle};
 
 /// A transport that takes few reads.
-pub(super) const CAPABILITIES: Capabilities = Capabilities {
-    strided_reads: false,
-    bytes_per_us: 2_000,
-    ns_per_read: 5_000,
-    max_reads: 1 << 12,
-};
+pub(super) const CAPABILITIES: Capabilities =
+    Capabilities { max_reads: 1 << 12, ..Capabilities::plain(2_000, 5_000) };
 
 /// Pieces of one plan.
 const PIECES: u64 = 1 << 12;

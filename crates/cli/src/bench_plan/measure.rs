@@ -12,12 +12,7 @@ use crate::error::CliError;
 use crate::memory;
 
 /// What `refit plan` assumes where nothing is said.
-const CAPABILITIES: Capabilities = Capabilities {
-    strided_reads: false,
-    bytes_per_us: 2_000,
-    ns_per_read: 5_000,
-    max_reads: u64::MAX,
-};
+const CAPABILITIES: Capabilities = Capabilities::plain(2_000, 5_000);
 
 /// What one size costs. Times are medians, in seconds.
 #[derive(Debug, Serialize)]

@@ -221,4 +221,14 @@ impl Stager {
         self.most = self.most.max(end);
         Ok((self.wave, base))
     }
+
+    /// Bytes from the staging memory of one wave to that of the next, where `slots` waves have memory of their own.
+    pub(super) fn slot(&self, slots: u64) -> Result<u64, LowerError> {
+        let slot = self.most.checked_next_multiple_of(STAGING_ALIGN);
+        let all = slot.and_then(|slot| slot.checked_mul(slots));
+        match (slot, all.is_some_and(|all| i64::try_from(all).is_ok())) {
+            (Some(slot), true) => Ok(slot),
+            _ => Err(LowerError::StagingTooLarge),
+        }
+    }
 }

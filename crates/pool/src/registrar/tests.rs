@@ -61,6 +61,64 @@ fn a_merged_region_keeps_every_owner_alive() {
     assert_eq!(owners.each_ref().map(Arc::strong_count), [1, 1]);
 }
 
+/// A part of a larger allocation, as one parameter in a block of torch's.
+fn part(addresses: std::ops::Range<usize>, block: std::ops::Range<u64>, owner: &Arc<()>) -> Memory {
+    let start = NonNull::without_provenance(addresses.start.try_into().unwrap());
+    let owner = Arc::<()>::clone(owner);
+    // SAFETY: nobody reads or writes through it.
+    unsafe { Memory::adopt_within(start, addresses.len(), MemoryKind::Cuda(0), block, owner) }
+}
+
+#[test]
+fn parts_of_one_allocation_are_registered_once_and_keep_every_owner() {
+    const BLOCK: std::ops::Range<u64> = 0x10_0000..0x20_0000;
+    let owners = [(); 3].map(|()| Arc::new(()));
+    let parts = [
+        part(0x10_0200..0x10_0300, BLOCK, &owners[0]),
+        part(0x10_0000..0x10_0100, BLOCK, &owners[1]),
+        part(0x1f_ff00..0x20_0000, BLOCK, &owners[2]),
+    ];
+    assert_eq!((parts[0].address(), parts[0].len()), (0x10_0200, 0x100));
+    let other = part(0x20_0000..0x20_0010, 0x20_0000..0x20_0100, &owners[0]);
+    let registrar = Recorder::default();
+    let core = Arc::new(Core { registrar, max_registration: None, ledger: Arc::default() });
+    let mut registrations = Registrations::new(Arc::clone(&core));
+    let all = parts.iter().chain([&other]).map(|memory| memory.allocation().clone());
+    registrations.add(all.collect::<Vec<_>>()).unwrap();
+    assert_eq!(ranges(registrations.regions()), [(0x10_0000, 0x20_0000), (0x20_0000, 0x20_0100)]);
+    assert_eq!(core.registrar.seen.lock().1, [0x10_0000, 0x20_0000]);
+    // Another part of the same allocation, adopted later, is registered already.
+    let later = part(0x11_0000..0x11_0001, BLOCK, &owners[0]);
+    registrations.add([later.allocation().clone()]).unwrap();
+    assert_eq!(registrations.regions().len(), 2);
+    drop((parts, other, later));
+    assert_eq!(owners.each_ref().map(Arc::strong_count), [3, 2, 2]);
+    drop(registrations);
+    assert_eq!(owners.each_ref().map(Arc::strong_count), [1, 1, 1]);
+}
+
+#[test]
+fn a_part_that_is_split_keeps_its_whole_allocation() {
+    let memory = part(0x1100..0x1200, 0x1000..0x2000, &Arc::default());
+    let (head, tail) = memory.split_at(0x40);
+    assert_eq!((head.address(), head.len()), (0x1100, 0x40));
+    assert_eq!((tail.address(), tail.len()), (0x1140, 0xc0));
+    for part in [head, tail] {
+        assert_eq!(ranges(&[part.allocation().clone()]), [(0x1000, 0x2000)]);
+    }
+}
+
+/// On a thread's stack of 2 MiB, which a chain of this many owners would overflow when it goes.
+#[test]
+fn a_model_of_many_parameters_in_one_allocation_goes_without_recursion() {
+    let memory: Vec<_> = (0..200_000)
+        .map(|index| part(0x1000 + index..0x1001 + index, 0x1000..0x10_0000, &Arc::default()))
+        .collect();
+    let merged = merged(memory.iter().map(|memory| memory.allocation().clone()));
+    assert_eq!(ranges(&merged), [(0x1000, 0x10_0000)]);
+    drop((memory, merged));
+}
+
 #[test]
 fn only_what_is_missing_gets_registered() {
     let registered = [host(100..200), host(300..400)];

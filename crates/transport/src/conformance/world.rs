@@ -4,7 +4,7 @@ use std::ops::RangeBounds;
 use std::sync::Arc;
 use std::time::Instant;
 
-use refit_planner::Dims;
+use refit_planner::{Dims, Transform};
 use refit_pool::{Allocator, Key, LeaseError, Memory, Pool, PoolError, PoolOptions};
 
 use super::{Failure, Harness};
@@ -42,6 +42,8 @@ impl Chunk {
             into: LocalRange { address: target.address + self.into, len: into, kind: target.kind },
             run: self.run,
             dims: self.dims.clone(),
+            transform: Transform::Copy,
+            bulk: false,
         }
     }
 }

@@ -9,7 +9,7 @@ use nixl_sys::{RegistrationHandle, XferRequest};
 use super::agent::Agent;
 use crate::peers::PeerState;
 use crate::registry::Holds;
-use crate::{Cause, LocalRange, Status};
+use crate::{Cause, Status, Written};
 
 /// A batch of reads prepared by a [`NixlTransport`](super::NixlTransport).
 ///
@@ -27,7 +27,7 @@ struct Parts {
     _holds: Holds<RegistrationHandle>,
     agent: Arc<Agent>,
     peer: Arc<PeerState<()>>,
-    written: Vec<LocalRange>,
+    written: Vec<Written>,
     reads: usize,
 }
 
@@ -54,7 +54,7 @@ impl NixlReads {
         holds: Holds<RegistrationHandle>,
         agent: Arc<Agent>,
         peer: Arc<PeerState<()>>,
-        written: Vec<LocalRange>,
+        written: Vec<Written>,
         reads: usize,
     ) -> Self {
         let parts = Parts { requests, _holds: holds, agent, peer, written, reads };
@@ -69,7 +69,7 @@ impl NixlReads {
         &self.parts.agent
     }
 
-    pub(super) fn written(&self) -> &[LocalRange] {
+    pub(super) fn written(&self) -> &[Written] {
         &self.parts.written
     }
 
@@ -168,7 +168,7 @@ impl Drop for NixlReads {
             agent = parts.agent.name,
             peer = parts.peer.name,
             reads = parts.reads,
-            bytes = parts.written.iter().map(|range| range.len).sum::<u64>(),
+            bytes = parts.written.iter().map(Written::bytes).sum::<u64>(),
             "reads dropped before they settled; they are leaked with their memory"
         );
         mem::forget(parts);

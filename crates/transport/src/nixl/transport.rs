@@ -13,7 +13,7 @@ use crate::envelope;
 use crate::peers::{PeerState, Peers};
 use crate::reads::{check_shapes, written};
 use crate::registry::{Registered, Registry};
-use crate::{Cause, LocalRange, Peer, ReadOp, Side, Status, Transport, TransportError};
+use crate::{Cause, Peer, ReadOp, Side, Status, Transport, TransportError, Written};
 
 pub(super) type PeerLink = PeerState<()>;
 
@@ -213,7 +213,7 @@ impl Transport for NixlTransport {
         self.build(state, reads)
     }
 
-    fn written<'a>(&self, prepared: &'a NixlReads) -> &'a [LocalRange] {
+    fn written<'a>(&self, prepared: &'a NixlReads) -> &'a [Written] {
         prepared.written()
     }
 

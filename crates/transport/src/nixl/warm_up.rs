@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use refit_planner::Dims;
+use refit_planner::{Dims, Transform};
 use refit_pool::{Allocator, HostAllocator};
 
 use super::transport::{NixlTransport, PeerLink};
@@ -34,6 +34,8 @@ pub(super) fn first_byte(
         into: LocalRange { address: region.address(), len: 1, kind: region.kind() },
         run: 1,
         dims: Dims::none(),
+        transform: Transform::Copy,
+        bulk: false,
     };
     let mut batch = transport.build(Arc::clone(peer), &[read])?;
     let deadline = Instant::now() + wait;

@@ -3,7 +3,8 @@ use std::ops::Range;
 
 use refit_pool::{Memory, MemoryKind};
 
-use crate::{LocalRange, Transport, TransportLease};
+use crate::patterns::shared;
+use crate::{Transport, TransportLease, Written};
 
 /// What a pull writes, and whoever could access it.
 pub(super) struct Owned<T: Transport> {
@@ -25,13 +26,13 @@ impl<T: Transport> Owned<T> {
         let owned =
             joined(memory.map(|memory| (memory.kind(), memory.address(), memory.len() as u64)));
         let batches = which.clone().zip(&self.lease.prepared()[which]);
-        let mut written: Vec<(LocalRange, usize)> = batches
+        let mut written: Vec<(&Written, usize)> = batches
             .flat_map(|(batch, reads)| {
-                transport.written(reads).iter().map(move |range| (*range, batch))
+                transport.written(reads).iter().map(move |pattern| (pattern, batch))
             })
             .collect();
-        // Each batch's ranges are sorted: a stable sort merges them.
-        written.sort_by_key(|(range, _)| (range.kind, range.address));
+        // Each batch's patterns are sorted: a stable sort merges them.
+        written.sort_by_key(|(pattern, _)| (pattern.kind, pattern.address));
         check(&written, &owned)
     }
 
@@ -61,32 +62,23 @@ fn joined(ranges: impl Iterator<Item = (MemoryKind, u64, u64)>) -> Vec<Span> {
     joined
 }
 
-fn check(written: &[(LocalRange, usize)], owned: &[Span]) -> Result<u64, Refusal> {
+fn check(written: &[(&Written, usize)], owned: &[Span]) -> Result<u64, Refusal> {
     let mut bytes = 0;
     let mut owned = owned.iter().peekable();
-    let mut last: Option<(MemoryKind, u64, usize)> = None;
-    for &(range, batch) in written {
-        let end = range
-            .address
-            .checked_add(range.len)
-            .ok_or(Refusal::NotOwned { batch, len: range.len })?;
-        if let Some((kind, last_end, other)) = last
-            && kind == range.kind
-            && range.address < last_end
-        {
-            return Err(Refusal::Overlap { first: other, second: batch });
-        }
-        last = Some((range.kind, end, batch));
-        while owned.next_if(|span| (span.0, span.2) <= (range.kind, range.address)).is_some() {}
-        let inside = owned
-            .peek()
-            .is_some_and(|span| span.0 == range.kind && span.1 <= range.address && end <= span.2);
+    for &(pattern, batch) in written {
+        let (kind, start, end) = (pattern.kind, pattern.address, pattern.end());
+        while owned.next_if(|span| (span.0, span.2) <= (kind, start)).is_some() {}
+        let inside =
+            owned.peek().is_some_and(|span| span.0 == kind && span.1 <= start && end <= span.2);
         if !inside {
-            return Err(Refusal::NotOwned { batch, len: range.len });
+            return Err(Refusal::NotOwned { batch, len: pattern.bytes() });
         }
-        bytes += range.len;
+        bytes += pattern.bytes();
     }
-    Ok(bytes)
+    match shared(written) {
+        Some((first, second)) => Err(Refusal::Overlap { first, second }),
+        None => Ok(bytes),
+    }
 }
 
 #[cfg(test)]
@@ -95,8 +87,12 @@ mod tests {
 
     const HOST: MemoryKind = MemoryKind::Host;
 
-    fn at(address: u64, len: u64, batch: usize) -> (LocalRange, usize) {
-        (LocalRange { address, len, kind: HOST }, batch)
+    fn check_all(ranges: &[(u64, u64, usize)], owned: &[Span]) -> Result<u64, Refusal> {
+        let patterns: Vec<Written> =
+            ranges.iter().map(|&(address, len, _)| Written::range(HOST, address, len)).collect();
+        let tagged: Vec<(&Written, usize)> =
+            patterns.iter().zip(ranges).map(|(pattern, range)| (pattern, range.2)).collect();
+        check(&tagged, owned)
     }
 
     #[test]
@@ -104,24 +100,24 @@ mod tests {
         let owned =
             joined([(HOST, 300, 10), (HOST, 100, 50), (HOST, 150, 50), (HOST, 0, 0)].into_iter());
         assert_eq!(owned, [(HOST, 100, 200), (HOST, 300, 310)]);
-        assert_eq!(check(&[at(140, 20, 0), at(160, 40, 1), at(309, 1, 0)], &owned), Ok(61));
+        assert_eq!(check_all(&[(140, 20, 0), (160, 40, 1), (309, 1, 0)], &owned), Ok(61));
         for (address, len) in
             [(99, 1), (199, 2), (200, 1), (299, 2), (309, 2), (310, 1), (100, u64::MAX)]
         {
             assert_eq!(
-                check(&[at(address, len, 7)], &owned),
+                check_all(&[(address, len, 7)], &owned),
                 Err(Refusal::NotOwned { batch: 7, len })
             );
         }
-        let device = LocalRange { address: 100, len: 1, kind: MemoryKind::Cuda(0) };
-        assert_eq!(check(&[(device, 0)], &owned), Err(Refusal::NotOwned { batch: 0, len: 1 }));
+        let device = Written::range(MemoryKind::Cuda(0), 100, 1);
+        assert_eq!(check(&[(&device, 0)], &owned), Err(Refusal::NotOwned { batch: 0, len: 1 }));
     }
 
     #[test]
     fn two_batches_never_write_one_byte() {
         let owned = [(HOST, 0, 100)];
         assert_eq!(
-            check(&[at(0, 10, 0), at(9, 1, 1)], &owned),
+            check_all(&[(0, 10, 0), (9, 1, 1)], &owned),
             Err(Refusal::Overlap { first: 0, second: 1 })
         );
     }

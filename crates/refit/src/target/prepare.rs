@@ -1,0 +1,232 @@
+//! Making ready: plan, meet the sources, lower, bind, lease. Whatever was so the last time is looked up.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use refit_planner::{Capabilities, Program, SourceLayout, SourceParam, lower_for, plan};
+use refit_pool::Memory;
+use refit_transport::{Transport, TransportLease};
+
+use super::{Inner, Prepared, Refit, TargetOptions};
+use crate::bind::{self, Batch};
+use crate::error::RefitError;
+use crate::land::Landings;
+use crate::publication::Publication;
+use crate::report::Report;
+
+/// Plans kept for a target that changes between options or between trainers.
+const PLANS_KEPT: usize = 4;
+
+/// A plan, and what it was made from.
+#[derive(Debug)]
+pub(super) struct Planned {
+    layouts: [u8; 32],
+    options: TargetOptions,
+    program: Arc<Program>,
+    /// What the ways to the sources could do when it was lowered, by source rank.
+    links: Vec<(u32, Capabilities)>,
+    /// How the waves are landed.
+    pub(super) landings: Landings,
+    /// The last binding of it: digest of the publications, and the pool's key.
+    bound: Option<([u8; 32], [u8; 32])>,
+}
+
+type Refused<T> = (RefitError, Box<Inner<T>>);
+
+/// Prepares a target, or gives it back as it was.
+pub(super) fn prepare<T: Transport>(
+    mut inner: Box<Inner<T>>,
+    publications: &[Publication],
+    invalid: bool,
+) -> Result<Prepared<T>, Refused<T>> {
+    let began = Instant::now();
+    let mut report = Report::default();
+    match inner.make_ready(publications, &mut report) {
+        Ok((program, lease)) => {
+            let reads = |batch| inner.transport.reads(batch) as u64;
+            report.reads = lease.prepared().iter().map(reads).sum();
+            report.wire_bytes = program.wire_bytes();
+            report.needed_bytes = program.needed_bytes();
+            report.staging_bytes = program.staging_bytes();
+            let refit = Refit {
+                inner,
+                invalid,
+                program,
+                report,
+                began,
+                started: began,
+                wave: 0,
+                batches: 0..0,
+            };
+            Ok(Prepared { refit, lease })
+        }
+        Err(error) => Err((error, inner)),
+    }
+}
+
+impl<T: Transport> Inner<T> {
+    fn make_ready(
+        &mut self,
+        publications: &[Publication],
+        report: &mut Report,
+    ) -> Result<(Arc<Program>, TransportLease<T>), RefitError> {
+        let (program, key) = self.planned(publications, report)?;
+
+        let Self { transport, live, peers, .. } = self;
+        let lease = self.pool.lease(key.into(), |build| {
+            let arena = match program.staging_bytes() {
+                0 => None,
+                bytes => Some(build.arena(bytes)?),
+            };
+            build.register(live.iter().map(Memory::allocation))?;
+            let started = Instant::now();
+            let batches =
+                bind::bind(&program, publications, live, arena.as_ref(), build.registered())?;
+            let mut prepared = Vec::with_capacity(batches.len());
+            for Batch { rank, reads } in batches {
+                let (_, peer) = peers.get(&rank).ok_or(RefitError::MissingPublication { rank })?;
+                report.prepared_reads += reads.len() as u64;
+                prepared.push(transport.prepare(peer, &reads)?);
+            }
+            report.prepare = started.elapsed();
+            Ok::<_, RefitError>(prepared)
+        });
+        let lease = lease.map_err(RefitError::from_lease)?;
+        if let Some(built) = lease.built() {
+            report.allocations = built.allocations;
+            report.allocate = built.allocate;
+            report.registrations = built.registrations;
+            report.register = built.register;
+        }
+        Ok((program, lease))
+    }
+
+    /// The program for these publications and its key in the pool: planned anew when a layout changed, lowered anew when
+    /// a source is reached in another way, bound anew when an address or an agent changed, looked up otherwise.
+    fn planned(
+        &mut self,
+        publications: &[Publication],
+        report: &mut Report,
+    ) -> Result<(Arc<Program>, [u8; 32]), RefitError> {
+        let started = Instant::now();
+        let layouts = digest("refit layouts v1", publications, Publication::layout_digest);
+        let bindings = digest("refit bindings v1", publications, Publication::digest);
+        let known =
+            |planned: &Planned| planned.layouts == layouts && planned.options == self.options;
+        let found = match self.planned.iter().position(known) {
+            Some(index) => {
+                self.planned[..=index].rotate_right(1);
+                let program = self.planned[0].program.clone();
+                let met = self.planned[0].bound.is_some_and(|(known, _)| known == bindings);
+                report.plan = started.elapsed();
+                if !met {
+                    self.connect(publications, program.sources(), report)?;
+                }
+                let same = met || self.links(program.sources()) == self.planned[0].links;
+                if !same {
+                    self.planned.remove(0);
+                }
+                same
+            }
+            None => false,
+        };
+        if !found {
+            let started = Instant::now();
+            let source = SourceLayout::new(publications.iter().map(Publication::layout))?;
+            let plan = plan(&source, &self.layout, &self.options.plan)?;
+            report.plan += started.elapsed();
+            self.connect(publications, plan.sources(), report)?;
+
+            let started = Instant::now();
+            let links = self.links(plan.sources());
+            let link = |rank| {
+                let met = links.iter().find(|link| link.0 == rank);
+                met.map_or_else(|| self.transport.capabilities(), |link| link.1)
+            };
+            let program = Arc::new(lower_for(&plan, link, &self.options.lower)?);
+            let landings = Landings::new(&program, self.device.as_ref(), &self.live)?;
+            report.plans += 1;
+            let options = self.options;
+            self.planned.truncate(PLANS_KEPT - 1);
+            self.planned
+                .insert(0, Planned { layouts, options, program, links, landings, bound: None });
+            report.plan += started.elapsed();
+        }
+        let planned = &mut self.planned[0];
+        let key = match planned.bound {
+            Some((known, key)) if known == bindings => key,
+            _ => {
+                let key = lease_key(&planned.program, &bindings, &self.live);
+                planned.bound = Some((bindings, key));
+                key
+            }
+        };
+        Ok((planned.program.clone(), key))
+    }
+
+    /// What can be done with each of these sources' ranks, which have been met.
+    fn links(&self, sources: &[SourceParam]) -> Vec<(u32, Capabilities)> {
+        let ranks = sources.chunk_by(|a, b| a.rank == b.rank).map(|of_rank| of_rank[0].rank);
+        ranks
+            .filter_map(|rank| {
+                let (_, peer) = self.peers.get(&rank)?;
+                Some((rank, self.transport.capabilities_of(peer)))
+            })
+            .collect()
+    }
+
+    /// Meets every agent that is read from and that is not known yet, or not under this description.
+    fn connect(
+        &mut self,
+        publications: &[Publication],
+        sources: &[SourceParam],
+        report: &mut Report,
+    ) -> Result<(), RefitError> {
+        let started = Instant::now();
+        for source in sources.chunk_by(|a, b| a.rank == b.rank) {
+            let rank = source[0].rank;
+            let missing = RefitError::MissingPublication { rank };
+            let publication =
+                publications.iter().find(|each| each.rank() == rank).ok_or(missing)?;
+            let met = self.peers.get(&rank);
+            if met.is_some_and(|(digest, _)| digest == publication.digest()) {
+                continue;
+            }
+            if let Some((_, stale)) = self.peers.remove(&rank)
+                && stale.name != publication.agent()
+                && self.peers.values().all(|(_, other)| other.name != stale.name)
+                && let Err(error) = self.transport.disconnect(&stale)
+            {
+                // It may be gone already; that nobody reads from it any more is what counts.
+                tracing::debug!(agent = stale.name, %error, "a peer could not be forgotten");
+            }
+            let peer = self.transport.connect(publication.agent(), publication.metadata())?;
+            self.peers.insert(rank, (*publication.digest(), peer));
+        }
+        report.connect += started.elapsed();
+        Ok(())
+    }
+}
+
+fn digest(
+    context: &'static str,
+    publications: &[Publication],
+    part: impl Fn(&Publication) -> &[u8; 32],
+) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key(context);
+    for publication in publications {
+        hasher.update(part(publication));
+    }
+    *hasher.finalize().as_bytes()
+}
+
+/// What decides the prepared reads: the program, where the sources are, where our own parameters are.
+fn lease_key(program: &Program, bindings: &[u8; 32], live: &[Memory]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("refit lease v1");
+    hasher.update(program.hash().as_bytes());
+    hasher.update(bindings);
+    for memory in live {
+        hasher.update(&memory.address().to_le_bytes());
+    }
+    *hasher.finalize().as_bytes()
+}
