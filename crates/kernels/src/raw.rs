@@ -63,7 +63,7 @@ pub struct Placed {
     pub entries: u64,
     /// Address of its tiles' owners.
     pub owners: u64,
-    /// Added to every source; a multiple of [`ALIGN`].
+    /// Added to every source; a multiple of 16.
     pub base: u64,
     /// Tiles.
     pub tiles: u32,
