@@ -17,13 +17,15 @@ pub(crate) enum Task {
     Refit(Vec<String>),
     /// Run the criterion benches.
     Criterion(Vec<String>),
+    /// Draw what benches wrote.
+    Chart(Vec<String>),
+    /// Pack what runs on another host.
+    Bundle(bundle::Options),
     /// Compile the kernel to PTX.
     Ptx {
         /// Whether to only say if that would change anything.
         check: bool,
     },
-    /// Pack what runs on another host.
-    Bundle(bundle::Options),
     /// Check the rules of the house.
     Tidy,
     /// Run what CI runs.
@@ -62,6 +64,7 @@ impl Task {
             // These pass to `refit`; a leading `--` only ends the arguments of the task.
             "bench" => Ok(Self::Bench(without_separator(rest))),
             "refit" => Ok(Self::Refit(without_separator(rest))),
+            "chart" => Ok(Self::Chart(without_separator(rest))),
             "bundle" => bundle::Options::parse(rest).map(Self::Bundle),
             "setup" => none(&name, &rest).map(|()| Self::Setup),
             "ptx" => match rest.first().map(String::as_str) {

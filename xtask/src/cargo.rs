@@ -100,6 +100,15 @@ pub(crate) fn refit(root: &Path, nixl: &Nixl, args: &[String]) -> Result<(), Fai
     done
 }
 
+/// `refit chart`, which needs neither NIXL nor speed. Paths stay relative to where the user is.
+pub(crate) fn chart(root: &Path, args: &[String]) -> Result<(), Failure> {
+    let mut command = cargo(root);
+    command
+        .args(["run", "--quiet", "--package", "refit-cli", "--manifest-path"])
+        .arg(root.join("Cargo.toml"));
+    status(with(command, &[&["chart".to_owned()], args].concat()))
+}
+
 /// The criterion benches.
 pub(crate) fn criterion(root: &Path, args: &[String]) -> Result<(), Failure> {
     let mut command = cargo(root);

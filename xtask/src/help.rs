@@ -1,8 +1,8 @@
 //! Help texts.
 
 /// Every task, in the order of the overview.
-pub(crate) const NAMES: [&str; 9] =
-    ["bench", "test", "refit", "setup", "criterion", "bundle", "ptx", "tidy", "ci"];
+pub(crate) const NAMES: [&str; 10] =
+    ["bench", "test", "refit", "setup", "criterion", "chart", "bundle", "ptx", "tidy", "ci"];
 
 /// `cargo xtask --help`.
 pub(crate) const MAIN: &str = "\
@@ -14,6 +14,7 @@ Tasks:
   refit      run the `refit` command, built for release
   setup      fetch what NIXL needs; bench, test and refit do this themselves
   criterion  run the micro-benches
+  chart      draw what benches wrote
   bundle     pack the command and NIXL for a host without internet
   ptx        compile the CUDA kernel to PTX, after a change of it
   tidy       check the rules of the house that no compiler checks
@@ -30,6 +31,7 @@ pub(crate) fn of(name: &str) -> Option<&'static str> {
         "refit" => REFIT,
         "setup" => SETUP,
         "criterion" => CRITERION,
+        "chart" => CHART,
         "bundle" => BUNDLE,
         "ptx" => PTX,
         "tidy" => TIDY,
@@ -90,13 +92,13 @@ Example:
   cargo xtask criterion -- plan
 ";
 
-const PTX: &str = "\
-cargo xtask ptx [--check]
+const CHART: &str = "\
+cargo xtask chart FILE... --out FILE.svg
 
-Compiles crates/kernels/src/move.cu to the move.ptx beside it, with a pinned NVRTC that is fetched with pip into
-target/setup. Only after a change of move.cu; nobody else needs it. Needs Linux on x86_64, and no GPU.
+Runs `refit chart`, built without NIXL: draws what `refit bench --json` and benches/peers/gpu.py wrote.
 
-  --check  write nothing, and fail if the PTX would change
+Example:
+  cargo xtask chart docs/bench/qwen3-4b-host-nixl.json --out docs/bench/qwen3-4b-host-nixl.svg
 ";
 
 const BUNDLE: &str = "\
@@ -113,6 +115,15 @@ carry it), and all licences. Then unpacks it and replays a golden case with an e
 Example:
   cargo xtask bundle --tests
   tar -xf refit-*.tar.gz && refit-*/refit bench        # on the host
+";
+
+const PTX: &str = "\
+cargo xtask ptx [--check]
+
+Compiles crates/kernels/src/move.cu to the move.ptx beside it, with a pinned NVRTC that is fetched with pip into
+target/setup. Only after a change of move.cu; nobody else needs it. Needs Linux on x86_64, and no GPU.
+
+  --check  write nothing, and fail if the PTX would change
 ";
 
 const TIDY: &str = "\

@@ -51,8 +51,9 @@ fn run(task: Task) -> Result<(), Failure> {
         Task::Bench(args) => cargo::bench(&root, &nixl::Nixl::prepare(&root)?, &args),
         Task::Refit(args) => cargo::refit(&root, &nixl::Nixl::prepare(&root)?, &args),
         Task::Criterion(args) => cargo::criterion(&root, &args),
-        Task::Ptx { check } => ptx::run(&root, check),
+        Task::Chart(args) => cargo::chart(&root, &args),
         Task::Bundle(options) => bundle::run(&root, &options),
+        Task::Ptx { check } => ptx::run(&root, check),
         Task::Tidy => tidy::run(&root),
         Task::Ci { test } => ci::run(&root, test),
     }

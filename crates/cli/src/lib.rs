@@ -9,6 +9,7 @@ pub mod case;
 mod bands;
 mod bench;
 mod bench_plan;
+mod chart;
 mod device;
 mod error;
 mod memory;
@@ -40,6 +41,8 @@ enum Command {
     Verify(verify::Args),
     Bench(bench::Args),
     BenchPlan(bench_plan::Args),
+    /// Draw what benches wrote
+    Chart(chart::Args),
     /// One rank of a bench; started by `refit bench`, spoken to over its standard input
     #[command(hide = true)]
     BenchRank(bench::RankArgs),
@@ -54,6 +57,7 @@ pub fn main() -> ExitCode {
         Command::Verify(args) => verify::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::BenchPlan(args) => bench_plan::run(&args),
+        Command::Chart(args) => chart::run(&args),
         Command::BenchRank(args) => bench::run_rank(&args),
     };
     outcome.unwrap_or_else(|error| {

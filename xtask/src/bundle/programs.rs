@@ -8,8 +8,8 @@ use std::{
 use super::{licences::add_tree, runtime::Files};
 use crate::{cargo, failure::Failure};
 
-/// What is measured by itself on a GPU: the crate's folder, its name and the example.
-const RATES: (&str, &str, &str) = ("crates/kernels", "refit-kernels", "rates");
+/// What measures the kernel by itself on a GPU: an example, and the crate it is of.
+const RATES: (&str, &str) = ("refit-kernels", "rates");
 
 /// The `refit` command, built for release.
 pub(crate) fn command(root: &Path, features: &str) -> Result<Files, Failure> {
@@ -32,15 +32,11 @@ pub(crate) fn tests(root: &Path, features: &str) -> Result<Files, Failure> {
     if files.is_empty() {
         return Err(Failure::new("cargo built no tests"));
     }
-    let (folder, package, example) = RATES;
-    if root.join(folder).is_dir() {
-        let mut command = cargo::cargo(root);
-        command.args(["build", "--release", "--package", package, "--example", example]);
-        for path in executables(root, command)? {
-            files.insert(Path::new("tests/bin").join(plain_name(&path)), path);
-        }
-    } else {
-        eprintln!("bundle: there is no {folder}, so the example `{example}` stays out");
+    let (package, example) = RATES;
+    let mut command = cargo::cargo(root);
+    command.args(["build", "--release", "--package", package, "--example", example]);
+    for path in executables(root, command)? {
+        files.insert(Path::new("tests/bin").join(plain_name(&path)), path);
     }
     Ok(files)
 }
