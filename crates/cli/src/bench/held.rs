@@ -12,8 +12,8 @@ use crate::error::CliError;
 /// What a source rank holds.
 #[derive(Debug)]
 pub(super) enum Held<T: Transport> {
-    Plain(Source<T>),
-    Packed(PackedSource<T>),
+    Plain(Box<Source<T>>),
+    Packed(Box<PackedSource<T>>),
 }
 
 impl<T: Transport> Held<T> {
@@ -49,6 +49,6 @@ impl<T: Transport> Held<T> {
             directory.wait_for_requests(0..targets, patience).map_err(RefitError::from)?;
         let packed = source.pack(pool, &requests, u64::MAX)?;
         directory.publish(&packed.publication()?).map_err(RefitError::from)?;
-        Ok(Self::Packed(packed))
+        Ok(Self::Packed(Box::new(packed)))
     }
 }

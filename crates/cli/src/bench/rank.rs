@@ -94,7 +94,7 @@ pub(crate) fn source<T: Transport>(
     let _readable = setup.copies.then(|| Published::new(setup, home, params)).transpose()?;
     let directory = Directory::new(&setup.directory).map_err(RefitError::from)?;
     directory.publish(&source.publication()?).map_err(RefitError::from)?;
-    let mut held = Held::Plain(source);
+    let mut held = Held::Plain(Box::new(source));
     let fill = |held: &mut Held<T>, cycle| {
         held.update(|params| values.fill(home, &layout, params.into_iter(), cycle, setup.threads))
     };
