@@ -10,6 +10,8 @@ mod adopt;
 mod device;
 #[path = "cuda/gpu.rs"]
 mod gpu;
+#[path = "cuda/kernels.rs"]
+mod kernels;
 #[path = "cuda/memory.rs"]
 mod memory;
 #[path = "cuda/pool.rs"]

@@ -174,9 +174,8 @@ fn every_transform_has_the_bits_of_the_reference() {
     let singles = (0..=0xffff_u32).flat_map(|upper| lower.map(|low| upper << 16 | low));
     let singles: Vec<u8> = singles.chain(hard).flat_map(u32::to_le_bytes).collect();
     for transform in transforms() {
-        let (from, to) = match transform {
-            Transform::Cast { from, to } | Transform::Map { from, to, .. } => (from, to),
-            _ => continue,
+        let (Transform::Cast { from, to } | Transform::Map { from, to, .. }) = transform else {
+            continue;
         };
         let values = if from == Dtype::F32 { &singles } else { &halves };
         for shift in [0, 2] {
@@ -383,7 +382,7 @@ fn both_languages_lay_out_the_same_structures() {
         size_of::<Entry>(),
         offset_of!(Placed, entries),
         offset_of!(Placed, owners),
-        offset_of!(Placed, base),
+        offset_of!(Placed, source),
         offset_of!(Placed, tiles),
         offset_of!(Placed, start),
         size_of::<Placed>(),

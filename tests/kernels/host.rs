@@ -71,19 +71,25 @@ impl Kernel {
         target: &[u8],
     ) -> (Vec<u8>, u64) {
         let (source, mut target) = (Aligned::new(source), Aligned::new(target));
-        // Sources by their addresses, or from a base on.
-        let base = if shape.blocks % 2 == 0 { source.range()[0] } else { 0 };
-        let tables: Vec<Table> = case
-            .placed(source.range()[0] - base, target.range()[0])
-            .iter()
-            .map(|moves| Table::new(moves).unwrap())
+        // Every other table is given where its sources are when it is launched.
+        let start = source.range()[0];
+        let bases = [0, start].into_iter().cycle();
+        let moves = case.placed(start, target.range()[0]);
+        let tables: Vec<Table> = moves
+            .into_iter()
+            .zip(bases.clone())
+            .map(|(mut moves, base)| {
+                moves.iter_mut().for_each(|one| one.from -= base);
+                Table::new(&moves).unwrap()
+            })
             .collect();
         let placed: Vec<Placed> = tables
             .iter()
-            .map(|table| Placed {
+            .zip(bases)
+            .map(|(table, source)| Placed {
                 entries: table.entries().as_ptr().expose_provenance() as u64,
                 owners: table.owners().as_ptr().expose_provenance() as u64,
-                base,
+                source,
                 tiles: u32::try_from(table.owners().len()).unwrap(),
                 start: 0,
             })

@@ -32,6 +32,9 @@ pub(crate) enum CliError {
         allow(dead_code, reason = "only a build with NIXL can fail to load it")
     )]
     Nixl(String),
+    #[cfg(feature = "cuda")]
+    #[error("GPUs cannot be used: {0}")]
+    Cuda(#[from] refit::pool::cuda::CudaError),
     #[error("{role} rank {rank}: {reason}")]
     Rank { role: &'static str, rank: u32, reason: String },
     #[error("{0}")]

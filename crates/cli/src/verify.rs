@@ -7,20 +7,19 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use refit::pool::{HostAllocator, PoolOptions};
+use refit::pool::PoolOptions;
 use refit::translate::TranslateError;
 use refit::translate::bands::Side;
 use refit::transport::{Transport, TransportPool, TransportRegistrar, local};
 use refit::{Publication, RefitError, Source, Target, TargetOptions, allocate};
 
 use crate::case::{self, Case, CaseError, Tensors};
+use crate::device::{DeviceName, Gpus, Home};
 use crate::error::CliError;
-use crate::transports::TransportName;
+use crate::placement::{Placement, Wish};
+use crate::transports::{self, TransportName};
 
 use layouts::Layouts;
-
-/// What target parameters hold before the refit.
-const POISON: u8 = 0xa5;
 
 /// How long the reads of one case may take. The largest are megabytes.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -35,9 +34,12 @@ pub(crate) struct Args {
     /// Folders of cases, or folders that hold some
     #[arg(required = true, value_name = "CASE")]
     cases: Vec<PathBuf>,
-    /// How bytes move
-    #[arg(long, value_enum, default_value_t = TransportName::Local)]
-    transport: TransportName,
+    /// Where every parameter lives; on GPUs sources are on the first, targets on the second if there is one
+    #[arg(long, value_enum, default_value_t = DeviceName::Host)]
+    device: DeviceName,
+    /// How bytes move (default: local; with --device cuda: auto)
+    #[arg(long, value_enum)]
+    transport: Option<TransportName>,
 }
 
 /// Why a case did not pass.
@@ -60,9 +62,9 @@ enum Failure {
     /// It cannot be planned or moved.
     #[error("{0}")]
     Refit(#[from] RefitError),
-    /// The transport cannot be had.
+    /// Its memory or the transport cannot be had.
     #[error("{0}")]
-    Transport(String),
+    Setup(#[from] CliError),
     /// A byte is wrong.
     #[error(
         "target rank {rank}: `{tensor}` is wrong from byte {byte} on: {got:#04x} instead of {want:#04x}"
@@ -89,10 +91,12 @@ struct Passed {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
-    #[cfg(not(feature = "nixl"))]
-    if args.transport == TransportName::Nixl {
-        return Err(crate::transports::without_nixl());
-    }
+    let default = match args.device {
+        DeviceName::Host => TransportName::Local,
+        DeviceName::Cuda => TransportName::Auto,
+    };
+    let transport = args.transport.unwrap_or(default).on(args.device)?;
+    let homes = Homes::new(args.device)?;
     let (mut passed, mut failed, mut broken) = (0, 0, 0);
     for path in &args.cases {
         let folders = match case::find(path) {
@@ -105,7 +109,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
         };
         for folder in folders {
             let name = case::name(&folder);
-            match replay(&folder, args.transport) {
+            match replay(&folder, transport, &homes) {
                 Ok(Passed { ranks, tensors, bytes, reads }) => {
                     passed += 1;
                     println!(
@@ -131,7 +135,27 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
     })
 }
 
-fn replay(folder: &Path, transport: TransportName) -> Result<Passed, Failure> {
+/// Where the parameters of either side live.
+struct Homes {
+    source: Home,
+    target: Home,
+}
+
+impl Homes {
+    fn new(device: DeviceName) -> Result<Self, CliError> {
+        let (source, target) = match device {
+            DeviceName::Host => (None, None),
+            DeviceName::Cuda => {
+                let placed = Placement::new(Gpus::count()?, 1, 1, Wish::default())?;
+                println!("{placed}");
+                (placed.source(0), placed.target(0))
+            }
+        };
+        Ok(Self { source: Home::new(source)?, target: Home::new(target)? })
+    }
+}
+
+fn replay(folder: &Path, transport: TransportName, homes: &Homes) -> Result<Passed, Failure> {
     let case = Case::open(folder)?;
     match transport {
         TransportName::Local => {
@@ -139,35 +163,40 @@ fn replay(folder: &Path, transport: TransportName) -> Result<Passed, Failure> {
             let agent = |name: &str| local::LocalTransport::new(&network, name).map(Arc::new);
             let agents = agent("source").and_then(|source| Ok((source, agent("target")?)));
             let (source, target) = agents.map_err(RefitError::from)?;
-            replay_over(&case, source, target)
+            replay_over(&case, homes, source, target)
         }
-        TransportName::Nixl => replay_over_nixl(&case),
+        #[cfg(feature = "nixl")]
+        TransportName::Nixl => {
+            let agent = transports::nixl;
+            let source = agent("source", true, &homes.source)?;
+            replay_over(&case, homes, source, agent("target", false, &homes.target)?)
+        }
+        #[cfg(feature = "cuda")]
+        TransportName::Peer => {
+            let source = transports::peer("source", &homes.source)?;
+            replay_over(&case, homes, source, transports::peer("target", &homes.target)?)
+        }
+        #[cfg(feature = "cuda")]
+        TransportName::Auto => {
+            let agent = transports::auto;
+            let source = agent("source", true, &homes.source)?;
+            replay_over(&case, homes, source, agent("target", false, &homes.target)?)
+        }
+        #[cfg(not(all(feature = "nixl", feature = "cuda")))]
+        other => Err(transports::missing(other).into()),
     }
-}
-
-#[cfg(feature = "nixl")]
-fn replay_over_nixl(case: &Case) -> Result<Passed, Failure> {
-    let agent = |name, answers| {
-        crate::transports::nixl(name, answers)
-            .map_err(|error| Failure::Transport(error.to_string()))
-    };
-    replay_over(case, agent("source", true)?, agent("target", false)?)
-}
-
-#[cfg(not(feature = "nixl"))]
-fn replay_over_nixl(_: &Case) -> Result<Passed, Failure> {
-    Err(Failure::Transport(crate::transports::without_nixl().to_string()))
 }
 
 /// Publishes every source rank of a case from one agent and pulls every target rank of it from another.
 fn replay_over<T: Transport>(
     case: &Case,
+    homes: &Homes,
     publisher: Arc<T>,
     puller: Arc<T>,
 ) -> Result<Passed, Failure> {
     let (trainer, engine) = (Layouts::of(case, Side::Source)?, Layouts::of(case, Side::Target)?);
     let pool = TransportPool::new(
-        HostAllocator,
+        homes.source.clone(),
         TransportRegistrar::new(publisher.clone()),
         PoolOptions::default(),
     );
@@ -175,10 +204,10 @@ fn replay_over<T: Transport>(
     for rank in &case.source.ranks {
         let tensors = case.tensors(&rank.file)?;
         let layout = trainer.source(case, rank, &tensors.specs)?;
-        let mut params = allocate(&layout, &HostAllocator)?;
+        let mut params = allocate(&layout, &homes.source)?;
         for (name, memory) in &mut params {
             let held = tensors.bytes.get(name.as_str()).map_or(&[][..], Vec::as_slice);
-            host_bytes(memory, name)?.copy_from_slice(held);
+            homes.source.write(memory, held)?;
         }
         sources.push(Source::new(publisher.clone(), &pool, layout, params)?);
     }
@@ -187,7 +216,7 @@ fn replay_over<T: Transport>(
         sources.iter().map(Source::publication).collect::<Result<_, _>>()?;
 
     let pool = TransportPool::new(
-        HostAllocator,
+        homes.target.clone(),
         TransportRegistrar::new(puller.clone()),
         PoolOptions::default(),
     );
@@ -195,16 +224,15 @@ fn replay_over<T: Transport>(
     for rank in &case.target.ranks {
         let wanted = case.tensors(&rank.file)?;
         let layout = engine.target(case, rank, &wanted.specs)?;
-        let mut params = allocate(&layout, &HostAllocator)?;
-        for (name, memory) in &mut params {
-            host_bytes(memory, name)?.fill(POISON);
-        }
-        let target =
-            Target::new(puller.clone(), pool.clone(), layout, params, TargetOptions::default())?;
+        let (params, guards) = homes.target.guarded(&layout)?;
+        let options = TargetOptions::default().with_lower(homes.target.lowering());
+        let target = Target::new(puller.clone(), pool.clone(), layout, params, options)?;
+        let target = homes.target.equip(target)?;
         let pulling = target.prepare(&published)?.pull()?;
         let (target, report) =
             pulling.wait(Instant::now() + PATIENCE)?.land()?.install().refreshed();
-        compare(rank.rank, &target, &wanted)?;
+        compare(rank.rank, &homes.target, &target, &wanted)?;
+        guards.check(&homes.target, target.layout())?;
         passed.ranks += 1;
         passed.tensors += wanted.specs.len();
         passed.bytes += target.layout().bytes();
@@ -213,17 +241,15 @@ fn replay_over<T: Transport>(
     Ok(passed)
 }
 
-fn host_bytes<'a>(
-    memory: &'a mut refit::pool::Memory,
-    param: &str,
-) -> Result<&'a mut [u8], RefitError> {
-    memory.host_bytes_mut().ok_or_else(|| RefitError::NotHost { param: param.to_owned() })
-}
-
-fn compare<T: Transport>(rank: u32, target: &Target<T>, wanted: &Tensors) -> Result<(), Failure> {
-    let mut compared = 0;
+fn compare<T: Transport>(
+    rank: u32,
+    home: &Home,
+    target: &Target<T>,
+    wanted: &Tensors,
+) -> Result<(), Failure> {
+    let (mut compared, mut scratch) = (0, Vec::new());
     for (name, memory) in target.params() {
-        let got = memory.host_bytes().unwrap_or_default();
+        let got = home.read(memory, 0..memory.len(), &mut scratch)?;
         let want = wanted.bytes.get(name).map_or(&[][..], Vec::as_slice);
         if got.len() != want.len() {
             let reason = format!("`{name}` has {} bytes instead of {}", got.len(), want.len());

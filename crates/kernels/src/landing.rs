@@ -4,81 +4,88 @@ use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
 use refit_pool::cuda::{Event, Stream};
-use refit_pool::{KeepAlive, Region};
+use refit_pool::{KeepAlive, Memory, Region};
 
 use crate::error::{KernelError, Side};
 use crate::mover::{Mover, Resident};
 use crate::moves::{Extent, Move};
+use crate::raw::ALIGN;
 use crate::table::Table;
 
-/// Moves within the memory of one device, carried out as often as wanted and without waiting.
-///
-/// Sources are offsets into staging memory, which is named at each start and may be another one each time; targets are
-/// addresses.
+/// Moves from one piece of a device's memory, such as a staging area, to others of the same device, carried out as often
+/// as wanted and without waiting.
 ///
 /// Safe, since what it reads and writes is memory of a device that it keeps allocated, and no reference to such memory
 /// exists: who writes there at the same time gets other bytes than they expect, and nothing worse. Order it by its
-/// [`stream`](Self::stream), or start it when what it reads is there.
+/// stream, or start it when what it reads is there.
 #[derive(Debug)]
 pub struct Landing {
     mover: Arc<Mover>,
     stream: Arc<Stream>,
     event: Event,
+    /// Bytes that a source has to have; none where nothing is read.
+    source: Option<u64>,
     /// Taken apart by hand: what a kernel may still use must not be freed.
     held: ManuallyDrop<Held>,
-    /// Bytes of staging memory that the moves may read.
-    staged: u64,
-    running: bool,
+    state: State,
+}
+
+/// How far the last start has come, as far as is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Nothing runs.
+    Idle,
+    /// Something may run, and no event tells when it has ended.
+    Queued,
+    /// The event tells.
+    Marked,
 }
 
 /// What the kernel uses while it runs.
 #[derive(Debug)]
 struct Held {
     table: Resident,
-    _targets: Vec<KeepAlive>,
-    /// Of the last start.
-    staging: Option<KeepAlive>,
+    _target: Vec<KeepAlive>,
+    source: Option<KeepAlive>,
 }
 
 impl Landing {
-    /// Checks the moves, and brings them to the device. Every byte they read, and what lies between their runs, is one of
-    /// the first `staged` bytes of staging memory; every byte they write is in `regions`, all of them memory of the device.
-    /// Regions that touch or overlap count as one.
+    /// Checks the moves, and brings them to the device.
+    ///
+    /// [`Move::from`] counts from the start of the memory that [`start`](Self::start) will be given, of which the moves
+    /// read the first `source` bytes at most. [`Move::into`] is an address; every byte written, and what lies between
+    /// the runs of a move, is in `targets`, where regions that touch or overlap count as one.
     ///
     /// # Errors
-    /// As [`Table::new`]; [`KernelError::Outside`] when a move leaves the regions; [`KernelError::WrongDevice`] when a
+    /// As [`Table::new`]; [`KernelError::Outside`] when a move leaves its memory; [`KernelError::WrongDevice`] when a
     /// region or the stream is another device's; [`KernelError::Allocate`], [`KernelError::Cuda`].
     pub fn new(
         mover: &Arc<Mover>,
         stream: &Arc<Stream>,
         moves: &[Move],
-        staged: u64,
-        regions: &[Region],
+        source: u64,
+        targets: &[Region],
     ) -> Result<Self, KernelError> {
         let device = mover.device();
-        let wrong =
-            |what, found| KernelError::WrongDevice { what, found, device: device.ordinal() };
         if stream.device() != device {
-            return Err(wrong("the stream", stream.device().kind()));
+            return Err(mover.wrong("the stream", stream.device().kind()));
         }
-        if let Some(region) = regions.iter().find(|region| region.kind() != device.kind()) {
-            return Err(wrong("a region", region.kind()));
+        if let Some(region) = targets.iter().find(|region| region.kind() != device.kind()) {
+            return Err(mover.wrong("a region", region.kind()));
         }
-        let bounds = joined(
-            regions
-                .iter()
-                .map(|region| (region.address(), region.address().saturating_add(region.len()))),
-        );
-        check(moves, staged, &bounds)?;
+        let bounds = targets
+            .iter()
+            .map(|region| (region.address(), region.address().saturating_add(region.len())));
+        let reads = check(moves, source, &joined(bounds))?;
         let table = mover.upload(&Table::new(moves)?)?;
-        let memory = regions.iter().map(|region| region.keep_alive().clone()).collect();
+        let target = targets.iter().map(|region| region.keep_alive().clone()).collect();
         Ok(Self {
             mover: Arc::clone(mover),
             stream: Arc::clone(stream),
             event: Event::new(device)?,
-            held: ManuallyDrop::new(Held { table, _targets: memory, staging: None }),
-            staged,
-            running: false,
+            source: reads.then_some(source),
+            held: ManuallyDrop::new(Held { table, _target: target, source: None }),
+            state: State::Idle,
         })
     }
 
@@ -94,34 +101,42 @@ impl Landing {
         self.held.table.bytes()
     }
 
-    /// Queues the moves out of this staging memory behind what the stream has. Waits first where an earlier start has not
-    /// come to its end. Moves that read nothing need no staging memory.
+    /// Queues the moves behind what the stream has. Waits first where an earlier start has not come to its end.
+    ///
+    /// `source` is what they read from; zeros need none.
     ///
     /// # Errors
-    /// [`KernelError::Staging`] when that memory is missing, too short, not the device's or does not start at a multiple
-    /// of 16; [`KernelError::Cuda`] when the driver fails, or an earlier start did.
-    pub fn start(&mut self, staging: Option<&Region>) -> Result<(), KernelError> {
+    /// [`KernelError::SourceTooSmall`], [`KernelError::Misaligned`] and [`KernelError::WrongDevice`] when the source is
+    /// not one; [`KernelError::Cuda`] when the driver fails, or an earlier start did.
+    pub fn start(&mut self, source: Option<&Memory>) -> Result<(), KernelError> {
+        let mut address = 0;
+        if let Some(needed) = self.source {
+            let found = source.map_or(0, |memory| memory.len() as u64);
+            let Some(source) = source.filter(|_| found >= needed) else {
+                return Err(KernelError::SourceTooSmall { needed, found });
+            };
+            if source.kind() != self.mover.device().kind() {
+                return Err(self.mover.wrong("the source", source.kind()));
+            }
+            if !source.address().is_multiple_of(ALIGN) {
+                return Err(KernelError::Misaligned { align: ALIGN });
+            }
+            address = source.address();
+        }
         self.wait()?;
         if self.held.table.is_empty() {
             return Ok(());
         }
-        let (kind, staged) = (self.mover.device().kind(), self.staged);
-        let fits = |region: &Region| {
-            region.kind() == kind && region.len() >= staged && region.address().is_multiple_of(16)
-        };
-        if !staging.map_or(staged == 0, fits) {
-            let found = staging.map(|region| (region.kind(), region.len()));
-            return Err(KernelError::Staging { staged, kind, found });
-        }
-        self.held.staging = staging.map(|region| region.keep_alive().clone());
-        let base = staging.map_or(0, Region::address);
-        // Also where the launch fails: of what was queued before, nobody knows.
-        self.running = true;
-        // SAFETY: `new` found every target in memory of the device and every source in the first `staged` bytes, which
-        // this staging memory has; `held` keeps both, with the table, and goes only when this has ended. Others that write there are excluded by nothing, but see nothing and show nothing
-        // except bytes of a device.
-        unsafe { self.mover.launch_from(base, &[&self.held.table], &self.stream) }?;
+        // No kernel uses the one that it replaces.
+        self.held.source = source.map(|memory| memory.allocation().keep_alive().clone());
+        // Also where the launch fails: the driver may report what went wrong earlier.
+        self.state = State::Queued;
+        // SAFETY: `new` and the checks above found every address in memory of the device that `held` keeps, with the
+        // table; it goes only when this has ended. Others that write there are excluded by nothing, but see nothing and
+        // show nothing except bytes of a device. The address is a multiple.
+        unsafe { self.mover.launch_from(address, &self.held.table, &self.stream) }?;
         self.event.record(&self.stream)?;
+        self.state = State::Marked;
         Ok(())
     }
 
@@ -130,11 +145,13 @@ impl Landing {
     /// # Errors
     /// [`KernelError::Cuda`] when the driver or the work failed.
     pub fn poll(&mut self) -> Result<bool, KernelError> {
-        if self.running && self.event.is_done()? {
-            self.running = false;
-            self.held.staging = None;
+        match self.state {
+            State::Idle => return Ok(true),
+            State::Marked if !self.event.is_done()? => return Ok(false),
+            State::Marked => self.state = State::Idle,
+            State::Queued => self.wait()?,
         }
-        Ok(!self.running)
+        Ok(true)
     }
 
     /// Waits until the last start has come to its end.
@@ -142,20 +159,19 @@ impl Landing {
     /// # Errors
     /// [`KernelError::Cuda`] when the driver or the work failed.
     pub fn wait(&mut self) -> Result<(), KernelError> {
-        if self.running {
-            self.event.wait()?;
-            self.running = false;
+        match self.state {
+            State::Idle => {}
+            State::Marked => self.event.wait()?,
+            State::Queued => self.stream.synchronize()?,
         }
-        self.held.staging = None;
+        self.state = State::Idle;
         Ok(())
     }
 }
 
 impl Drop for Landing {
     fn drop(&mut self) {
-        // The stream, since an event that could not be recorded says nothing. What others have queued there ends too.
-        let ended = if self.running { self.stream.synchronize() } else { Ok(()) };
-        match ended {
+        match self.wait() {
             // SAFETY: dropped once, here, and not used again.
             Ok(()) => unsafe { ManuallyDrop::drop(&mut self.held) },
             Err(error) => {
@@ -165,18 +181,22 @@ impl Drop for Landing {
     }
 }
 
-/// Whether all moves stay inside.
-fn check(moves: &[Move], staged: u64, bounds: &[Extent]) -> Result<(), KernelError> {
+/// Whether anything is read, if all moves stay inside.
+fn check(moves: &[Move], source: u64, bounds: &[Extent]) -> Result<bool, KernelError> {
+    let mut reads = false;
     for (index, one) in moves.iter().enumerate() {
         let pattern = one.check(index)?;
-        if pattern.source.is_some_and(|(_, end)| end > staged) {
-            return Err(KernelError::Outside { index, side: Side::Source });
+        if let Some((_, end)) = pattern.source {
+            if end > source {
+                return Err(KernelError::Outside { index, side: Side::Source });
+            }
+            reads = true;
         }
         if !inside(pattern.target, bounds) {
             return Err(KernelError::Outside { index, side: Side::Target });
         }
     }
-    Ok(())
+    Ok(reads)
 }
 
 /// In order, with those that touch joined.
@@ -228,20 +248,27 @@ mod tests {
     fn every_byte_of_both_sides_counts() {
         let dims = Dims::one(Dim { count: 3, source_stride: 16, target_stride: 20 });
         let cast = Transform::Cast { from: Dtype::Bf16, to: Dtype::F32 };
-        // Reads 1000..1040 of what is staged and writes 2000..2056.
+        // Reads 1000..1040 and writes 2000..2056.
         let one = Move { from: 1000, into: 2000, run: 8, dims, effect: Effect::Transform(cast) };
-        let outside =
-            |staged, bounds: &[Extent]| match check(std::slice::from_ref(&one), staged, bounds) {
-                Ok(()) => None,
-                Err(KernelError::Outside { index: 0, side }) => Some(side),
-                Err(other) => panic!("{other}"),
-            };
+        let outside = |source: u64, bounds: &[Extent]| match check(
+            std::slice::from_ref(&one),
+            source,
+            bounds,
+        ) {
+            Ok(reads) => {
+                assert!(reads);
+                None
+            }
+            Err(KernelError::Outside { index: 0, side }) => Some(side),
+            Err(other) => panic!("{other}"),
+        };
         assert_eq!(outside(1040, &[(2000, 2056)]), None);
         assert_eq!(outside(1039, &[(2000, 2056)]), Some(Side::Source));
+        assert_eq!(outside(0, &[(2000, 2056)]), Some(Side::Source));
         assert_eq!(outside(1040, &[(2000, 2055)]), Some(Side::Target));
         assert_eq!(outside(1040, &[(2001, 2056)]), Some(Side::Target));
         // Zeros have no source.
-        let zero = Move { from: 7, effect: Effect::Zero, ..one };
-        assert!(check(&[zero], 0, &[(2000, 2048)]).is_ok());
+        let zero = Move { effect: Effect::Zero, ..one };
+        assert!(!check(&[zero], 0, &[(2000, 2048)]).unwrap());
     }
 }

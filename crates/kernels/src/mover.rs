@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUjit_option};
 use refit_pool::cuda::{CudaAllocator, CudaError, Device, Stream, upload};
-use refit_pool::{Allocator, Memory};
+use refit_pool::{Allocator, Memory, MemoryKind};
 
 use crate::error::KernelError;
 use crate::launch::launches;
@@ -98,7 +98,7 @@ impl Mover {
         let place = Placed {
             entries: memory.address(),
             owners: memory.address() + entries.len() as u64,
-            base: 0,
+            source: 0,
             // Fewer than 2^31, as `Table` checks.
             tiles: u32::try_from(table.owners().len()).unwrap_or(u32::MAX),
             start: 0,
@@ -108,6 +108,9 @@ impl Mover {
 
     /// Queues the moves of all tables: one launch, unless there are more than 64 tables with anything to do. They may
     /// be carried out in any order, and have been when the stream is past them.
+    ///
+    /// Tiles of the tables are taken in turns, so that all sources are read at once; where tables are equally long, they
+    /// begin in the order given.
     ///
     /// # Errors
     /// [`KernelError::WrongDevice`] when a table or the stream is another device's; [`KernelError::Cuda`]. Nothing is
@@ -120,40 +123,48 @@ impl Mover {
     ///   any of the tables that read them included.
     /// - It is not dropped.
     pub unsafe fn launch(&self, tables: &[&Resident], stream: &Stream) -> Result<(), KernelError> {
+        if let Some(table) = tables.iter().find(|table| table.device != self.device) {
+            return Err(self.wrong("a table", table.device.kind()));
+        }
+        let placed: Vec<Placed> = tables.iter().map(|table| table.place).collect();
         // SAFETY: the caller's promises.
-        unsafe { self.launch_from(0, tables, stream) }
+        unsafe { self.launch_placed(&placed, stream) }
     }
 
-    /// As [`launch`](Self::launch), of moves whose sources are given from `base` on, a multiple of 16.
+    /// As [`launch`](Self::launch), of one table whose moves read so many bytes behind where they say.
     ///
     /// # Safety
-    /// As [`launch`](Self::launch), of the sources that lie at `base` and their offsets.
+    /// As [`launch`](Self::launch), and `source` is a multiple of [`ALIGN`](crate::raw::ALIGN).
     pub(crate) unsafe fn launch_from(
         &self,
-        base: u64,
-        tables: &[&Resident],
+        source: u64,
+        table: &Resident,
         stream: &Stream,
     ) -> Result<(), KernelError> {
-        let wrong = |what, device: &Device| KernelError::WrongDevice {
-            what,
-            found: device.kind(),
-            device: self.device.ordinal(),
-        };
+        if table.device != self.device {
+            return Err(self.wrong("a table", table.device.kind()));
+        }
+        // SAFETY: the caller's promises.
+        unsafe { self.launch_placed(&[Placed { source, ..table.place }], stream) }
+    }
+
+    /// # Safety
+    /// As [`launch`](Self::launch), of tables of this device.
+    unsafe fn launch_placed(&self, tables: &[Placed], stream: &Stream) -> Result<(), KernelError> {
         if *stream.device() != self.device {
-            return Err(wrong("the stream", stream.device()));
+            return Err(self.wrong("the stream", stream.device().kind()));
         }
-        if let Some(table) = tables.iter().find(|table| table.device != self.device) {
-            return Err(wrong("a table", &table.device));
-        }
-        let placed: Vec<Placed> =
-            tables.iter().map(|table| Placed { base, ..table.place }).collect();
-        let launches = launches(&placed, self.shape.lanes);
+        let launches = launches(tables, self.shape.lanes);
         let _entered = self.device.enter()?;
         for launch in launches {
-            // SAFETY: the caller's promises, and what `Resident` holds.
+            // SAFETY: the caller's promises.
             unsafe { self.queue(launch, stream) }?;
         }
         Ok(())
+    }
+
+    pub(crate) fn wrong(&self, what: &'static str, found: MemoryKind) -> KernelError {
+        KernelError::WrongDevice { what, found, device: self.device.ordinal() }
     }
 
     /// # Safety

@@ -23,6 +23,9 @@ const MAP_ZERO: u32 = 4;
 /// Entries take dimensions up to this.
 pub(crate) const DIMS: usize = 3;
 
+/// The bytes of the largest unit. What entries may do is decided by what their addresses are multiples of.
+pub(crate) const ALIGN: u64 = 16;
+
 /// Tables that one launch takes.
 pub const MOST_TABLES: usize = 64;
 
@@ -60,8 +63,8 @@ pub struct Placed {
     pub entries: u64,
     /// Address of its tiles' owners.
     pub owners: u64,
-    /// Added to every source; a multiple of 16.
-    pub base: u64,
+    /// What is added to the addresses that its entries read: a multiple of [`ALIGN`].
+    pub source: u64,
     /// Tiles.
     pub tiles: u32,
     /// The first step at which all tables before this one are exhausted.

@@ -262,9 +262,9 @@ fn alignment_of_target(pattern: &Pattern) -> u64 {
     lowest_bit(strides | pattern.target_start)
 }
 
-/// The largest power of two up to 16 that divides a number whose bits, among others, are these.
+/// The largest power of two up to [`raw::ALIGN`] that divides a number whose bits, among others, are these.
 fn lowest_bit(bits: u64) -> u64 {
-    1 << (bits | 16).trailing_zeros()
+    1 << (bits | raw::ALIGN).trailing_zeros()
 }
 
 /// Makes parts of the pattern's repetitions: as many dimensions as an entry takes stay, and the others are written out.

@@ -50,6 +50,7 @@ mod hash;
 mod layout;
 mod lower;
 mod names;
+mod pack;
 mod plan;
 mod program;
 #[cfg(feature = "serde")]
@@ -64,6 +65,7 @@ pub use error::{LayoutError, LowerError, PlanError};
 pub use hash::Hash;
 pub use layout::{Band, FillBox, LayoutBuilder, Param, RankLayout, Tensor, TensorId};
 pub use lower::{LowerOptions, Mode, Policy, lower, lower_for};
+pub use pack::{PackError, PackSlot, Packed, TensorSlice, Wish, is_scattered, pack, wish};
 pub use plan::{
     Coverage, Fill, Plan, PlanOptions, Replicas, Segment, SourceParam, TargetParam, plan,
     prove_disjoint, prove_tiling,

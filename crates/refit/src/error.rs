@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use refit_planner::{LayoutError, LowerError, PlanError};
+use refit_planner::{LayoutError, LowerError, PackError, PlanError};
 use refit_pool::{CarveError, LeaseError, PoolError};
 use refit_translate::host::LandError;
 use refit_transport::TransportError;
@@ -21,6 +21,30 @@ pub enum RefitError {
     /// The plan cannot be executed by this transport under these options.
     #[error(transparent)]
     Lower(#[from] LowerError),
+    /// Boxes cannot be asked for or packed.
+    #[error(transparent)]
+    Pack(#[from] PackError),
+    /// The slots that were asked for take more memory than the source may give.
+    #[error(
+        "source rank {rank}: the slots asked for take {bytes} bytes, more than the {budget} it may give; \
+         raise the budget, or go on without packing"
+    )]
+    SlotBudget {
+        /// The rank.
+        rank: u32,
+        /// Bytes of the slots.
+        bytes: u64,
+        /// Bytes it may give.
+        budget: u64,
+    },
+    /// The parameters were changed, and the slots do not hold the change.
+    #[error(
+        "source rank {rank}: the slots are older than the parameters; repack before publishing"
+    )]
+    StaleSlots {
+        /// The rank.
+        rank: u32,
+    },
     /// Memory could not be had.
     #[error(transparent)]
     Pool(#[from] PoolError),

@@ -3,7 +3,8 @@
 
 #[cfg(feature = "cuda")]
 mod device;
-mod host;
+pub(crate) mod host;
+pub(crate) mod threads;
 
 use std::ops::Range;
 

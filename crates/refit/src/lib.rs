@@ -71,6 +71,7 @@ mod land;
 mod memory;
 mod publication;
 mod report;
+mod request;
 mod source;
 mod target;
 
@@ -90,7 +91,8 @@ pub use land::DeviceLander;
 pub use memory::allocate;
 pub use publication::{MAX_ENCODED_BYTES, Place, Publication, PublicationError, PublishedRegion};
 pub use report::Report;
-pub use source::Source;
+pub use request::{MAX_REQUEST_BYTES, PackRequest, RequestError};
+pub use source::{PackedSource, ParamsMut, Repacked, Source};
 pub use target::{
     Cancelled, Failed, Installed, InvalidTarget, Landed, Prepared, Pulled, Pulling, Target,
     TargetOptions, Unfinished,

@@ -39,7 +39,7 @@ pub(crate) fn in_layout_order(
 }
 
 /// Parameters start at multiples of this, as CUDA's own allocations do.
-const PARAM_ALIGN: u64 = 256;
+pub(crate) const PARAM_ALIGN: u64 = 256;
 
 /// Memory for every parameter of a layout, carved from one allocation so that one registration serves all of them.
 ///

@@ -22,6 +22,16 @@ pub struct Place {
 }
 
 impl Place {
+    /// The place at this address of this memory.
+    #[must_use]
+    pub fn new(address: u64, kind: MemoryKind) -> Self {
+        let cuda = match kind {
+            MemoryKind::Cuda(ordinal) => Some(ordinal),
+            _ => None,
+        };
+        Self { address, cuda }
+    }
+
     /// The kind of memory, as the source's process names it.
     #[must_use]
     pub fn kind(self) -> MemoryKind {

@@ -1,14 +1,19 @@
 //! The side that holds the weights: registered once, read by others, never asked.
 
+mod packed;
+mod repack;
+
 use std::sync::Arc;
 
 use refit_planner::RankLayout;
-use refit_pool::{Memory, MemoryKind};
+use refit_pool::{Memory, Region};
 use refit_transport::{Transport, TransportLease, TransportPool};
 
 use crate::error::RefitError;
 use crate::memory::in_layout_order;
 use crate::publication::{Place, Publication, PublishedRegion};
+
+pub use self::packed::{PackedSource, ParamsMut, Repacked};
 
 /// One source rank: its parameters, registered for peers to read.
 ///
@@ -56,36 +61,36 @@ impl<T: Transport> Source<T> {
     /// # Errors
     /// [`RefitError::Transport`] when the agent cannot describe itself.
     pub fn publication(&self) -> Result<Publication, RefitError> {
-        let places = self
-            .params
-            .iter()
-            .map(|memory| Place { address: memory.address(), cuda: cuda(memory.kind()) });
-        let regions = self.lease.registered().iter().map(|region| PublishedRegion {
+        self.publish(&self.layout, self.places().map(|(_, place)| place).collect(), &[])
+    }
+
+    /// Where each parameter is, by name and in the order of the layout.
+    fn places(&self) -> impl Iterator<Item = (&str, Place)> {
+        let names = self.layout.params().iter().map(|param| param.name().as_ref());
+        names.zip(self.params.iter().map(|memory| Place::new(memory.address(), memory.kind())))
+    }
+
+    /// Publishes a layout that is held in the memory of this source and in what else was registered.
+    fn publish(
+        &self,
+        layout: &RankLayout,
+        places: Vec<Place>,
+        registered: &[Region],
+    ) -> Result<Publication, RefitError> {
+        let regions = self.lease.registered().iter().chain(registered);
+        let regions = regions.map(|region| PublishedRegion {
             address: region.address(),
             len: region.len(),
-            cuda: cuda(region.kind()),
+            cuda: Place::new(region.address(), region.kind()).cuda,
         });
         let agent = self.transport.agent().to_owned();
         let metadata = self.transport.metadata()?;
-        Ok(Publication::new(
-            agent,
-            metadata,
-            self.layout.clone(),
-            places.collect(),
-            regions.collect(),
-        )?)
+        Ok(Publication::new(agent, metadata, layout.clone(), places, regions.collect())?)
     }
 
     /// Every parameter's memory, for the trainer to change between refits.
     pub fn params_mut(&mut self) -> impl Iterator<Item = (&str, &mut Memory)> {
         self.layout.params().iter().map(|param| param.name().as_ref()).zip(&mut self.params)
-    }
-}
-
-fn cuda(kind: MemoryKind) -> Option<u32> {
-    match kind {
-        MemoryKind::Cuda(ordinal) => Some(ordinal),
-        _ => None,
     }
 }
 

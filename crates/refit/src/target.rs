@@ -28,6 +28,7 @@ use crate::land::DeviceLander;
 use crate::memory::in_layout_order;
 use crate::publication::Publication;
 use crate::report::Report;
+use crate::request::PackRequest;
 
 use self::prepare::{Planned, prepare};
 
@@ -275,6 +276,21 @@ impl<T: Transport> Target<T> {
     /// Every live parameter, for the engine to load its own values between refits.
     pub fn params_mut(&mut self) -> impl Iterator<Item = (&str, &mut Memory)> {
         self.0.layout.params().iter().map(|param| param.name().as_ref()).zip(&mut self.0.live)
+    }
+
+    /// What sources would have to pack for this target to read everything in one piece, given what they offer now. It
+    /// plans, and meets the sources; if they go on as they are, [`prepare`](Self::prepare) finds that done.
+    ///
+    /// Once they have packed, they offer what was asked for, and there is nothing left to ask: do not put that in the
+    /// place of the request that they answered.
+    ///
+    /// # Errors
+    /// As [`prepare`](Self::prepare), and [`RefitError::Pack`].
+    pub fn pack_request(
+        &mut self,
+        publications: &[Publication],
+    ) -> Result<PackRequest, RefitError> {
+        self.0.pack_request(publications)
     }
 
     /// Plans and lowers the next refit by other options. Plans made under these before are still there.

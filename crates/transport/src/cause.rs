@@ -165,6 +165,72 @@ pub enum Cause {
         /// Its state.
         state: &'static str,
     },
+    /// CUDA refused.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] refit_pool::cuda::CudaError),
+    /// An agent of another host, where GPUs' memory would have to be mapped.
+    #[error(
+        "the peer is on another host, and GPUs map one another's memory within one host only; read from it over NIXL"
+    )]
+    OtherHost,
+    /// Devices without a path between them.
+    #[error(
+        "our GPU cannot access the memory of the peer's (no NVLink, and no peer access over the bus); read from it \
+         over NIXL"
+    )]
+    NoAccess,
+    /// Memory that other processes cannot map.
+    #[error(
+        "other processes cannot map this memory ({call} answered `{status}`): allocate it with cudaMalloc, for torch \
+         without `expandable_segments:True` and `backend:cudaMallocAsync` in PYTORCH_CUDA_ALLOC_CONF"
+    )]
+    NotExportable {
+        /// The driver's function.
+        call: &'static str,
+        /// Its answer.
+        status: String,
+    },
+    /// Memory of a peer that cannot be mapped here.
+    #[error(
+        "the peer's memory cannot be mapped ({call} answered `{status}`): either it has been freed and fresh metadata \
+         is needed, or the two processes run in containers that are kept apart (share their IPC and process \
+         namespaces), or it is to be read over NIXL"
+    )]
+    NotMappable {
+        /// The driver's function.
+        call: &'static str,
+        /// Its answer.
+        status: String,
+    },
+    /// Memory that is mapped, and smaller than the peer said.
+    #[error("the peer's allocation has {found} bytes here and {len} there; ask for fresh metadata")]
+    Shrunk {
+        /// Bytes that the peer published.
+        len: u64,
+        /// Bytes that were mapped.
+        found: u64,
+    },
+    /// Memory of another device than the agent's.
+    #[error("the agent serves CUDA device {agent}; give memory of others to agents of theirs")]
+    Device {
+        /// The agent's device.
+        agent: u32,
+    },
+    /// A read that is cut where two allocations meet, within an element that is to be changed.
+    #[error(
+        "read {read} has an element that lies in two allocations; align what is published to its elements"
+    )]
+    Divided {
+        /// Index of the read.
+        read: usize,
+    },
+    /// Several backends, and none that reaches the peer.
+    #[error("no way to the peer: {why}")]
+    NoRoute {
+        /// What each of them says.
+        why: String,
+    },
     /// A call into the backend panicked.
     #[error("{call} panicked")]
     Panicked {

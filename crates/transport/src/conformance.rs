@@ -6,6 +6,7 @@
 // A case's verdict is what it is about; each says in its documentation what it asks for.
 #![allow(clippy::missing_errors_doc)]
 
+mod elements;
 mod endings;
 mod moves;
 mod refusals;
@@ -18,6 +19,7 @@ use refit_pool::{Allocator, Memory};
 
 use crate::{Transport, TransportError};
 
+pub use elements::transforms_where_declared;
 pub use endings::*;
 pub use moves::*;
 pub use refusals::*;
@@ -122,6 +124,9 @@ pub fn cases<H: Harness>() -> Vec<Case<H>> {
         odd_sizes_and_offsets,
         no_reads,
         strided_reads_where_declared,
+        transforms_where_declared,
+        bulk_reads_among_others,
+        many_batches_in_one_post,
         a_batch_posted_again_reads_what_is_there,
         two_peers_at_once,
         batches_in_turn_into_the_same_memory,

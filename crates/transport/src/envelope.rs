@@ -85,7 +85,7 @@ pub(crate) fn decode<'a>(
         ranges.push(kind, address, len).ok_or(Cause::Metadata { part: "ranges" })?;
     }
     let blob = body.bytes("blob")?;
-    if !body.0.is_empty() {
+    if !body.is_empty() {
         return Err(Cause::Metadata { part: "length" });
     }
     Ok(Envelope { ranges, blob })
@@ -102,22 +102,32 @@ fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
     out.extend_from_slice(bytes);
 }
 
-struct Reader<'a>(&'a [u8]);
+/// Takes what it reads off the front, and never more than there is.
+pub(crate) struct Reader<'a>(&'a [u8]);
 
 impl<'a> Reader<'a> {
+    #[cfg(feature = "cuda")]
+    pub(crate) fn new(bytes: &'a [u8]) -> Self {
+        Self(bytes)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     fn take(&mut self, len: usize, part: &'static str) -> Result<&'a [u8], Cause> {
         let (head, tail) = self.0.split_at_checked(len).ok_or(Cause::Metadata { part })?;
         self.0 = tail;
         Ok(head)
     }
 
-    fn array<const N: usize>(&mut self, part: &'static str) -> Result<[u8; N], Cause> {
+    pub(crate) fn array<const N: usize>(&mut self, part: &'static str) -> Result<[u8; N], Cause> {
         let (head, tail) = self.0.split_first_chunk().ok_or(Cause::Metadata { part })?;
         self.0 = tail;
         Ok(*head)
     }
 
-    fn bytes(&mut self, part: &'static str) -> Result<&'a [u8], Cause> {
+    pub(crate) fn bytes(&mut self, part: &'static str) -> Result<&'a [u8], Cause> {
         let len = u64::from_le_bytes(self.array(part)?);
         self.take(usize::try_from(len).map_err(|_| Cause::Metadata { part })?, part)
     }

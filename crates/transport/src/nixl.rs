@@ -17,6 +17,16 @@
 //! - One poll can take as long as the bytes that are ready to move (host memory is copied by the polling thread).
 //!   Deadlines are kept between polls, not inside one.
 //!
+//! # Device memory
+//!
+//! With [`NixlOptions::on_device`] (feature `cuda`) an agent moves memory of a CUDA device. Its context is current in
+//! every call of NIXL, whatever the calling thread had, which has it again afterwards. UCX maps a peer's allocation
+//! into this process when it is first read, at 0.3 ms each: [`prepare`](crate::Transport::prepare) reads a little of
+//! each into memory of the agent's own, so that the first pull runs as fast as the next ones. For that an agent keeps
+//! 64 KiB of its device.
+//!
+//! UCX queues all copies from one device in one stream, largest first: the processor gets ahead of the link at once.
+//!
 //! # Environment
 //!
 //! Nothing here sets variables; these are read by the libraries below. `REFIT_NIXL_LIBRARY` is ours: the path of
@@ -27,7 +37,9 @@
 
 mod agent;
 mod batch;
+mod context;
 mod library;
+mod link;
 mod options;
 mod transport;
 mod warm_up;

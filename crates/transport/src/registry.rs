@@ -28,7 +28,8 @@ struct Entry<B> {
     /// Prepared batches that point into it.
     holds: usize,
     /// Dropped before the memory, by declaration order.
-    _backend: B,
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "held, never read"))]
+    backend: B,
     region: Region,
 }
 
@@ -78,7 +79,7 @@ impl<B> Registry<B> {
                 let backend = make(region)?;
                 entries.insert(
                     start,
-                    Entry { end, handles: 1, holds: 0, _backend: backend, region: region.clone() },
+                    Entry { end, handles: 1, holds: 0, backend, region: region.clone() },
                 );
                 start
             }
@@ -91,6 +92,14 @@ impl<B> Registry<B> {
         let entries = self.entries.lock();
         let live = entries.iter().filter(|(_, entry)| entry.handles > 0);
         Ranges(live.map(|(&start, entry)| (start, entry.end)).collect())
+    }
+
+    /// The registered ranges, and what the backend holds for each of them, of one moment.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn published(&self, mut visit: impl FnMut(&B)) -> Ranges {
+        let entries = self.entries.lock();
+        let live = entries.iter().filter(|(_, entry)| entry.handles > 0);
+        Ranges(live.inspect(|(_, entry)| visit(&entry.backend)).map(|(&s, e)| (s, e.end)).collect())
     }
 
     /// Keeps the registrations that cover these ranges; the error is the index of one that is not covered.

@@ -1,6 +1,9 @@
 //! What the bench and its ranks say to each other, one JSON value a line.
 
+use std::collections::BTreeMap;
+
 use refit::Report;
+use refit::planner::{Destination, Program};
 use serde::{Deserialize, Serialize};
 
 /// How a cycle finds its buffers.
@@ -35,8 +38,12 @@ pub(crate) enum Command {
     Refit { mode: Mode },
     /// A target: compare every byte with the values of this cycle.
     Verify { cycle: u64 },
+    /// A target: say what a cached refit does, without doing it.
+    Describe,
     /// A target: read as many bytes as a refit does, one read a source.
     BigRead,
+    /// A target: read the same from each source by one copy of a copy engine.
+    Copies,
     /// A target: copy memory.
     Memcpy,
     /// Leave.
@@ -53,10 +60,37 @@ pub(crate) enum Reply {
     Done,
     /// A refit is done.
     Refit(Box<RankReport>),
+    /// What a cached refit does.
+    Described(Box<Description>),
     /// A ceiling was measured.
-    Rate { bytes: u64, seconds: f64 },
+    Rate(Rate),
+    /// A ceiling cannot be measured here.
+    Unmeasured { reason: String },
     /// The rank cannot go on.
     Failed { reason: String },
+}
+
+/// What one rank moved in some time.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Rate {
+    pub(crate) bytes: u64,
+    pub(crate) seconds: f64,
+}
+
+impl Rate {
+    /// In gigabytes a second.
+    #[allow(clippy::cast_precision_loss, reason = "a rate for people")]
+    pub(crate) fn gbps(self) -> f64 {
+        if self.seconds > 0.0 { self.bytes as f64 / self.seconds / 1e9 } else { 0.0 }
+    }
+
+    /// Of ranks that moved bytes at the same time: all bytes over the time of the slowest.
+    pub(crate) fn together(rates: &[Self]) -> Self {
+        Self {
+            bytes: rates.iter().map(|rate| rate.bytes).sum(),
+            seconds: rates.iter().map(|rate| rate.seconds).fold(0.0, f64::max),
+        }
+    }
 }
 
 /// A target's report in seconds, as it travels and as `--json` has it.
@@ -68,6 +102,8 @@ pub(crate) struct RankReport {
     pub(crate) register_s: f64,
     pub(crate) connect_s: f64,
     pub(crate) prepare_s: f64,
+    /// From the start of `prepare` until every read of the first wave was posted.
+    pub(crate) posting_s: f64,
     pub(crate) pull_s: f64,
     pub(crate) land_s: f64,
     pub(crate) total_s: f64,
@@ -93,6 +129,7 @@ impl RankReport {
             register_s: report.register.as_secs_f64(),
             connect_s: report.connect.as_secs_f64(),
             prepare_s: report.prepare.as_secs_f64(),
+            posting_s: report.posted.as_secs_f64(),
             pull_s: report.pull.as_secs_f64(),
             land_s: report.land.as_secs_f64(),
             total_s: report.total.as_secs_f64(),
@@ -107,5 +144,50 @@ impl RankReport {
             registrations: report.registrations,
             peak_rss_bytes,
         }
+    }
+}
+
+/// What the program of a target does, as `--json` has it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Description {
+    pub(crate) rank: u32,
+    /// How bytes come from each source rank that is read, and why, as the transport says it.
+    pub(crate) routes: BTreeMap<u32, String>,
+    /// Straight to their place.
+    pub(crate) direct: Moved,
+    /// By way of staging memory.
+    pub(crate) staged: Moved,
+    /// Of both, those that a copy engine carries out.
+    pub(crate) bulk: Moved,
+}
+
+/// Some of a program's reads.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Moved {
+    pub(crate) reads: u64,
+    pub(crate) bytes: u64,
+}
+
+impl Moved {
+    pub(crate) fn add(&mut self, reads: u64, bytes: u64) {
+        self.reads += reads;
+        self.bytes += bytes;
+    }
+}
+
+impl Description {
+    pub(crate) fn new(rank: u32, program: &Program) -> Self {
+        let mut description = Self { rank, ..Self::default() };
+        for read in program.reads() {
+            let moved = match read.destination {
+                Destination::Live { .. } => &mut description.direct,
+                _ => &mut description.staged,
+            };
+            moved.add(1, read.bytes());
+            if read.bulk {
+                description.bulk.add(1, read.bytes());
+            }
+        }
+        description
     }
 }

@@ -1,53 +1,111 @@
 //! How many layers fit.
 
+use std::collections::BTreeMap;
+
+use refit::planner::RankLayout;
 use refit::translate::ModelConfig;
 
 use crate::error::CliError;
 use crate::model;
-use crate::sizes::{SourceSizes, TargetSizes};
+use crate::placement::Placement;
+use crate::sizes::{SourceSizes, TargetSizes, bytes as shown};
 
-/// A bench may take this share of the free memory: pages that the system caches for others stay where they are.
-const SHARE_PERCENT: u64 = 50;
+/// A bench may take this share of the host's free memory: pages that the system caches for others stay where they are.
+const HOST_PERCENT: u64 = 50;
 
-/// The bytes of a bench of this model: sources, targets, what targets stage and what they measure ceilings with.
+/// And this share of a GPU's, where nobody else's pages lie.
+const GPU_PERCENT: u64 = 90;
+
+/// What a rank takes of a GPU besides its parameters: its context, and what transports keep there.
+const GPU_RANK_BYTES: u64 = 1 << 30;
+
+/// One pair of sizes, and where its ranks run if that is on GPUs.
+#[derive(Clone, Debug)]
+pub(crate) struct Pair {
+    pub(crate) source: SourceSizes,
+    pub(crate) target: TargetSizes,
+    pub(crate) placement: Option<Placement>,
+}
+
+/// The memory that a bench may use.
+#[derive(Clone, Debug)]
+pub(crate) enum Room {
+    /// Free bytes.
+    Host(u64),
+    /// Free bytes by GPU.
+    Gpus(BTreeMap<u32, u64>),
+}
+
+impl Room {
+    fn holds(&self, config: &ModelConfig, pair: &Pair) -> Result<bool, CliError> {
+        let (sources, targets) = bytes(config, pair.source, pair.target)?;
+        let (free, placement) = match (self, &pair.placement) {
+            (Self::Gpus(free), Some(placement)) => (free, placement),
+            (Self::Host(free), _) => {
+                let all: u64 = sources.iter().chain(&targets).sum();
+                return Ok(all <= free / 100 * HOST_PERCENT);
+            }
+            (Self::Gpus(_), None) => return Ok(false),
+        };
+        let mut taken = BTreeMap::<u32, u64>::new();
+        let sources = (0..).zip(sources).map(|(rank, bytes)| (placement.source(rank), bytes));
+        let targets = (0..).zip(targets).map(|(rank, bytes)| (placement.target(rank), bytes));
+        for (gpu, bytes) in sources.chain(targets) {
+            let Some(gpu) = gpu else { return Ok(false) };
+            *taken.entry(gpu).or_default() += bytes + GPU_RANK_BYTES;
+        }
+        let fits = |(gpu, taken): (&u32, &u64)| {
+            free.get(gpu).is_some_and(|free| *taken <= free / 100 * GPU_PERCENT)
+        };
+        Ok(taken.iter().all(fits))
+    }
+
+    /// How a person would name it.
+    pub(crate) fn text(&self) -> String {
+        match self {
+            Self::Host(free) => format!("half of the {} of free memory", shown(*free)),
+            Self::Gpus(free) => {
+                let least = free.values().min().copied().unwrap_or_default();
+                format!("{GPU_PERCENT}% of the GPUs' free memory ({} on the fullest)", shown(least))
+            }
+        }
+    }
+}
+
+/// The bytes that each source rank holds, and that each target rank holds, stages and measures ceilings with.
 pub(crate) fn bytes(
     config: &ModelConfig,
     source: SourceSizes,
     target: TargetSizes,
-) -> Result<u64, CliError> {
-    let sources: u64 =
-        model::source(config, source)?.iter().map(refit::planner::RankLayout::bytes).sum();
-    let targets: u64 =
-        model::target(config, target)?.iter().map(|target| target.layout.bytes()).sum();
-    Ok(sources + 3 * targets)
+) -> Result<(Vec<u64>, Vec<u64>), CliError> {
+    let sources = model::source(config, source)?;
+    let targets = model::target(config, target)?;
+    Ok((
+        sources.iter().map(RankLayout::bytes).collect(),
+        targets.iter().map(|target| target.layout.bytes().saturating_mul(3)).collect(),
+    ))
 }
 
-/// The most layers, at least one, with which every one of these pairs fits into the free memory.
-pub(crate) fn layers(
-    config: &ModelConfig,
-    pairs: &[(SourceSizes, TargetSizes)],
-    free: u64,
-) -> Result<u32, CliError> {
-    let budget = free / 100 * SHARE_PERCENT;
+/// The most layers, at least one, with which every one of these pairs fits.
+pub(crate) fn layers(config: &ModelConfig, pairs: &[Pair], room: &Room) -> Result<u32, CliError> {
     for layers in (1..=config.num_layers).rev() {
         let mut smaller = config.clone();
         smaller.num_layers = layers;
         let mut fits = true;
-        for &(source, target) in pairs {
-            if !source.takes(layers) {
+        for pair in pairs {
+            if !pair.source.takes(layers) {
                 fits = false;
                 break;
             }
-            fits &= bytes(&smaller, source, target)? <= budget;
+            fits &= room.holds(&smaller, pair)?;
         }
         if fits {
             return Ok(layers);
         }
     }
     let message = format!(
-        "not even one layer a stage of this model fits into half of the {} MB of free memory; \
-         give --layers to try all the same",
-        free / 1_000_000
+        "not even one layer a stage of this model fits into {}; give --layers to try all the same",
+        room.text()
     );
     Err(CliError::Usage(message))
 }
@@ -63,4 +121,46 @@ pub(crate) fn free_memory() -> Result<u64, CliError> {
             "this system does not say how much memory is free; give --layers".to_owned(),
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::placement::Wish;
+
+    fn pair(gpus: u32) -> Pair {
+        let placement = Placement::new(gpus, 2, 1, Wish::default()).unwrap();
+        Pair {
+            source: SourceSizes::new(2),
+            target: TargetSizes::new(1),
+            placement: Some(placement),
+        }
+    }
+
+    #[test]
+    fn every_gpu_must_hold_its_own_ranks() {
+        let mut config = model::config("qwen3-4b").unwrap();
+        config.num_layers = 2;
+        let (sources, targets) = bytes(&config, SourceSizes::new(2), TargetSizes::new(1)).unwrap();
+        // On three GPUs a rank each; on two the sources share one.
+        let needed = |bytes: u64| (bytes + GPU_RANK_BYTES) * 100 / GPU_PERCENT + 100;
+        let three = [needed(sources[0]), needed(sources[1]), needed(targets[0])];
+        let room = |free: &[u64]| Room::Gpus((0..).zip(free.iter().copied()).collect());
+        assert!(room(&three).holds(&config, &pair(3)).unwrap());
+        for small in 0..3 {
+            let mut free = three;
+            free[small] = free[small] / 10 * 9;
+            assert!(!room(&free).holds(&config, &pair(3)).unwrap(), "{small}");
+        }
+        let two = [needed(sources[0]) + needed(sources[1]), needed(targets[0])];
+        assert!(room(&two).holds(&config, &pair(2)).unwrap());
+        assert!(!room(&[two[0] - needed(sources[1]), two[1]]).holds(&config, &pair(2)).unwrap());
+        // The more room, the more layers; never more than there are.
+        let config = model::config("qwen3-4b").unwrap();
+        let layers = |free: u64| layers(&config, &[pair(2)], &room(&[free, free]));
+        assert_eq!(layers(140_000_000_000).unwrap(), 36);
+        assert!((1..36).contains(&layers(16_000_000_000).unwrap()));
+        let refused = layers(1_000_000_000).unwrap_err().to_string();
+        assert!(refused.contains("give --layers"), "{refused}");
+    }
 }

@@ -1,19 +1,30 @@
 //! What a bench found, as a table for people and as JSON for everything else.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 use serde_json::json;
 
-use super::protocol::{Mode, RankReport};
+use super::args::Args;
+use super::protocol::{Description, Mode, Moved, RankReport, Rate, Reply};
+use super::sizing::Room;
+use crate::device::Gpus;
+use crate::placement::Placement;
 use crate::plan::amplification;
 use crate::sizes::{SourceSizes, TargetSizes, bytes};
+use crate::transports::TransportName;
 
 /// A whole bench.
 #[derive(Debug)]
 pub(crate) struct Run {
     config: String,
     layers: u32,
+    /// Whether the layers were chosen by the memory that is free.
+    chosen: bool,
     of_layers: u32,
     transport: &'static str,
+    separate: bool,
+    gpus: Option<Gpus>,
     pub(crate) pairs: Vec<PairResult>,
 }
 
@@ -22,9 +33,17 @@ pub(crate) struct Run {
 pub(crate) struct PairResult {
     source: SourceSizes,
     target: TargetSizes,
+    placement: Option<Placement>,
     pub(crate) cycles: Vec<Cycle>,
-    pub(crate) memcpy_gbps: Vec<f64>,
-    pub(crate) big_read_gbps: Vec<f64>,
+    /// Of every round, what every target rank reached.
+    pub(crate) memcpys: Vec<Vec<Rate>>,
+    pub(crate) big_reads: Vec<Vec<Rate>>,
+    /// Of every round in which copies by a copy engine were measured beside the transport.
+    copies: Vec<Vec<Rate>>,
+    /// Why they were not.
+    no_copies: Option<String>,
+    /// Of every target rank.
+    pub(crate) descriptions: Vec<Description>,
 }
 
 /// One cycle of all target ranks together: the slowest one's times, everyone's bytes and counts.
@@ -39,6 +58,7 @@ pub(crate) struct Cycle {
     register_s: f64,
     connect_s: f64,
     prepare_s: f64,
+    posting_s: f64,
     pull_s: f64,
     land_s: f64,
     total_s: f64,
@@ -84,6 +104,7 @@ impl Cycle {
             register_s: slowest(|rank| rank.register_s),
             connect_s: slowest(|rank| rank.connect_s),
             prepare_s: slowest(|rank| rank.prepare_s),
+            posting_s: slowest(|rank| rank.posting_s),
             pull_s,
             land_s: slowest(|rank| rank.land_s),
             total_s,
@@ -115,19 +136,49 @@ struct Ratios {
     total_of_pull: f64,
     /// Uncached allocation, registration and preparation over the pull of the same cycle.
     cold_setup_of_pull: f64,
+    /// Uncached total, connecting apart, over cached total.
+    cold_of_warm: f64,
     /// One read per row: its pull rate, without its preparation, over the rate of one big read, where measured.
     read_per_row_of_big_read: Option<f64>,
 }
 
 impl PairResult {
-    pub(crate) fn new(source: SourceSizes, target: TargetSizes) -> Self {
+    pub(crate) fn new(
+        source: SourceSizes,
+        target: TargetSizes,
+        placement: Option<Placement>,
+    ) -> Self {
         Self {
             source,
             target,
+            placement,
             cycles: Vec::new(),
-            memcpy_gbps: Vec::new(),
-            big_read_gbps: Vec::new(),
+            memcpys: Vec::new(),
+            big_reads: Vec::new(),
+            copies: Vec::new(),
+            no_copies: None,
+            descriptions: Vec::new(),
         }
+    }
+
+    /// Takes in a round of copies, in which a rank without a way to a source has none.
+    pub(crate) fn add_copies(&mut self, replies: &[Reply], rates: Vec<Rate>) {
+        let reason = replies.iter().find_map(|reply| match reply {
+            Reply::Unmeasured { reason } => Some(reason.clone()),
+            _ => None,
+        });
+        match reason {
+            Some(reason) => self.no_copies = Some(reason),
+            None => self.copies.push(rates),
+        }
+    }
+
+    fn memcpy_gbps(&self) -> Vec<f64> {
+        together(&self.memcpys)
+    }
+
+    fn big_read_gbps(&self) -> Vec<f64> {
+        together(&self.big_reads)
     }
 
     fn median_of(&self, mode: Mode, value: impl Fn(&Cycle) -> f64) -> Option<f64> {
@@ -135,7 +186,7 @@ impl PairResult {
     }
 
     fn ratios(&self) -> Ratios {
-        let ceiling = median(self.big_read_gbps.clone()).unwrap_or_default();
+        let ceiling = median(self.big_read_gbps()).unwrap_or_default();
         let of_ceiling = |rate: Option<f64>| rate.map(|rate| rate / ceiling);
         let cached = |value: fn(&Cycle) -> f64| self.median_of(Mode::Cached, value);
         let setup =
@@ -145,6 +196,10 @@ impl PairResult {
             refit_of_big_read: of_ceiling(cached(|cycle| cycle.refit_gbps)).unwrap_or_default(),
             total_of_pull: cached(|cycle| cycle.total_s / cycle.pull_s).unwrap_or_default(),
             cold_setup_of_pull: self.median_of(Mode::Uncached, setup).unwrap_or_default(),
+            cold_of_warm: self
+                .median_of(Mode::Uncached, |cycle| cycle.total_s - cycle.connect_s)
+                .unwrap_or_default()
+                / cached(|cycle| cycle.total_s).unwrap_or_default(),
             read_per_row_of_big_read: of_ceiling(
                 self.median_of(Mode::ReadPerRun, |cycle| cycle.pull_gbps),
             ),
@@ -167,6 +222,9 @@ impl PairResult {
             self.target,
             bytes(needed)
         );
+        if let Some(placement) = &self.placement {
+            println!("{placement}");
+        }
         println!(
             "{:>5} {:<12} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8} {:>7} {:>9} {:>6} {:>6} {:>5} {:>6}",
             "cycle",
@@ -192,20 +250,29 @@ impl PairResult {
         for mode in self.modes() {
             row("med", &self.median_cycle(mode));
         }
-        let memcpy = median(self.memcpy_gbps.clone()).unwrap_or_default();
-        let big = median(self.big_read_gbps.clone()).unwrap_or_default();
+        let memcpy = median(self.memcpy_gbps()).unwrap_or_default();
+        let big = median(self.big_read_gbps()).unwrap_or_default();
         println!(
             "ceilings of the same run: memcpy {memcpy:.2} GB/s, one big read from each source {big:.2} GB/s"
         );
+        if let Some(copies) = median(together(&self.copies)) {
+            println!("one copy by a copy engine from each source {copies:.2} GB/s");
+        }
+        if let Some(reason) = &self.no_copies {
+            println!("one copy by a copy engine was not measured: {reason}");
+        }
         let ratios = self.ratios();
         println!(
             "cached: pull {:.2}x of one big read, whole refit {:.2}x, total {:.3}x of its pull; \
-             uncached: alloc + register + prepare {:.2}% of its pull",
+             uncached: alloc + register + prepare {:.2}% of its pull, total without connecting {:.3}x of cached",
             ratios.pull_of_big_read,
             ratios.refit_of_big_read,
             ratios.total_of_pull,
-            ratios.cold_setup_of_pull * 100.0
+            ratios.cold_setup_of_pull * 100.0,
+            ratios.cold_of_warm
         );
+        self.receivers().iter().for_each(Receiver::print);
+        self.print_ways();
         let peak =
             self.cycles.iter().flat_map(|cycle| &cycle.ranks).take(2 * ranks).collect::<Vec<_>>();
         if let Some(rank) = peak
@@ -219,6 +286,39 @@ impl PairResult {
                 bytes(rank.peak_rss_bytes),
                 bytes(rank.peak_rss_bytes.saturating_sub(expected))
             );
+        }
+    }
+
+    fn receivers(&self) -> Vec<Receiver> {
+        let ranks = self.cycles.first().map_or(0, |cycle| cycle.ranks.len());
+        (0..ranks).map(|index| Receiver::new(self, index)).collect()
+    }
+
+    /// What the reads of a cached refit are, and the ways they go.
+    fn print_ways(&self) {
+        let (mut direct, mut staged, mut bulk) = <(Moved, Moved, Moved)>::default();
+        let mut routes = BTreeMap::<&str, Vec<String>>::new();
+        for description in &self.descriptions {
+            for (sum, part) in [
+                (&mut direct, description.direct),
+                (&mut staged, description.staged),
+                (&mut bulk, description.bulk),
+            ] {
+                sum.add(part.reads, part.bytes);
+            }
+            for (source, route) in &description.routes {
+                routes.entry(route).or_default().push(format!("{source}->{}", description.rank));
+            }
+        }
+        let shown = |moved: Moved| format!("{} ({})", moved.reads, bytes(moved.bytes));
+        println!(
+            "reads: {} straight to their place, {} by way of staging; of all, {} by a copy engine",
+            shown(direct),
+            shown(staged),
+            shown(bulk)
+        );
+        for (route, pairs) in routes {
+            println!("route {}: {route}", pairs.join(" "));
         }
     }
 
@@ -242,24 +342,117 @@ impl PairResult {
     }
 }
 
-impl Run {
-    pub(crate) fn new(
-        config: String,
-        layers: u32,
-        of_layers: u32,
-        transport: &'static str,
-    ) -> Self {
-        Self { config, layers, of_layers, transport, pairs: Vec::new() }
+/// What one target rank came to: medians of its own.
+#[derive(Clone, Debug, Serialize)]
+struct Receiver {
+    rank: u32,
+    gpu: Option<u32>,
+    /// Of cached refits, `prepare` to `install`.
+    seconds: f64,
+    /// Bytes needed over that.
+    gbps: f64,
+    /// Of one big read, measured while the other ranks read theirs.
+    big_read_gbps: f64,
+    /// The rate over that of one big read.
+    of_big_read: f64,
+    /// Of one copy by a copy engine, where that was measured beside the transport.
+    copy_gbps: Option<f64>,
+    /// The rate over that of one copy.
+    of_copy: Option<f64>,
+    /// Of cached refits, from the start of `prepare` until every read was posted.
+    posting_s: f64,
+    /// Of uncached refits, without connecting.
+    cold_seconds: f64,
+    /// Most registrations of an uncached refit.
+    cold_registrations: u64,
+}
+
+impl Receiver {
+    #[allow(clippy::cast_precision_loss, reason = "rates for people")]
+    fn new(pair: &PairResult, index: usize) -> Self {
+        let reports = |mode| {
+            let of_mode = pair.cycles.iter().filter(move |cycle| cycle.mode == mode);
+            of_mode.filter_map(|cycle| cycle.ranks.get(index))
+        };
+        let of = |mode, value: fn(&RankReport) -> f64| {
+            median(reports(mode).map(value).collect()).unwrap_or_default()
+        };
+        let rank = reports(Mode::Cached).next().map(|report| report.rank).unwrap_or_default();
+        let gbps = of(Mode::Cached, |report| report.needed_bytes as f64 / report.total_s / 1e9);
+        let own = |rounds: &[Vec<Rate>]| {
+            let rates = rounds.iter().filter_map(|round| round.get(index));
+            median(rates.map(|rate| rate.gbps()).collect())
+        };
+        let (ceiling, copy_gbps) = (own(&pair.big_reads).unwrap_or_default(), own(&pair.copies));
+        Self {
+            rank,
+            gpu: pair.placement.as_ref().and_then(|placement| placement.target(rank)),
+            seconds: of(Mode::Cached, |report| report.total_s),
+            gbps,
+            big_read_gbps: ceiling,
+            of_big_read: gbps / ceiling,
+            copy_gbps,
+            of_copy: copy_gbps.map(|copy| gbps / copy),
+            posting_s: of(Mode::Cached, |report| report.posting_s),
+            cold_seconds: of(Mode::Uncached, |report| report.total_s - report.connect_s),
+            cold_registrations: reports(Mode::Uncached)
+                .map(|report| report.registrations)
+                .max()
+                .unwrap_or_default(),
+        }
     }
 
-    pub(crate) fn print_header(&self, free: u64, chosen: bool) {
+    fn print(&self) {
+        let gpu = self.gpu.map(|gpu| format!(" on GPU {gpu}")).unwrap_or_default();
+        let copy = self.copy_gbps.zip(self.of_copy);
+        let copy = copy.map(|(rate, ratio)| format!(", {ratio:.3}x of one copy ({rate:.2} GB/s)"));
+        println!(
+            "receiver {}{gpu}: {:.5} s, {:.2} GB/s, {:.3}x of its big read ({:.2} GB/s){}; {:.1} us until all is \
+             posted; uncached {:.5} s, {} registrations",
+            self.rank,
+            self.seconds,
+            self.gbps,
+            self.of_big_read,
+            self.big_read_gbps,
+            copy.unwrap_or_default(),
+            self.posting_s * 1e6,
+            self.cold_seconds,
+            self.cold_registrations
+        );
+    }
+}
+
+impl Run {
+    pub(crate) fn new(
+        args: &Args,
+        layers: u32,
+        of_layers: u32,
+        transport: TransportName,
+        gpus: Option<Gpus>,
+    ) -> Self {
+        Self {
+            config: args.config.clone(),
+            layers,
+            chosen: args.layers.is_none(),
+            of_layers,
+            transport: transport.name(),
+            separate: args.separate,
+            gpus,
+            pairs: Vec::new(),
+        }
+    }
+
+    pub(crate) fn print_header(&self, room: &Room) {
         let Self { config, layers, of_layers, transport, .. } = self;
         println!("refit bench: {config}, {layers} of {of_layers} layers, over {transport}");
-        if chosen {
-            println!(
-                "({layers} layers are what fits into half of the {} of free memory; --layers changes it)",
-                bytes(free)
-            );
+        for gpu in self.gpus.iter().flat_map(|gpus| &gpus.gpus) {
+            println!("GPU {}: {}, {} free", gpu.ordinal, gpu.name, bytes(gpu.free_bytes));
+        }
+        if self.chosen {
+            println!("({layers} layers are what fits into {}; --layers changes it)", room.text());
+        }
+        if self.separate {
+            println!("every parameter of a source in an allocation of its own");
         }
         println!(
             "times in seconds, of the slowest rank; bytes and counts of all target ranks together; every byte verified"
@@ -296,12 +489,12 @@ impl Run {
     /// `cycles[]` and `ceilings` of the whole run, and the same for every pair under `pairs[]`.
     pub(crate) fn json(&self) -> serde_json::Value {
         let ceilings = |pairs: &[PairResult]| {
-            let all = |rates: fn(&PairResult) -> &Vec<f64>| {
-                median(pairs.iter().flat_map(rates).copied().collect())
-            };
+            let all =
+                |rates: fn(&PairResult) -> Vec<f64>| median(pairs.iter().flat_map(rates).collect());
             json!({
-                "memcpy_gbps": all(|pair| &pair.memcpy_gbps),
-                "big_read_gbps": all(|pair| &pair.big_read_gbps),
+                "memcpy_gbps": all(PairResult::memcpy_gbps),
+                "big_read_gbps": all(PairResult::big_read_gbps),
+                "copy_gbps": all(|pair| together(&pair.copies)),
             })
         };
         let pairs: Vec<_> = self
@@ -312,8 +505,11 @@ impl Run {
                     "source": pair.source.to_string(),
                     "target": pair.target.to_string(),
                     "ceilings": ceilings(std::slice::from_ref(pair)),
-                    "ceiling_samples": { "memcpy_gbps": pair.memcpy_gbps, "big_read_gbps": pair.big_read_gbps },
+                    "ceiling_samples": { "memcpy_gbps": pair.memcpy_gbps(), "big_read_gbps": pair.big_read_gbps(), "copy_gbps": together(&pair.copies) },
+                    "placement": pair.placement,
                     "ratios": pair.ratios(),
+                    "receivers": pair.receivers(),
+                    "reads": pair.descriptions,
                 })
             })
             .collect();
@@ -324,6 +520,8 @@ impl Run {
             "layers": self.layers,
             "transport": self.transport,
             "machine": machine(),
+            "device": self.gpus,
+            "separate_sources": self.separate,
             "cycles": cycles,
             "ceilings": ceilings(&self.pairs),
             "pairs": pairs,
@@ -358,6 +556,11 @@ fn row(number: &str, cycle: &Cycle) {
         cycle.registrations,
         cycle.refit_gbps
     );
+}
+
+/// Of every round, the rate of all ranks together.
+fn together(rounds: &[Vec<Rate>]) -> Vec<f64> {
+    rounds.iter().map(|rates| Rate::together(rates).gbps()).collect()
 }
 
 fn median(mut values: Vec<f64>) -> Option<f64> {

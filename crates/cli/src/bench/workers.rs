@@ -12,6 +12,7 @@ use refit::transport::local;
 use super::protocol::{Command, Reply};
 use super::rank::{self, RankSetup};
 use super::{RankArgs, Role};
+use crate::device::Home;
 use crate::error::CliError;
 use crate::transports::TransportName;
 
@@ -70,8 +71,12 @@ impl Launcher {
                 .and_then(|transport| {
                     let transport = std::sync::Arc::new(transport);
                     match role {
-                        Role::Source => rank::source(&setup, transport, inbox.into_iter(), answer),
-                        Role::Target => rank::target(&setup, transport, inbox.into_iter(), answer),
+                        Role::Source => {
+                            rank::source(&setup, &Home::Host, transport, inbox.into_iter(), answer)
+                        }
+                        Role::Target => {
+                            rank::target(&setup, &Home::Host, transport, inbox.into_iter(), answer)
+                        }
                     }
                 });
                 if let Err(error) = served {

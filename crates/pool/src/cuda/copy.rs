@@ -104,6 +104,36 @@ pub fn download(
     })
 }
 
+/// Copies `len` bytes of device memory to another place in it, by the device itself.
+///
+/// Work on other streams is not waited for; see the [module](super).
+///
+/// # Errors
+/// As [`upload`]; [`CudaError::Overlap`] when the two places share a byte.
+pub fn copy_within(
+    device: &Device,
+    memory: &mut Memory,
+    from: usize,
+    into: usize,
+    len: usize,
+) -> Result<(), CudaError> {
+    let (source, target) = (span(device, memory, from, len)?, span(device, memory, into, len)?);
+    if from.abs_diff(into) < len {
+        let [from, into, len] = [from, into, len].map(|value| value as u64);
+        return Err(CudaError::Overlap { from, into, len });
+    }
+    if len == 0 {
+        return Ok(());
+    }
+    with_lane(device, |lane| {
+        // SAFETY: the memory has the bytes of both places, and `&mut` says that nobody else uses them.
+        unsafe { sys::cuMemcpyDtoDAsync_v2(target, source, len, lane.stream) }
+            .result()
+            .map_err(CudaError::of("cuMemcpyDtoDAsync"))?;
+        lane.synchronize()
+    })
+}
+
 /// Sets every byte of device memory.
 ///
 /// Work on other streams is not waited for; see the [module](super).

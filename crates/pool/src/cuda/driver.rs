@@ -15,7 +15,7 @@ pub struct Driver {
 const LIBRARIES: [&str; 2] = ["libcuda.so", "libcuda.so.1"];
 
 /// The functions this module calls. The bindings panic at the first call of one that is missing.
-const REQUIRED: [&str; 34] = [
+const REQUIRED: [&str; 35] = [
     "cuCtxEnablePeerAccess",
     "cuCtxPopCurrent_v2",
     "cuCtxPushCurrent_v2",
@@ -41,6 +41,7 @@ const REQUIRED: [&str; 34] = [
     "cuMemFree_v2",
     "cuMemGetInfo_v2",
     "cuMemHostAlloc",
+    "cuMemcpyDtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyHtoDAsync_v2",
     "cuMemsetD8Async",

@@ -112,6 +112,18 @@ pub enum CudaError {
         /// Bytes there are.
         available: u64,
     },
+    /// A copy within one memory whose places share bytes.
+    #[error(
+        "{len} bytes from {from} to {into} of the same memory: the places overlap; copy in parts"
+    )]
+    Overlap {
+        /// First byte that is read.
+        from: u64,
+        /// First byte that is written.
+        into: u64,
+        /// Bytes.
+        len: u64,
+    },
 }
 
 impl CudaError {

@@ -93,7 +93,7 @@ impl Landings {
     ) -> Result<(), RefitError> {
         let Some(landing) = &mut self.waves[wave] else { return Ok(()) };
         let staging = staging.ok_or(RefitError::NoStaging)?;
-        landing.start(Some(staging.allocation())).map_err(RefitError::device)
+        landing.start(Some(staging)).map_err(RefitError::device)
     }
 
     /// Waits until these waves have landed.

@@ -1,19 +1,11 @@
-//! Landing in host memory: a wave's copies, parameters shared out among threads where there is enough to do; and fills.
-
-use std::num::NonZero;
-use std::thread;
+//! Landing in host memory: a wave's copies, and fills.
 
 use refit_planner::{Fill, Landing, TargetParam, Transform};
 use refit_pool::{Memory, copy_runs};
 use refit_translate::host::{self, LandError};
 
+use super::threads;
 use crate::error::RefitError;
-
-/// Below this many bytes a thread costs more than it saves.
-const BYTES_WORTH_A_THREAD: u64 = 8 << 20;
-
-/// A single core does not fill the memory bus; a few do, and the engine has work for the rest.
-const MOST_THREADS: usize = 4;
 
 /// What one parameter gets.
 struct Work<'a> {
@@ -31,35 +23,7 @@ pub(super) fn land(
     live: &mut [Memory],
 ) -> Result<(), RefitError> {
     let mut work = work(landings, targets, live)?;
-    let total: u64 = work.iter().map(|work| work.bytes).sum();
-    let threads = usize::try_from(total / BYTES_WORTH_A_THREAD)
-        .unwrap_or(MOST_THREADS)
-        .min(MOST_THREADS)
-        .min(thread::available_parallelism().map_or(1, NonZero::get));
-    if threads < 2 {
-        return carry_out(&mut work, staging);
-    }
-    let share = total / threads as u64 + 1;
-    thread::scope(|scope| {
-        let mut rest = work.as_mut_slice();
-        let mut running = Vec::with_capacity(threads);
-        while !rest.is_empty() {
-            let mut bytes = 0;
-            let until = rest.iter().position(|work| {
-                bytes += work.bytes;
-                bytes >= share
-            });
-            let (part, after) = rest.split_at_mut(until.map_or(rest.len(), |last| last + 1));
-            rest = after;
-            running.push(scope.spawn(|| carry_out(part, staging)));
-        }
-        // Every thread is joined, whatever the others did; a panic in one goes on here.
-        let results: Vec<_> = running
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .collect();
-        results.into_iter().collect()
-    })
+    threads::share(&mut work, |work| work.bytes, |work| carry_out(work, staging))
 }
 
 /// Writes the zeros. `live` is in the order of `targets`.
@@ -109,7 +73,7 @@ fn carry_out(work: &mut [Work<'_>], staging: &[u8]) -> Result<(), RefitError> {
 }
 
 /// A landing copy that converts nothing, past the caches: the engine reads its parameters later, and all of them.
-fn copy(landing: &Landing, staging: &[u8], param: &mut [u8]) -> Result<(), LandError> {
+pub(crate) fn copy(landing: &Landing, staging: &[u8], param: &mut [u8]) -> Result<(), LandError> {
     let (staged, held) = (staging.len() as u64, param.len() as u64);
     // A run of more bytes than there are addresses is outside of either, and refused before it is copied.
     let run = usize::try_from(landing.run).unwrap_or(usize::MAX);

@@ -13,6 +13,7 @@ use crate::error::RefitError;
 use crate::land::Landings;
 use crate::publication::Publication;
 use crate::report::Report;
+use crate::request::PackRequest;
 
 /// Plans kept for a target that changes between options or between trainers.
 const PLANS_KEPT: usize = 4;
@@ -99,6 +100,19 @@ impl<T: Transport> Inner<T> {
             report.register = built.register;
         }
         Ok((program, lease))
+    }
+
+    /// What the program for these publications reads badly.
+    pub(super) fn pack_request(
+        &mut self,
+        publications: &[Publication],
+    ) -> Result<PackRequest, RefitError> {
+        let (program, _) = self.planned(publications, &mut Report::default())?;
+        let links = &self.planned[0].links;
+        PackRequest::new(&self.layout, &program, publications, |rank| {
+            let met = links.iter().find(|link| link.0 == rank);
+            met.map_or_else(|| self.transport.capabilities(), |link| link.1)
+        })
     }
 
     /// The program for these publications and its key in the pool: planned anew when a layout changed, lowered anew when

@@ -58,22 +58,12 @@ pub fn strided_reads_where_declared<H: Harness>(harness: &H) -> Verdict {
     let inner = Dim { count: 5, source_stride: 100, target_stride: 64 };
     let outer = Dim { count: 7, source_stride: 9_001, target_stride: 5 * 64 };
     let chunks = [
-        Chunk {
-            from: 3,
-            into: 17,
-            run: 33,
-            dims: Dims::one(Dim { count: 300, source_stride: 512, target_stride: 66 }),
-        },
+        Chunk::strided(3, 17, 33, rows(300, 512, 66)),
         // Interleaved with the first: its gaps are this one's runs.
-        Chunk {
-            from: 7,
-            into: 17 + 33,
-            run: 33,
-            dims: Dims::one(Dim { count: 300, source_stride: 40, target_stride: 66 }),
-        },
-        Chunk { from: 0, into: 100_000, run: 64, dims: [outer, inner].into_iter().collect() },
+        Chunk::strided(7, 17 + 33, 33, rows(300, 40, 66)),
+        Chunk::strided(0, 100_000, 64, [outer, inner].into_iter().collect()),
     ];
-    if world.target.capabilities().strided_reads {
+    if world.target.capabilities_of(&world.sources[0].peer).strided_reads {
         world.check(1 << 20, &[&chunks])?;
         return Ok(Outcome::Passed);
     }
@@ -88,6 +78,63 @@ pub fn strided_reads_where_declared<H: Harness>(harness: &H) -> Verdict {
             "a strided read"
         );
     }
+    Ok(Outcome::Passed)
+}
+
+fn rows(count: u64, source_stride: u64, target_stride: u64) -> Dims {
+    Dims::one(Dim { count, source_stride, target_stride })
+}
+
+/// Reads that ask for the second engine bring the same bytes as the others, beside them, cycle after cycle; where there
+/// is no second engine they are as good.
+pub fn bulk_reads_among_others<H: Harness>(harness: &H) -> Verdict {
+    const BYTES: usize = 1 << 20;
+    let mut world = World::new(harness, 1, BYTES)?;
+    let mut chunks = vec![
+        Chunk::bulk(0, 0, 300_000),
+        Chunk::plain(300_000, 300_000, 4097),
+        Chunk::bulk(500_001, 304_099, 65_537),
+        Chunk::bulk((1 << 20) - 3, 400_000, 3),
+        Chunk::bulk(1, 400_003, 1),
+    ];
+    if world.target.capabilities_of(&world.sources[0].peer).strided_reads {
+        chunks.push(Chunk::strided(600_000, 500_000, 100, rows(1000, 150, 200)));
+        // A wish, not an order: what the second engine cannot do, the first does.
+        let wish = Chunk::strided(600_000, 500_100, 100, rows(1000, 150, 200));
+        chunks.push(Chunk { bulk: true, ..wish });
+    }
+    for cycle in 0..3 {
+        harness.write(&mut world.sources[0].memory, &pattern(cycle, BYTES));
+        world.check(BYTES, &[&chunks])?;
+    }
+    Ok(Outcome::Passed)
+}
+
+/// Batches of several peers are posted together, all or some of them, and each writes what is its own.
+pub fn many_batches_in_one_post<H: Harness>(harness: &H) -> Verdict {
+    const SOURCES: usize = 6;
+    const STRIPE: u64 = 64;
+    let world = World::new(harness, SOURCES, 1 << 18)?;
+    let stripes = |source: u64| -> Vec<Chunk> {
+        let step = STRIPE * SOURCES as u64;
+        let mut chunks: Vec<Chunk> = (0..50)
+            .map(|row| Chunk::plain(row * 1000, row * step + source * STRIPE, STRIPE - source))
+            .collect();
+        let rest = 50 * step + source * 10_000;
+        chunks.push(Chunk::bulk(100_000, rest, 9_999 - source));
+        chunks
+    };
+    let all: Vec<Vec<Chunk>> = (0..SOURCES as u64).map(stripes).collect();
+    let all: Vec<&[Chunk]> = all.iter().map(Vec::as_slice).collect();
+    world.check(1 << 17, &all)?;
+    // The last two, then the first four.
+    let lease = world.lease(2, 1 << 17, &all)?;
+    let settled = world.pull_some(lease, Vec::new(), 4..)?;
+    let mut some: Vec<&[Chunk]> = vec![&[]; SOURCES];
+    some[4..].copy_from_slice(&all[4..]);
+    compare(&harness.read(&settled.lease.arenas()[0]), &world.expected(1 << 17, &some))?;
+    let settled = world.pull_some(settled.lease, Vec::new(), ..4)?;
+    compare(&harness.read(&settled.lease.arenas()[0]), &world.expected(1 << 17, &all))?;
     Ok(Outcome::Passed)
 }
 

@@ -7,6 +7,7 @@ use std::time::Instant;
 use refit_planner::{Dims, Transform};
 use refit_pool::{Allocator, Key, LeaseError, Memory, Pool, PoolError, PoolOptions};
 
+use super::elements::converted;
 use super::{Failure, Harness};
 use crate::{
     LocalRange, Peer, Pull, PullError, ReadOp, RemoteRange, Settled, Transport, TransportError,
@@ -23,16 +24,27 @@ pub(super) struct Chunk {
     pub(super) into: u64,
     pub(super) run: u64,
     pub(super) dims: Dims,
+    pub(super) transform: Transform,
+    pub(super) bulk: bool,
 }
 
 impl Chunk {
     pub(super) fn plain(from: u64, into: u64, run: u64) -> Self {
-        Self { from, into, run, dims: Dims::none() }
+        Self::strided(from, into, run, Dims::none())
+    }
+
+    pub(super) fn strided(from: u64, into: u64, run: u64, dims: Dims) -> Self {
+        Self { from, into, run, dims, transform: Transform::Copy, bulk: false }
+    }
+
+    /// For the second engine, if there is one.
+    pub(super) fn bulk(from: u64, into: u64, run: u64) -> Self {
+        Self { bulk: true, ..Self::plain(from, into, run) }
     }
 
     pub(super) fn op(&self, source: &Memory, target: LocalRange) -> ReadOp {
         let from = self.dims.source_extent(self.run);
-        let into = self.dims.target_extent(self.run);
+        let into = self.dims.target_extent(self.transform.target_bytes(self.run));
         ReadOp {
             from: RemoteRange {
                 address: source.address() + self.from,
@@ -42,8 +54,8 @@ impl Chunk {
             into: LocalRange { address: target.address + self.into, len: into, kind: target.kind },
             run: self.run,
             dims: self.dims.clone(),
-            transform: Transform::Copy,
-            bulk: false,
+            transform: self.transform,
+            bulk: self.bulk,
         }
     }
 }
@@ -156,7 +168,8 @@ impl<'h, H: Harness> World<'h, H> {
                 for (from, into) in chunk.dims.offsets() {
                     let [from, into, run] =
                         [chunk.from + from, chunk.into + into, chunk.run].map(size);
-                    expected[into..into + run].copy_from_slice(&source[from..from + run]);
+                    let bytes = converted(chunk.transform, &source[from..from + run]);
+                    expected[into..into + bytes.len()].copy_from_slice(&bytes);
                 }
             }
         }

@@ -11,6 +11,7 @@ use nixl_sys::{
 };
 use refit_pool::{MemoryKind, Region};
 
+use super::context::Context;
 use super::{NixlLibrary, NixlOptions};
 use crate::reads::check_name;
 use crate::{Cause, Status};
@@ -19,8 +20,24 @@ use crate::{Cause, Status};
 #[derive(Debug)]
 pub(super) struct Agent {
     pub(super) name: String,
+    /// The device that is current in every call below.
+    context: Context,
     handle: Handle,
     _backend: Backend,
+}
+
+/// Memory that NIXL knows, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Registration {
+    handle: Option<RegistrationHandle>,
+    context: Context,
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        let _entered = self.context.try_enter();
+        drop(self.handle.take());
+    }
 }
 
 /// A piece of a read, as NIXL describes memory.
@@ -62,6 +79,8 @@ impl Agent {
             pthr_delay_us: microseconds(options.progress_interval),
             ..AgentConfig::default()
         };
+        let context = Context::of(options);
+        let entered = context.enter()?;
         let handle = Handle::new_configured(&name, &config)
             .map_err(call("nixl_capi_create_configured_agent"))?;
         let params = options.params.iter().map(|(key, value)| (key, value));
@@ -69,15 +88,23 @@ impl Agent {
         let backend = handle
             .create_backend(&options.plugin, &params)
             .map_err(call("nixl_capi_create_backend"))?;
-        Ok(Self { name, handle, _backend: backend })
+        drop(entered);
+        Ok(Self { name, context, handle, _backend: backend })
+    }
+
+    /// The device that is current in calls of NIXL.
+    pub(super) fn context(&self) -> &Context {
+        &self.context
     }
 
     pub(super) fn metadata(&self) -> Result<Vec<u8>, Cause> {
+        let _entered = self.context.enter()?;
         self.handle.get_local_md().map_err(call("nixl_capi_get_local_md"))
     }
 
     /// Gives a peer's blob to NIXL, which says whose it is.
     pub(super) fn load(&self, blob: &[u8]) -> Result<String, Cause> {
+        let _entered = self.context.enter()?;
         // The wrapper unwraps a name that the blob chose. It does so after it let its lock go, so nothing is
         // poisoned; all that a panic loses is the C string.
         catch_unwind(AssertUnwindSafe(|| self.handle.load_remote_md(blob)))
@@ -86,19 +113,24 @@ impl Agent {
     }
 
     pub(super) fn make_connection(&self, peer: &str) -> Result<(), Cause> {
+        let _entered = self.context.enter()?;
         self.handle.make_connection(peer, None).map_err(call("nixl_capi_agent_make_connection"))
     }
 
     pub(super) fn forget(&self, peer: &str) -> Result<(), Cause> {
+        let _entered = self.context.enter()?;
         self.handle.invalidate_remote_md(peer).map_err(call("nixl_capi_invalidate_remote_md"))
     }
 
-    pub(super) fn register(&self, region: &Region) -> Result<RegistrationHandle, Cause> {
+    pub(super) fn register(&self, region: &Region) -> Result<Registration, Cause> {
+        let _entered = self.context.enter()?;
         let (memory, device) = place(region.kind())?;
         let address = usize::try_from(region.address()).map_err(|_| Cause::Wraps)?;
         let len = usize::try_from(region.len()).map_err(|_| Cause::Wraps)?;
         let descriptor = Descriptor { address, len, memory, device };
-        self.handle.register_memory(&descriptor, None).map_err(call("nixl_capi_register_mem"))
+        let handle = self.handle.register_memory(&descriptor, None);
+        let handle = Some(handle.map_err(call("nixl_capi_register_mem"))?);
+        Ok(Registration { handle, context: self.context.clone() })
     }
 
     /// Builds one request from pieces whose memory is of one kind on each side.
@@ -109,6 +141,7 @@ impl Agent {
         into: MemType,
         pieces: &[Piece],
     ) -> Result<XferRequest, Cause> {
+        let _entered = self.context.enter()?;
         let list = |memory| XferDescList::new(memory).map_err(call("nixl_capi_create_xfer_dlist"));
         let (mut local, mut remote) = (list(into)?, list(from)?);
         for piece in pieces {
@@ -128,6 +161,8 @@ impl Agent {
     /// The memory that the request writes stays registered, and nobody accesses it, until [`status`](Self::status)
     /// answers something other than pending, or for ever if this fails and does not say `untouched`.
     pub(super) unsafe fn post(&self, request: &XferRequest) -> Result<Status, PostError> {
+        let _entered =
+            self.context.enter().map_err(|cause| PostError { cause, untouched: true })?;
         match self.handle.post_xfer_req(request, None) {
             Ok(true) => Ok(Status::Pending),
             Ok(false) => Ok(Status::Done),
@@ -142,6 +177,8 @@ impl Agent {
     /// Where a posted request stands. The flag of an error says whether it is the request's own end; without it,
     /// NIXL has lost the peer and with it the sight of the request.
     pub(super) fn status(&self, request: &XferRequest) -> Result<Status, (Cause, bool)> {
+        // Where even this fails, NIXL may still see how the request stands.
+        let _entered = self.context.try_enter();
         match self.handle.get_xfer_status(request) {
             Ok(XferStatus::Success) => Ok(Status::Done),
             Ok(XferStatus::InProgress) => Ok(Status::Pending),

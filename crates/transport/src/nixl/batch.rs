@@ -4,10 +4,13 @@ use std::fmt;
 use std::mem::{self, ManuallyDrop};
 use std::sync::Arc;
 
-use nixl_sys::{RegistrationHandle, XferRequest};
+use std::time::Duration;
 
-use super::agent::Agent;
-use crate::peers::PeerState;
+use nixl_sys::XferRequest;
+
+use super::agent::{Agent, Registration};
+use super::transport::PeerLink;
+use super::warm_up::Scratch;
 use crate::registry::Holds;
 use crate::{Cause, Status, Written};
 
@@ -22,13 +25,27 @@ pub struct NixlReads {
 
 /// In the order in which they have to go.
 struct Parts {
-    /// Run one after the other. The first is a single byte: see [`NixlReads::post`].
+    /// Run one after the other. The first is a single byte if the batch is `probed`: see [`NixlReads::post`].
     requests: Vec<XferRequest>,
-    _holds: Holds<RegistrationHandle>,
+    _into: Destination,
     agent: Arc<Agent>,
-    peer: Arc<PeerState<()>>,
+    peer: Arc<PeerLink>,
     written: Vec<Written>,
     reads: usize,
+    probed: bool,
+}
+
+/// What a batch posts, in this order. The first is one read, so that nothing is under way if it cannot be posted.
+pub(super) struct Requests {
+    pub(super) list: Vec<XferRequest>,
+    /// Whether the first is there for that only.
+    pub(super) probed: bool,
+}
+
+/// What keeps the memory that a batch writes registered, and so allocated.
+pub(super) enum Destination {
+    Registered(#[allow(dead_code, reason = "held, never read")] Holds<Registration>),
+    Scratch(#[allow(dead_code, reason = "held, never read")] Arc<Scratch>),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,18 +67,19 @@ pub(super) struct Failure {
 
 impl NixlReads {
     pub(super) fn new(
-        requests: Vec<XferRequest>,
-        holds: Holds<RegistrationHandle>,
+        requests: Requests,
+        into: Destination,
         agent: Arc<Agent>,
-        peer: Arc<PeerState<()>>,
+        peer: Arc<PeerLink>,
         written: Vec<Written>,
         reads: usize,
     ) -> Self {
-        let parts = Parts { requests, _holds: holds, agent, peer, written, reads };
+        let Requests { list: requests, probed } = requests;
+        let parts = Parts { requests, _into: into, agent, peer, written, reads, probed };
         Self { parts: ManuallyDrop::new(parts), state: State::Idle }
     }
 
-    pub(super) fn peer(&self) -> &PeerState<()> {
+    pub(super) fn peer(&self) -> &PeerLink {
         &self.parts.peer
     }
 
@@ -81,11 +99,12 @@ impl NixlReads {
     ///
     /// A post of many reads that fails does not say how many it had started, and NIXL offers no way to see them end.
     /// So a single byte goes first: a peer that died since the last cycle fails there, where nothing else was
-    /// started, and costs an error instead of quarantined memory.
+    /// started, and costs an error instead of quarantined memory. A peer that was heard from within `probe_after` is
+    /// taken to be alive.
     ///
     /// # Safety
     /// Nobody accesses the memory that the batch writes until it has settled.
-    pub(super) unsafe fn post(&mut self) -> Result<Status, Failure> {
+    pub(super) unsafe fn post(&mut self, probe_after: Duration) -> Result<Status, Failure> {
         match self.state {
             State::Idle => {}
             State::Running(_) => {
@@ -96,9 +115,10 @@ impl NixlReads {
         if !self.parts.peer.is_connected() {
             return Err(failure(Cause::PeerGone, true));
         }
+        let known = self.parts.probed && self.parts.peer.link.heard_within(probe_after);
         self.parts.peer.started();
         // SAFETY: the caller's promise.
-        unsafe { self.run(0) }
+        unsafe { self.run(usize::from(known)) }
     }
 
     pub(super) fn poll(&mut self) -> Result<Status, Failure> {
@@ -109,8 +129,11 @@ impl NixlReads {
         };
         match self.parts.agent.status(&self.parts.requests[current]) {
             Ok(Status::Pending) => Ok(Status::Pending),
-            // SAFETY: the batch has not settled, so the promise made to `post` still holds.
-            Ok(Status::Done) => unsafe { self.run(current + 1) },
+            Ok(Status::Done) => {
+                self.parts.peer.link.heard();
+                // SAFETY: the batch has not settled, so the promise made to `post` still holds.
+                unsafe { self.run(current + 1) }
+            }
             Err((cause, settled)) => Err(self.end(failure(cause, settled))),
         }
     }
@@ -120,13 +143,13 @@ impl NixlReads {
     /// # Safety
     /// As [`post`](Self::post).
     unsafe fn run(&mut self, first: usize) -> Result<Status, Failure> {
-        let Parts { requests, agent, .. } = &mut *self.parts;
+        let Parts { requests, agent, peer, .. } = &mut *self.parts;
         for (index, request) in requests.iter().enumerate().skip(first) {
             self.state = State::Running(index);
-            // SAFETY: `_holds` keeps the memory registered; nobody accesses it, says the caller; the requests before
+            // SAFETY: `_into` keeps the memory registered; nobody accesses it, says the caller; the requests before
             // this one are done.
             match unsafe { agent.post(request) } {
-                Ok(Status::Done) => {}
+                Ok(Status::Done) => peer.link.heard(),
                 Ok(Status::Pending) => return Ok(Status::Pending),
                 Err(error) => {
                     // The first request is one read: if it could not be started, nothing was.
@@ -160,6 +183,8 @@ impl Drop for NixlReads {
         // SAFETY: taken here only, and the value is not used again.
         let parts = unsafe { ManuallyDrop::take(&mut self.parts) };
         if self.state == State::Idle {
+            let agent = Arc::clone(&parts.agent);
+            let _entered = agent.context().try_enter();
             drop(parts);
             return;
         }

@@ -1,13 +1,15 @@
+use std::cmp::Reverse;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use nixl_sys::{MemType, RegistrationHandle};
+use nixl_sys::MemType;
 use refit_planner::Capabilities;
 use refit_pool::Region;
 
-use super::agent::{Agent, Piece, place};
-use super::batch::{Failure, NixlReads};
-use super::warm_up::first_byte;
+use super::agent::{Agent, Piece, Registration, place};
+use super::batch::{Destination, Failure, NixlReads, Requests};
+use super::link::Link;
+use super::warm_up::{self, Scratch};
 use super::{NixlLibrary, NixlOptions};
 use crate::envelope;
 use crate::peers::{PeerState, Peers};
@@ -15,23 +17,26 @@ use crate::reads::{check_shapes, written};
 use crate::registry::{Registered, Registry};
 use crate::{Cause, Peer, ReadOp, Side, Status, Transport, TransportError, Written};
 
-pub(super) type PeerLink = PeerState<()>;
+pub(super) type PeerLink = PeerState<Link>;
 
 /// A NIXL agent.
 ///
 /// NIXL locks the agent to post and to poll: let one thread at a time drive an agent's pulls.
 #[derive(Debug)]
 pub struct NixlTransport {
-    registry: Arc<Registry<RegistrationHandle>>,
-    peers: Peers<()>,
+    registry: Arc<Registry<Registration>>,
+    peers: Peers<Link>,
     suspect: AtomicBool,
     options: NixlOptions,
+    /// Device memory that peers' allocations are touched into. Goes before the agent.
+    scratch: Option<Arc<Scratch>>,
+    touches: AtomicU64,
     agent: Arc<Agent>,
 }
 
 /// Memory registered with a [`NixlTransport`].
 #[derive(Debug)]
-pub struct NixlRegistration(Registered<RegistrationHandle>);
+pub struct NixlRegistration(Registered<Registration>);
 
 impl NixlTransport {
     /// An agent with one backend, named by the prefix and a random incarnation. Its listener is off.
@@ -40,24 +45,55 @@ impl NixlTransport {
     /// [`TransportError::Start`] when the prefix is not a plain name, a parameter is not taken or the backend does
     /// not start.
     pub fn new(library: NixlLibrary, mut options: NixlOptions) -> Result<Self, TransportError> {
-        options.capabilities.strided_reads = false;
-        let agent = Agent::new(library, &options)
-            .map_err(|cause| TransportError::Start { agent: options.prefix.clone(), cause })?;
+        let Capabilities { bytes_per_us, ns_per_read, max_reads, .. } = options.capabilities;
+        options.capabilities =
+            Capabilities { max_reads, ..Capabilities::plain(bytes_per_us, ns_per_read) };
+        let error = |cause| TransportError::Start { agent: options.prefix.clone(), cause };
+        let agent = Agent::new(library, &options).map_err(error)?;
+        let scratch = Scratch::of_device(&agent, &options).map_err(error)?;
         Ok(Self {
             registry: Registry::new(),
             peers: Peers::new(),
             suspect: AtomicBool::new(false),
             options,
+            scratch,
+            touches: AtomicU64::new(0),
             agent: Arc::new(agent),
         })
     }
 
-    /// Builds a batch for a peer that need not be connected yet.
-    pub(super) fn build(
-        &self,
-        peer: Arc<PeerLink>,
-        reads: &[ReadOp],
-    ) -> Result<NixlReads, TransportError> {
+    /// How many registrations of peers were read from to map them, so far. A batch that is prepared again, or reads
+    /// from the same registrations, adds none.
+    #[cfg(feature = "cuda")]
+    #[must_use]
+    pub fn touches(&self) -> u64 {
+        self.touches.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn handle(&self) -> &Arc<Agent> {
+        &self.agent
+    }
+
+    pub(super) fn scratch(&self) -> Option<&Arc<Scratch>> {
+        self.scratch.as_ref()
+    }
+
+    /// Has UCX map the peer's allocations that these reads read, unless it has.
+    fn touch(&self, peer: &Arc<PeerLink>, reads: &[ReadOp]) -> Result<(), Cause> {
+        let Some(scratch) = self.scratch().filter(|_| !self.options.first_byte.is_zero()) else {
+            return Ok(());
+        };
+        let places = peer.link.untouched(&peer.ranges(), scratch.kind(), reads);
+        if places.is_empty() {
+            return Ok(());
+        }
+        warm_up::read(&self.agent, peer, scratch, &places, self.options.first_byte)?;
+        peer.link.touch(&places);
+        self.touches.fetch_add(places.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn build(&self, peer: Arc<PeerLink>, reads: &[ReadOp]) -> Result<NixlReads, TransportError> {
         let error = |cause| TransportError::Prepare {
             agent: self.agent().into(),
             peer: peer.name.clone(),
@@ -72,7 +108,7 @@ impl NixlTransport {
         check_shapes(reads, &self.options.capabilities).map_err(error)?;
         // NIXL's own check of ranges wraps; these do not, and come first.
         let (published, own) = (peer.ranges(), self.registry.ranges());
-        let mut requests = Requests::default();
+        let mut pieces = Pieces::default();
         let mut cuts = Vec::new();
         for (read, op) in reads.iter().enumerate() {
             cuts.clear();
@@ -87,7 +123,7 @@ impl NixlTransport {
             }) {
                 return Err(outside(Side::Local, read, into.len));
             }
-            requests.push(op, &mut cuts).map_err(error)?;
+            pieces.push(op, &mut cuts).map_err(error)?;
         }
         let ranges = reads.iter().map(|op| (op.into.kind, op.into.address, op.into.len));
         let holds = self
@@ -95,12 +131,14 @@ impl NixlTransport {
             .hold(ranges)
             .map_err(|read| outside(Side::Local, read, reads[read].into.len))?;
         let written = written(&peer.name, reads)?;
-        let requests = requests
-            .in_order()
-            .map(|(from, into, pieces)| self.agent.request(&peer.name, from, into, &pieces))
+        let (probed, lists) = pieces.in_order();
+        let list = lists
+            .iter()
+            .map(|(from, into, pieces)| self.agent.request(&peer.name, *from, *into, pieces))
             .collect::<Result<_, _>>()
             .map_err(error)?;
-        Ok(NixlReads::new(requests, holds, Arc::clone(&self.agent), peer, written, reads.len()))
+        let (requests, into) = (Requests { list, probed }, Destination::Registered(holds));
+        Ok(NixlReads::new(requests, into, Arc::clone(&self.agent), peer, written, reads.len()))
     }
 
     fn connect_error(&self, peer: &str, cause: Cause) -> TransportError {
@@ -117,7 +155,7 @@ impl NixlTransport {
         }
     }
 
-    fn not_suspect(&self) -> Result<(), TransportError> {
+    pub(super) fn not_suspect(&self) -> Result<(), TransportError> {
         if self.suspect.load(Ordering::Acquire) {
             return Err(TransportError::Suspect { agent: self.agent().into() });
         }
@@ -187,10 +225,11 @@ impl Transport for NixlTransport {
         self.agent.make_connection(name).map_err(error)?;
         if let Some(state) = known {
             state.publish(envelope.ranges);
+            state.link.forget();
         } else {
-            let state = Arc::new(PeerState::new(name, (), envelope.ranges));
+            let state = Arc::new(PeerState::new(name, Link::default(), envelope.ranges));
             if !self.options.first_byte.is_zero() {
-                first_byte(self, &state, self.options.first_byte)?;
+                warm_up::first_byte(self, &state, self.options.first_byte)?;
             }
             self.peers.insert(state);
         }
@@ -205,12 +244,15 @@ impl Transport for NixlTransport {
 
     fn prepare(&self, peer: &Peer, reads: &[ReadOp]) -> Result<NixlReads, TransportError> {
         self.not_suspect()?;
-        let state = self.peers.get(&peer.name).map_err(|cause| TransportError::Prepare {
+        let error = |cause| TransportError::Prepare {
             agent: self.agent().into(),
             peer: peer.name.clone(),
             cause,
-        })?;
-        self.build(state, reads)
+        };
+        let state = self.peers.get(&peer.name).map_err(error)?;
+        let prepared = self.build(Arc::clone(&state), reads)?;
+        self.touch(&state, reads).map_err(error)?;
+        Ok(prepared)
     }
 
     fn written<'a>(&self, prepared: &'a NixlReads) -> &'a [Written] {
@@ -227,7 +269,8 @@ impl Transport for NixlTransport {
             return Err(self.failed(prepared, Failure { cause: Cause::Foreign, settled: true }));
         }
         // SAFETY: the caller's promise; the batch itself keeps its memory registered, and so allocated.
-        unsafe { prepared.post() }.map_err(|failure| self.failed(prepared, failure))
+        unsafe { prepared.post(self.options.probe_after) }
+            .map_err(|failure| self.failed(prepared, failure))
     }
 
     fn poll(&self, prepared: &mut NixlReads) -> Result<Status, TransportError> {
@@ -241,9 +284,9 @@ impl Transport for NixlTransport {
 
 /// The pieces of a batch, by the types of memory they join: a NIXL list has one type.
 #[derive(Default)]
-struct Requests(Vec<(MemType, MemType, Vec<Piece>)>);
+struct Pieces(Vec<(MemType, MemType, Vec<Piece>)>);
 
-impl Requests {
+impl Pieces {
     /// Adds a read, cut where registrations end on either side: NIXL wants each descriptor inside one of them.
     fn push(&mut self, op: &ReadOp, cuts: &mut Vec<u64>) -> Result<(), Cause> {
         let (from_type, from_device) = place(op.from.kind)?;
@@ -272,12 +315,22 @@ impl Requests {
         Ok(())
     }
 
-    /// The requests, behind one that reads a single byte if there are more reads than one.
-    fn in_order(self) -> impl Iterator<Item = (MemType, MemType, Vec<Piece>)> {
-        let many = self.0.iter().map(|request| request.2.len()).sum::<usize>() > 1;
-        let first = self.0.first().filter(|_| many);
-        let probe =
-            first.map(|(from, into, pieces)| (*from, *into, vec![Piece { len: 1, ..pieces[0] }]));
-        probe.into_iter().chain(self.0).collect::<Vec<_>>().into_iter()
+    /// What to request, behind a single byte if there are more pieces than one, and whether there are.
+    ///
+    /// UCX copies from one device in one stream, so that its order is ours: between devices the largest come first,
+    /// and while they are copied the processor gets ahead with the many small ones.
+    fn in_order(self) -> (bool, Vec<(MemType, MemType, Vec<Piece>)>) {
+        let mut lists = self.0;
+        for (from, into, pieces) in &mut lists {
+            if (*from, *into) == (MemType::Vram, MemType::Vram) {
+                pieces.sort_by_key(|piece| Reverse(piece.len));
+            }
+        }
+        let many = lists.iter().map(|request| request.2.len()).sum::<usize>() > 1;
+        if many && let Some((from, into, pieces)) = lists.first() {
+            let byte = Piece { len: 1, ..pieces[0] };
+            lists.insert(0, (*from, *into, vec![byte]));
+        }
+        (many, lists)
     }
 }

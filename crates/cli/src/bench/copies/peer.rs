@@ -1,0 +1,102 @@
+//! Measured through the peer transport.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use refit::planner::{Band, Dtype, LayoutBuilder, Param};
+use refit::pool::Memory;
+use refit::transport::Transport;
+use refit::transport::peer::{PeerRegistration, PeerTransport};
+use refit::{Directory, Place, Publication, PublishedRegion, RefitError};
+
+use super::super::ceiling::Ceiling;
+use super::super::protocol::Reply;
+use super::super::rank::{RankSetup, lost};
+use crate::device::Home;
+use crate::error::CliError;
+use crate::transports;
+
+/// Where sources publish what copies are measured with.
+fn directory(setup: &Path) -> Result<Directory, CliError> {
+    Ok(Directory::new(setup.join("copies")).map_err(RefitError::from)?)
+}
+
+/// A source's largest allocation, readable by peers until this goes.
+#[derive(Debug)]
+pub(in crate::bench) struct Published {
+    // Dropped first: it is the transport's.
+    _registration: PeerRegistration,
+    _transport: Arc<PeerTransport>,
+}
+
+impl Published {
+    /// Publishes the largest allocation of these parameters.
+    pub(in crate::bench) fn new<'a>(
+        setup: &RankSetup,
+        home: &Home,
+        params: impl Iterator<Item = &'a Memory>,
+    ) -> Result<Self, CliError> {
+        let region = params.map(Memory::allocation).max_by_key(|region| region.len());
+        let region = region.ok_or_else(lost)?;
+        let transport = transports::peer(&format!("copies-source-{}", setup.rank), home)?;
+        let registration = transport.register(region).map_err(RefitError::from)?;
+        let mut layout = LayoutBuilder::new(setup.rank);
+        let (name, len) = (format!("arena.{}", setup.rank), region.len());
+        let tensor = layout.tensor(&name, len, 1).map_err(RefitError::from)?;
+        let band = Band::new(tensor, 0..len, 0..1);
+        layout
+            .param(Param::new(name.as_str(), Dtype::U8, len, 1).band(band))
+            .map_err(RefitError::from)?;
+        let (address, cuda) = (region.address(), setup.gpu);
+        let publication = Publication::new(
+            transport.agent().to_owned(),
+            transport.metadata().map_err(RefitError::from)?,
+            layout.build(),
+            vec![Place { address, cuda }],
+            vec![PublishedRegion { address, len, cuda }],
+        );
+        directory(&setup.directory)?
+            .publish(&publication.map_err(RefitError::from)?)
+            .map_err(RefitError::from)?;
+        Ok(Self { _registration: registration, _transport: transport })
+    }
+}
+
+/// What a target measures copies with.
+#[derive(Debug)]
+pub(in crate::bench) enum Copies {
+    /// Ready.
+    Ceiling(Ceiling<PeerTransport>),
+    /// Not to be had, and why.
+    Unreachable(String),
+}
+
+impl Copies {
+    /// Reads these bytes from each source in one copy.
+    pub(in crate::bench) fn new(
+        setup: &RankSetup,
+        home: &Home,
+        bytes: &BTreeMap<u32, u64>,
+    ) -> Result<Self, CliError> {
+        let transport = transports::peer(&format!("copies-target-{}", setup.rank), home)?;
+        let sources = 0..setup.source.world();
+        let published =
+            directory(&setup.directory)?.wait(sources, setup.patience).map_err(RefitError::from)?;
+        match Ceiling::new(home, &transport, setup.rank, &published, bytes, setup.patience) {
+            Ok(ceiling) => Ok(Self::Ceiling(ceiling)),
+            // GPUs without a path to each other are no reason to stop a bench that does not need one.
+            Err(CliError::Refit(RefitError::Transport(error))) => {
+                Ok(Self::Unreachable(error.to_string()))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    pub(in crate::bench) fn read(&mut self) -> Result<Reply, CliError> {
+        match self {
+            Self::Ceiling(ceiling) => ceiling.read(),
+            Self::Unreachable(reason) => Ok(Reply::Unmeasured { reason: reason.clone() }),
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! A source that offers dense copies of what its targets would read scattered.
+
+use std::collections::BTreeMap;
+use std::slice;
+use std::time::{Duration, Instant};
+
+use refit_planner::{PackSlot, Packed, Param, RankLayout, pack};
+use refit_pool::{ArenaPlan, Memory};
+use refit_transport::{Transport, TransportLease, TransportPool};
+
+use super::{Source, repack};
+use crate::error::RefitError;
+use crate::memory::PARAM_ALIGN;
+use crate::publication::{Place, Publication};
+use crate::request::PackRequest;
+use crate::target::Failed;
+
+/// One source rank that has packed: where targets each want some columns of its parameters, it offers them as dense
+/// *slots*, which are read by one large read and nothing else.
+///
+/// Slots are copies, so they are stale when the parameters have changed. That is why there is no `params_mut` here:
+/// [`update`](Self::update) gives the parameters out and fills the slots behind it. A trainer that writes its parameters
+/// by other means, as kernels of its own do, calls [`repack`](Self::repack) before it says that they are new.
+///
+/// They take memory of their own: at most as much as the parameters that are packed, which of dense models are the
+/// row-parallel ones (about a third of a rank).
+#[derive(Debug)]
+pub struct PackedSource<T: Transport> {
+    /// Dropped before the memory it has registered. None where nothing is packed.
+    slots: Option<Slots<T>>,
+    source: Source<T>,
+    packed: Packed,
+    /// What was changed last may not be in the slots.
+    stale: bool,
+    repacked: Repacked,
+}
+
+/// The memory of the slots.
+#[derive(Debug)]
+struct Slots<T: Transport> {
+    /// With one arena.
+    lease: TransportLease<T>,
+    /// Where each slot begins in it, in the order of the slots, which is ascending.
+    offsets: Vec<u64>,
+}
+
+impl<T: Transport> Slots<T> {
+    fn arena(&self) -> &Memory {
+        &self.lease.arenas()[0]
+    }
+}
+
+/// What filling the slots came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Repacked {
+    /// Bytes copied.
+    pub bytes: u64,
+    /// How long it took.
+    pub elapsed: Duration,
+}
+
+/// Every parameter of a source, by name, to be written.
+#[derive(Debug)]
+pub struct ParamsMut<'a> {
+    params: slice::Iter<'a, Param>,
+    memory: slice::IterMut<'a, Memory>,
+}
+
+impl<'a> Iterator for ParamsMut<'a> {
+    type Item = (&'a str, &'a mut Memory);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        Some((self.params.next()?.name().as_ref(), self.memory.next()?))
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        self.memory.size_hint()
+    }
+}
+
+impl<T: Transport> Source<T> {
+    /// Packs what these requests ask of this rank, into one arena of the pool, and fills it from the parameters as they
+    /// are. What was published before stays true of the parameters; publish again for targets to read the slots.
+    ///
+    /// # Errors
+    /// [`RefitError::SlotBudget`] when the slots would take more than `budget` bytes; [`RefitError::Pack`] when a box
+    /// reaches outside its tensor, or a parameter has the name of a slot; [`RefitError::NotHost`] for parameters that
+    /// this build cannot copy; [`RefitError::Pool`] when the memory cannot be had or registered. The source comes back
+    /// as it was.
+    pub fn pack(
+        self,
+        pool: &TransportPool<T>,
+        requests: &[PackRequest],
+        budget: u64,
+    ) -> Result<PackedSource<T>, Failed<Box<Self>>> {
+        let (packed, slots) = match Slots::for_requests(&self, pool, requests, budget) {
+            Ok(made) => made,
+            Err(error) => return Err(Failed { error, state: Box::new(self) }),
+        };
+        let repacked = Repacked::default();
+        let mut source = PackedSource { slots, source: self, packed, stale: true, repacked };
+        match source.repack() {
+            Ok(_) => Ok(source),
+            Err(error) => Err(Failed { error, state: Box::new(source.unpack()) }),
+        }
+    }
+}
+
+impl<T: Transport> PackedSource<T> {
+    /// What the rank offers: its slots, and what of its parameters is not in them.
+    #[must_use]
+    pub fn layout(&self) -> &RankLayout {
+        self.packed.layout()
+    }
+
+    /// The rank's own layout, as it was before packing.
+    #[must_use]
+    pub fn unpacked_layout(&self) -> &RankLayout {
+        self.source.layout()
+    }
+
+    /// Bytes of memory that the slots take.
+    #[must_use]
+    pub fn slot_bytes(&self) -> u64 {
+        self.slots.as_ref().map_or(0, |slots| slots.arena().len() as u64)
+    }
+
+    /// What targets need to read from this rank. Take it after everything on this agent is registered.
+    ///
+    /// # Errors
+    /// [`RefitError::StaleSlots`] when the last change did not end with filled slots; [`RefitError::Transport`] when the
+    /// agent cannot describe itself.
+    pub fn publication(&self) -> Result<Publication, RefitError> {
+        if self.stale {
+            return Err(RefitError::StaleSlots { rank: self.source.layout.rank() });
+        }
+        let mut places: BTreeMap<&str, Place> = self.source.places().collect();
+        if let Some(slots) = &self.slots {
+            places.extend(self.packed.slots().iter().zip(&slots.offsets).map(|(slot, offset)| {
+                (&*slot.name, Place::new(slots.arena().address() + offset, slots.arena().kind()))
+            }));
+        }
+        let of_param = |param: &Param| {
+            let name = param.name();
+            let rank = self.source.layout.rank();
+            let missing = || RefitError::NoMemory { rank, param: name.to_string() };
+            places.get(name.as_ref()).copied().ok_or_else(missing)
+        };
+        let layout = self.packed.layout();
+        let places = layout.params().iter().map(of_param).collect::<Result<_, _>>()?;
+        let registered = self.slots.as_ref().map_or(&[][..], |slots| slots.lease.registered());
+        self.source.publish(layout, places, registered)
+    }
+
+    /// Lets `change` write the parameters, and fills the slots from what they hold then. No peer may read meanwhile.
+    ///
+    /// # Errors
+    /// As [`repack`](Self::repack); what `change` has returned is lost then.
+    pub fn update<R>(&mut self, change: impl FnOnce(ParamsMut<'_>) -> R) -> Result<R, RefitError> {
+        // Also if it panics.
+        self.stale = true;
+        let Source { layout, params, .. } = &mut self.source;
+        let params = ParamsMut { params: layout.params().iter(), memory: params.iter_mut() };
+        let changed = change(params);
+        self.repack()?;
+        Ok(changed)
+    }
+
+    /// Fills the slots from the parameters: for a trainer that changes them by other means than
+    /// [`update`](Self::update). No peer may read meanwhile.
+    ///
+    /// # Errors
+    /// [`RefitError::NotHost`] for memory that this build cannot copy. Nothing may be published then.
+    pub fn repack(&mut self) -> Result<Repacked, RefitError> {
+        self.stale = true;
+        let started = Instant::now();
+        let mut bytes = 0;
+        if let Some(Slots { lease, offsets, .. }) = &mut self.slots {
+            let (slots, arena) = (self.packed.slots(), &mut lease.arenas_mut()[0]);
+            repack::repack(slots, offsets, &self.source.layout, &self.source.params, arena)?;
+            bytes = slots.iter().map(|slot| slot.bytes).sum();
+        }
+        self.stale = false;
+        self.repacked = Repacked { bytes, elapsed: started.elapsed() };
+        Ok(self.repacked)
+    }
+
+    /// What filling the slots came to the last time.
+    #[must_use]
+    pub fn repacked(&self) -> Repacked {
+        self.repacked
+    }
+
+    /// The source without slots: publish it before anything changes, for they are no longer filled. Their memory goes
+    /// back to the pool, so no peer may read them any more; packing for the same requests finds it again.
+    #[must_use]
+    pub fn unpack(self) -> Source<T> {
+        self.source
+    }
+}
+
+impl<T: Transport> Slots<T> {
+    fn for_requests(
+        source: &Source<T>,
+        pool: &TransportPool<T>,
+        requests: &[PackRequest],
+        budget: u64,
+    ) -> Result<(Packed, Option<Self>), RefitError> {
+        let rank = source.layout.rank();
+        let mut asked: Vec<&PackRequest> =
+            requests.iter().filter(|request| request.asks(rank)).collect();
+        // The order of the slots must not depend on who asked first.
+        asked.sort_by_key(|request| (request.target(), request.digest()));
+        let packed = pack(&source.layout, asked.iter().flat_map(|request| request.slices()))?;
+        let slots = packed.slots();
+        if slots.is_empty() {
+            return Ok((packed, None));
+        }
+        let mut arena = ArenaPlan::new();
+        let offsets = slots.iter().map(|slot| arena.push(slot.bytes, PARAM_ALIGN)).collect();
+        let bytes = arena.bytes();
+        if bytes > budget {
+            return Err(RefitError::SlotBudget { rank, bytes, budget });
+        }
+        let copied = slots.iter().map(|slot| slot.source);
+        repack::check(copied, &source.layout, &source.params)?;
+        let lease = pool
+            .lease(key(source.transport.agent(), rank, slots).into(), |build| {
+                build.arena(bytes)?;
+                Ok::<_, RefitError>(Vec::new())
+            })
+            .map_err(RefitError::from_lease)?;
+        Ok((packed, Some(Self { lease, offsets })))
+    }
+}
+
+/// What decides the slots' memory.
+fn key(agent: &str, rank: u32, slots: &[PackSlot]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("refit slots v1");
+    hasher.update(&rank.to_le_bytes());
+    hasher.update(&(agent.len() as u64).to_le_bytes());
+    hasher.update(agent.as_bytes());
+    for slot in slots {
+        hasher.update(&(slot.name.len() as u64).to_le_bytes());
+        hasher.update(slot.name.as_bytes());
+        hasher.update(&slot.bytes.to_le_bytes());
+    }
+    *hasher.finalize().as_bytes()
+}
