@@ -1,7 +1,11 @@
 //! Two transports as one, without a GPU: both are in-process ones, on networks of their own, so that whether the near one
 //! reaches a peer is for the test to say.
 
-#![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::unwrap_used,
+    reason = "the lint spares test functions, not what they call; numbers of sources are small"
+)]
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -380,7 +384,6 @@ fn batches_are_posted_together_whatever_their_order() {
     let texts: Vec<String> = errors.iter().map(ToString::to_string).collect();
     assert!(texts[0].contains("nixl/target") && texts[0].contains("`s1`"), "{texts:?}");
     assert_eq!(pool.stats().quarantined_bytes, 0);
-    let _ = texts;
 }
 
 /// The types that a build without a GPU and without NIXL has.

@@ -13,6 +13,8 @@
 mod guard;
 #[path = "nixl/isolated.rs"]
 mod isolated;
+#[path = "nixl/pack.rs"]
+mod pack;
 #[path = "nixl/peer.rs"]
 mod peer;
 
@@ -56,13 +58,13 @@ impl Harness for Nixl {
     }
 }
 
-fn conformance() {
+fn conformance<H: Harness>(harness: &H) {
     // One by one, so that a crash names its case. `REFIT_CONFORMANCE_CASE` picks one.
     let only = std::env::var("REFIT_CONFORMANCE_CASE").ok();
-    for Case { name, run } in cases::<Nixl>() {
+    for Case { name, run } in cases::<H>() {
         if only.as_ref().is_none_or(|only| only == name) {
             println!("case {name}");
-            match run(&Nixl).unwrap_or_else(|failure| panic!("{name}: {failure}")) {
+            match run(harness).unwrap_or_else(|failure| panic!("{name}: {failure}")) {
                 Outcome::Passed => {}
                 Outcome::Skipped(why) => {
                     println!("skipped: {why}");
@@ -78,12 +80,50 @@ fn conformance() {
 
 #[test]
 fn passes_the_suite_one_sided() {
-    isolated("passes_the_suite_one_sided", ONE_SIDED, conformance);
+    isolated("passes_the_suite_one_sided", ONE_SIDED, || conformance(&Nixl));
 }
 
 #[test]
 fn passes_the_suite_emulated() {
-    isolated("passes_the_suite_emulated", EMULATED, conformance);
+    isolated("passes_the_suite_emulated", EMULATED, || conformance(&Nixl));
+}
+
+/// The choice between transports, where there is none: the host's memory is NIXL's.
+#[cfg(feature = "cuda")]
+mod auto {
+    use refit_transport::auto::AutoTransport;
+
+    use super::*;
+
+    struct Auto;
+
+    impl Harness for Auto {
+        type Transport = AutoTransport;
+        type Allocator = HostAllocator;
+
+        fn agent(&self, role: &str) -> Result<AutoTransport, TransportError> {
+            AutoTransport::new(Err("the memory is the host's".into()), Ok(Nixl.agent(role)?))
+        }
+
+        fn allocator(&self) -> HostAllocator {
+            HostAllocator
+        }
+
+        fn reads_fail_without_owner(&self) -> bool {
+            Nixl.reads_fail_without_owner()
+        }
+    }
+
+    #[test]
+    fn passes_the_suite_through_nixl() {
+        isolated("auto::passes_the_suite_through_nixl", ONE_SIDED, || {
+            conformance(&Auto);
+            let (source, target) = (Auto.agent("source").unwrap(), Auto.agent("target").unwrap());
+            let peer = target.connect(source.agent(), &source.metadata().unwrap()).unwrap();
+            let route = target.route(&peer);
+            assert!(route.ends_with("; not peer: the memory is the host's"), "{route}");
+        });
+    }
 }
 
 #[test]
@@ -308,4 +348,21 @@ fn cycles_keep_no_descriptors() {
         println!("3,000 warm cycles of 64 x 1 KiB: {:?} each", started.elapsed() / 3_000);
         assert_eq!(open(), before);
     });
+}
+
+/// What a finer engine wants of row-parallel parameters crosses the wire once.
+fn packs() {
+    for (source_tp, target_tp) in [(1, 2), (2, 4), (1, 4)] {
+        pack::packed(source_tp, target_tp);
+    }
+}
+
+#[test]
+fn packs_one_sided() {
+    isolated("packs_one_sided", ONE_SIDED, packs);
+}
+
+#[test]
+fn packs_emulated() {
+    isolated("packs_emulated", EMULATED, packs);
 }

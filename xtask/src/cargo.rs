@@ -93,9 +93,8 @@ pub(crate) fn refit(root: &Path, nixl: &Nixl, args: &[String]) -> Result<(), Fai
     command
         .args(["run", "--release", "--package", "refit-cli", "--manifest-path"])
         .arg(root.join("Cargo.toml"));
-    if nixl.is_ready() {
-        command.args(["--features", "nixl"]);
-    }
+    // CUDA is looked for at run time only: a build with it works everywhere.
+    command.args(["--features", if nixl.is_ready() { "cuda,nixl" } else { "cuda" }]);
     let done = status(with(command, args));
     nixl.remind();
     done

@@ -125,9 +125,8 @@ fn digest(text: &str) -> u64 {
 fn compile(root: &Path, source: &str) -> Result<String, Failure> {
     use std::{io::Write as _, process::Stdio};
 
-    let library = setup::pinned(root, &setup::NVRTC)
-        .map_err(|why| Failure::new(format!("ptx: NVRTC is not available: {}", why.reason())))?
-        .join(setup::NVRTC.library);
+    let library = setup::fetch(root, &setup::NVRTC)
+        .map_err(|why| Failure::new(format!("ptx: NVRTC is not available: {}", why.reason())))?;
     let failed = |error| Failure::new(format!("python3: {error}"));
     let mut child = Command::new("python3")
         .args(["-c", COMPILE])

@@ -43,21 +43,6 @@ pub(crate) const NIXL: Wheel = Wheel {
     ],
 };
 
-/// What compiles the kernel, for those who change it. The oldest there is, so that the PTX says a version that the
-/// drivers of CUDA 12.0 know; later releases would say a later one.
-pub(crate) const NVRTC: Wheel = Wheel {
-    folder: "nvrtc",
-    package: "nvidia-cuda-nvrtc-cu12",
-    version: "12.0.76",
-    megabytes: 24,
-    library: "nvidia/cuda_nvrtc/lib/libnvrtc.so.12",
-    // Another one would write other PTX.
-    own: None,
-    tags: ["py3", "none"],
-    platforms: &[("x86_64", "manylinux1_x86_64")],
-    sha256: &["8dd4458a7d8bf8fd2b01a34a9069856d53a9b4c0af2037b77c12b270daf9c828"],
-};
-
 /// What UCX's hooks into CUDA's allocator are linked to: a runtime of CUDA 12, which drivers of CUDA 12 and 13 carry.
 /// Only a bundle takes it along.
 pub(crate) const CUDART: Wheel = Wheel {
@@ -73,6 +58,21 @@ pub(crate) const CUDART: Wheel = Wheel {
         "25bba2dfb01d48a9b59ca474a1ac43c6ebf7011f1b0b8cc44f54eb6ac48a96c3",
         "83469a846206f2a733db0c42e223589ab62fd2fabac4432d2f8802de4bded0a4",
     ],
+};
+
+/// What compiles the kernel, for those who change it. The oldest there is, so that the PTX says a version that the
+/// drivers of CUDA 12.0 know; later releases would say a later one.
+pub(crate) const NVRTC: Wheel = Wheel {
+    folder: "nvrtc",
+    package: "nvidia-cuda-nvrtc-cu12",
+    version: "12.0.76",
+    megabytes: 24,
+    library: "nvidia/cuda_nvrtc/lib/libnvrtc.so.12",
+    // Another one would write other PTX.
+    own: None,
+    tags: ["py3", "none"],
+    platforms: &[("x86_64", "manylinux1_x86_64")],
+    sha256: &["8dd4458a7d8bf8fd2b01a34a9069856d53a9b4c0af2037b77c12b270daf9c828"],
 };
 
 /// `nixl-sys` is compiled as C++20.
@@ -111,8 +111,8 @@ pub(crate) struct Wheel {
     version: &'static str,
     megabytes: u32,
     /// The one file we came for.
-    pub(crate) library: &'static str,
-    /// The variable with which a user names a copy of their own, where there is one.
+    library: &'static str,
+    /// The variable with which a user names a copy of their own, if that is possible.
     own: Option<&'static str>,
     /// pip's `--implementation` and `--abi`.
     tags: [&'static str; 2],
@@ -150,6 +150,14 @@ pub(crate) fn pinned(root: &Path, wheel: &Wheel) -> Result<PathBuf, Unavailable>
     let setup = folder(root);
     install(&setup, [wheel])?;
     Ok(setup.join(wheel.folder))
+}
+
+/// Fetches one wheel if it is missing, and says where its library is.
+///
+/// # Errors
+/// What is missing, as one line.
+pub(crate) fn fetch(root: &Path, wheel: &Wheel) -> Result<PathBuf, Unavailable> {
+    Ok(pinned(root, wheel)?.join(wheel.library))
 }
 
 fn install<'a>(

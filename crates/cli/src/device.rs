@@ -91,16 +91,6 @@ impl Home {
         Err(CliError::Usage(format!("GPU {gpu}: {}", crate::transports::without("CUDA", "cuda"))))
     }
 
-    /// Makes a GPU current on this thread, which libraries below look at.
-    #[cfg(feature = "nixl")]
-    pub(crate) fn enter(&self) -> Result<(), CliError> {
-        match self {
-            Self::Host => Ok(()),
-            #[cfg(feature = "cuda")]
-            Self::Cuda(gpu) => Ok(gpu.device().make_current()?),
-        }
-    }
-
     /// How to lower for parameters in this memory.
     pub(crate) fn lowering(&self) -> LowerOptions {
         match self {

@@ -33,17 +33,13 @@ struct Cli {
     command: Command,
 }
 
+/// What each does is said where its arguments are.
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Show what a refit would read: per source and target rank, with its cost and its hash
     Plan(plan::Args),
-    /// Print layouts as JSON: a model's, to see the format or to edit it, or those of files
     Bands(bands::Args),
-    /// Replay golden cases: real source shards in, every target tensor compared byte for byte
     Verify(verify::Args),
-    /// Refit a model between processes and print where the time goes
     Bench(bench::Args),
-    /// Plan jobs of the size of clusters and print what planning costs
     BenchPlan(bench_plan::Args),
     /// Draw what benches wrote
     Chart(chart::Args),

@@ -1,6 +1,6 @@
 //! Work shared out among threads.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use crate::error::CliError;
@@ -17,57 +17,41 @@ pub(crate) fn sum<I: Send, S>(
     work: impl Fn(&mut S, I) -> Result<u64, CliError> + Sync,
 ) -> Result<u64, CliError> {
     let threads = threads.clamp(1, items.len().max(1));
-    let queue = Queue { items: Mutex::new(items.into_iter().enumerate()) };
-    let worker = || -> Result<u64, (usize, Box<CliError>)> {
+    let (items, failed) = (Mutex::new(items.into_iter().enumerate()), Mutex::new(None));
+    let next = || items.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let fail = |index: usize, error| {
+        let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if failed.as_ref().is_none_or(|(earlier, _)| index < *earlier) {
+            *failed = Some((index, error));
+        }
+        // Nothing is left for anybody else to take.
+        let mut items = items.lock().unwrap_or_else(PoisonError::into_inner);
+        items.by_ref().for_each(drop);
+    };
+    let worker = || {
         let (mut scratch, mut sum) = (scratch(), 0);
-        while let Some((index, item)) = queue.next() {
+        while let Some((index, item)) = next() {
             match work(&mut scratch, item) {
                 Ok(more) => sum += more,
-                Err(error) => {
-                    queue.clear();
-                    return Err((index, Box::new(error)));
-                }
+                Err(error) => fail(index, error),
             }
         }
-        Ok(sum)
+        sum
     };
-    if threads == 1 {
-        return worker().map_err(|(_, error)| *error);
-    }
-    let results: Vec<_> = thread::scope(|scope| {
-        let running: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
-        // Every thread is joined, whatever the others did; a panic in one goes on here.
-        let join = |thread: thread::ScopedJoinHandle<'_, _>| {
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        };
-        running.into_iter().map(join).collect()
-    });
-    let (mut sum, mut first) = (0, None::<(usize, Box<CliError>)>);
-    for result in results {
-        match result {
-            Ok(more) => sum += more,
-            Err((index, _)) if first.as_ref().is_some_and(|(earlier, _)| *earlier < index) => {}
-            Err(failed) => first = Some(failed),
-        }
-    }
-    first.map_or(Ok(sum), |(_, error)| Err(*error))
-}
-
-struct Queue<I> {
-    items: Mutex<I>,
-}
-
-impl<I: Iterator> Queue<I> {
-    fn next(&self) -> Option<I::Item> {
-        self.items.lock().ok()?.next()
-    }
-
-    /// Leaves nothing to do.
-    fn clear(&self) {
-        if let Ok(mut items) = self.items.lock() {
-            while items.next().is_some() {}
-        }
-    }
+    let sum = if threads == 1 {
+        worker()
+    } else {
+        thread::scope(|scope| {
+            let running: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
+            // Every thread is joined, whatever the others did; a panic in one goes on here.
+            let join = |thread: thread::ScopedJoinHandle<'_, u64>| {
+                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            running.into_iter().map(join).sum()
+        })
+    };
+    let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
+    failed.map_or(Ok(sum), |(_, error)| Err(error))
 }
 
 #[cfg(test)]

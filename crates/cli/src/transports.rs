@@ -19,7 +19,8 @@ pub(crate) enum TransportName {
     Nixl,
     /// Between GPUs that can map each other's memory
     Peer,
-    /// For each pair of ranks what suits it: peer where GPUs can map each other, NIXL elsewhere
+    /// For each pair of ranks what suits it: peer where GPUs can map each other, NIXL elsewhere and on the host (local
+    /// in a build without NIXL)
     Auto,
 }
 
@@ -97,8 +98,12 @@ fn nixl_agent(
     home: &Home,
 ) -> Result<refit::transport::nixl::NixlTransport, Box<dyn std::error::Error>> {
     use refit::transport::nixl::{NixlLibrary, NixlOptions, NixlTransport};
-    home.enter()?;
-    let options = NixlOptions::new(name).with_progress_thread(answers_peers);
+    let options = match home {
+        Home::Host => NixlOptions::new(name),
+        #[cfg(feature = "cuda")]
+        Home::Cuda(gpu) => NixlOptions::on_device(name, gpu.device().clone()),
+    };
+    let options = options.with_progress_thread(answers_peers);
     Ok(NixlTransport::new(NixlLibrary::load(&[])?, options)?)
 }
 

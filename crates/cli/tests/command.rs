@@ -240,29 +240,80 @@ fn mistakes_are_one_line_and_status_2() {
     }
 }
 
+/// What is said about memory and transports that do not go together, in every build.
+#[test]
+fn memory_and_transports_that_do_not_fit_are_one_line_and_status_2() {
+    let mistakes: [(&[&str], &str); 6] = [
+        (&["bench", "--transport", "peer"], "add --device cuda, or take --transport nixl or local"),
+        (&["verify", "--transport", "peer", "x"], "add --device cuda"),
+        (&["bench", "--device", "cuda", "--transport", "local"], "take --transport auto, peer or"),
+        (&["verify", "--device", "cuda", "--transport", "local", "x"], "moves host memory only"),
+        (&["bench", "--source-devices", "0,1"], "add --device cuda"),
+        (&["bench", "--target-devices", "1"], "add --device cuda"),
+    ];
+    for (arguments, named) in mistakes {
+        let output = refit(arguments);
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {text}");
+        assert!(text.contains(named) && text.lines().count() == 1, "{arguments:?}: {text}");
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn a_build_without_cuda_says_so() {
+    for arguments in [&["bench", "--device", "cuda"][..], &["verify", "--device=cuda", "x"]] {
+        let output = refit(arguments);
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{text}");
+        assert!(text.contains("no CUDA") && text.contains("--features cuda"), "{text}");
+    }
+}
+
+/// What a machine without GPUs says, which is one line with advice; and on one that has some, what is said about one that
+/// it has not.
+#[cfg(feature = "cuda")]
+#[test]
+fn gpus_that_are_not_there_are_one_line_and_status_2() {
+    for arguments in [
+        &["bench", "--device", "cuda", "--layers", "1", "--source-devices", "4096"][..],
+        &["bench", "--device", "cuda", "--layers", "1", "--target-devices", "0,4096"],
+    ] {
+        let output = refit(arguments);
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{text}");
+        let said =
+            ["install the NVIDIA driver", "CUDA_VISIBLE_DEVICES", "counted from 0", "answered"];
+        assert!(said.iter().any(|said| text.contains(said)), "{text}");
+        assert_eq!(text.lines().count(), 1, "{text}");
+    }
+    let output = refit(&["verify", "--device", "cuda", &golden_text("qwen3_tp4_to_tp2")]);
+    match output.status.code() {
+        Some(0) => assert!(stdout(&output).ends_with("1 passed, 0 failed\n"), "{output:?}"),
+        code => {
+            assert_eq!(code, Some(2), "{output:?}");
+            assert!(stderr(&output).starts_with("refit: GPUs cannot be used"), "{output:?}");
+        }
+    }
+}
+
 /// A bench small enough for a test, as JSON.
-fn bench(transport: &str) -> serde_json::Value {
+fn bench(transport: &str, also: &[&str]) -> serde_json::Value {
     let folder = tempfile::tempdir().unwrap();
     let config = folder.path().join("config.json");
     let tiny = r#"{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": "bfloat16",
         "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 1000, "tie_word_embeddings": false}"#;
     fs::write(&config, tiny).unwrap();
+    let sizes = ["--config", config.to_str().unwrap(), "--source=tp=4", "--target=tp=2"];
+    bench_of(transport, &[&sizes[..], also].concat())
+}
+
+fn bench_of(transport: &str, also: &[&str]) -> serde_json::Value {
+    let folder = tempfile::tempdir().unwrap();
     let json = folder.path().join("out.json");
-    let output = refit(&[
-        "bench",
-        "--config",
-        config.to_str().unwrap(),
-        "--layers=2",
-        "--source=tp=4",
-        "--target=tp=2",
-        "--cycles=2",
-        "--read-per-row",
-        "--transport",
-        transport,
-        "--json",
-        json.to_str().unwrap(),
-    ]);
+    let always = ["bench", "--layers=2", "--cycles=2", "--transport", transport, "--json"];
+    let output = refit(&[&always[..], &[json.to_str().unwrap()], also].concat());
     assert_eq!(output.status.code(), Some(0), "{}{}", stdout(&output), stderr(&output));
     serde_json::from_slice(&fs::read(json).unwrap()).unwrap()
 }
@@ -284,17 +335,57 @@ fn check_bench(result: &serde_json::Value) {
     for ceiling in ["memcpy_gbps", "big_read_gbps"] {
         assert!(result["ceilings"][ceiling].as_f64().unwrap() > 0.0);
     }
+    let pair = &result["pairs"][0];
+    assert_eq!(pair["receivers"].as_array().unwrap().len(), 2);
+    let list = |value: &serde_json::Value| value.as_array().unwrap().clone();
+    let (receivers, reads) = (list(&pair["receivers"]), list(&pair["reads"]));
+    for ((receiver, reads), rank) in receivers.iter().zip(reads).zip(list(&cycles[0]["ranks"])) {
+        for number in ["seconds", "gbps", "of_big_read", "posting_s", "cold_seconds"] {
+            assert!(receiver[number].as_f64().unwrap() > 0.0, "{number}: {receiver}");
+        }
+        // Each reads from two of the four, and what is replicated from any of them.
+        let routes = reads["routes"].as_object().unwrap();
+        assert!((2..=4).contains(&routes.len()), "{reads}");
+        assert!(routes.values().all(|route| *route == result["transport"]), "{reads}");
+        let moved = |way: &str| reads[way]["bytes"].as_u64().unwrap();
+        let wire = rank["wire_bytes"].as_u64().unwrap();
+        assert_eq!(moved("direct") + moved("staged"), wire, "{reads}");
+    }
 }
 
 #[test]
 fn bench_verifies_every_byte_in_one_process() {
-    check_bench(&bench("local"));
+    check_bench(&bench("local", &["--read-per-row"]));
+}
+
+/// Parameters of the trainer in allocations of their own are registered one by one; the engine's are in one.
+#[test]
+fn bench_takes_sources_without_an_arena() {
+    let separate = bench("local", &["--separate"]);
+    assert_eq!(separate["separate_sources"], true);
+    let regions = |result: &serde_json::Value| result["cycles"][0]["registrations"].as_u64();
+    assert_eq!(regions(&separate), regions(&bench("local", &[])));
+}
+
+/// Models of which the trainer stores some parameters in f32, and one of which the engine stores as something else.
+#[test]
+fn bench_takes_models_with_more_than_one_element_type() {
+    for (case, sizes) in [
+        ("nemotronh_tp2_to_tp4_te", ["--source=tp=2", "--target=tp=4"]),
+        ("qwen3next_tp2ep2_to_tp4_te", ["--source=tp=2,ep=2", "--target=tp=4"]),
+        ("deepseekv3_tp2ep2_to_tp2", ["--source=tp=2,ep=2", "--target=tp=2"]),
+    ] {
+        let config = golden(case).join("config.json");
+        let result = bench_of("local", &["--config", config.to_str().unwrap(), sizes[0], sizes[1]]);
+        assert_eq!(result["cycles"].as_array().unwrap().len(), 4, "{case}");
+        assert!(result["cycles"][0]["needed_bytes"].as_u64().unwrap() > 0, "{case}");
+    }
 }
 
 #[cfg(feature = "nixl")]
 #[test]
 fn bench_verifies_every_byte_between_processes_over_nixl() {
-    check_bench(&bench("nixl"));
+    check_bench(&bench("nixl", &["--read-per-row"]));
 }
 
 #[cfg(feature = "nixl")]

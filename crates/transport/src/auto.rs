@@ -2,7 +2,7 @@
 //!
 //! What an agent publishes is what both of its transports publish. Whoever connects takes the near one if it reaches the
 //! peer, and the far one otherwise; each peer is read by one of them, and one program reads from peers of either kind.
-//! [`Transport::capabilities_of`] says what the lowering may ask of which peer, [`Transport::route`] which way was taken
+//! [`capabilities_of`] says what the lowering may ask of which peer, [`route`] which way was taken
 //! and why.
 //!
 //! Memory is registered with both. Memory that the near one does not handle, the host's, is registered with the far one
@@ -10,6 +10,9 @@
 //! memory that it cannot map is memory that NIXL reads a thousand times slower, without saying so.
 //!
 //! A batch that fails names the transport in front of the agent's name: `nixl/engine-0-…`.
+//!
+//! [`capabilities_of`]: crate::Transport::capabilities_of
+//! [`route`]: crate::Transport::route
 //!
 //! # Example
 //!

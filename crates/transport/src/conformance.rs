@@ -40,6 +40,12 @@ pub trait Harness {
     /// An allocator of memory that agents can register.
     fn allocator(&self) -> Self::Allocator;
 
+    /// An allocator of memory that agents with the role of a source can register, where that is other memory: that of
+    /// another device.
+    fn source_allocator(&self) -> Self::Allocator {
+        self.allocator()
+    }
+
     /// Copies all bytes out of memory, whatever its kind. By default it has to be host memory.
     fn read(&self, memory: &Memory) -> Vec<u8> {
         memory.host_bytes().map(<[u8]>::to_vec).unwrap_or_default()

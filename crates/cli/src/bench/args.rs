@@ -114,6 +114,8 @@ pub(crate) struct RankArgs {
     #[arg(long)]
     gpu: Option<u32>,
     #[arg(long)]
+    copies: bool,
+    #[arg(long)]
     separate: bool,
     #[arg(long)]
     directory: PathBuf,
@@ -147,7 +149,8 @@ impl RankArgs {
         let wave = setup.wave.map(|wave| ("--wave", wave.to_string()));
         let options = values.into_iter().chain(gpu).chain(wave);
         let options = options.flat_map(|(name, value)| [name.to_owned(), value]);
-        let flags = setup.separate.then(|| "--separate".to_owned());
+        let flags = [("--copies", setup.copies), ("--separate", setup.separate)];
+        let flags = flags.into_iter().filter(|(_, on)| *on).map(|(name, _)| name.to_owned());
         std::iter::once(role.name().to_owned()).chain(options).chain(flags).collect()
     }
 
@@ -161,7 +164,7 @@ impl RankArgs {
             target: self.target.parse().map_err(wrong("target"))?,
             rank: self.rank,
             gpu: self.gpu,
-            copies: measures_copies(self.transport, self.gpu),
+            copies: self.copies,
             separate: self.separate,
             directory: self.directory.clone(),
             own_process: true,
@@ -170,9 +173,4 @@ impl RankArgs {
             patience: Duration::from_secs(self.patience),
         })
     }
-}
-
-/// Whether copies by a copy engine are to be measured beside this transport: one big read through the others is one.
-pub(super) fn measures_copies(transport: TransportName, gpu: Option<u32>) -> bool {
-    transport == TransportName::Nixl && gpu.is_some()
 }

@@ -50,7 +50,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
     let pair = |source: SourceSizes, target: TargetSizes| -> Result<Pair, CliError> {
         let wish = Wish { source: &args.source_devices, target: &args.target_devices };
         let placed = |gpus| Placement::new(gpus, source.world(), target.world(), wish);
-        Ok(Pair { source, target, placement: count.map(placed).transpose()? })
+        let placement = count.map(placed).transpose()?;
+        let copies = transport == TransportName::Nixl && placement.is_some();
+        Ok(Pair { source, target, placement, copies })
     };
     let all = args.source.is_none() && args.target.is_none();
     let pairs = if all {
@@ -74,7 +76,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
     kept.num_layers = layers;
     // Refuse illegal sizes here, in one line, and not in every rank.
     for pair in &pairs {
-        sizing::bytes(&kept, pair.source, pair.target)?;
+        sizing::bytes(&kept, pair)?;
     }
 
     let mut run = Run::new(args, layers, config.num_layers, transport, gpus);
@@ -106,7 +108,7 @@ fn bench(
     let meeting = tempfile::tempdir().map_err(CliError::system("make a directory to meet in"))?;
     let launcher = Launcher::new(transport);
     let patience = Duration::from_secs(args.patience);
-    let Pair { source, target, placement } = pair;
+    let Pair { source, target, placement, copies } = pair;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let setup = |role: Role, rank| {
         // The ranks of a side write or compare values at the same time.
@@ -121,7 +123,7 @@ fn bench(
             target,
             rank,
             gpu,
-            copies: args::measures_copies(transport, gpu),
+            copies,
             separate: args.separate,
             directory: meeting.path().to_path_buf(),
             own_process: launcher.own_processes(),
@@ -134,7 +136,6 @@ fn bench(
     if read_per_row {
         modes.push(Mode::ReadPerRun);
     }
-    let copies = args::measures_copies(transport, placement.as_ref().and_then(|it| it.source(0)));
     let steps = u64::from(args.cycles) * (modes.len() as u64 * 3 + 2 + u64::from(copies)) + 3;
     let bar = progress(steps, format!("{source} -> {target}"));
 

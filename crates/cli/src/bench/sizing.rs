@@ -25,6 +25,8 @@ pub(crate) struct Pair {
     pub(crate) source: SourceSizes,
     pub(crate) target: TargetSizes,
     pub(crate) placement: Option<Placement>,
+    /// Whether targets measure copies beside their transport, for which they need memory once more.
+    pub(crate) copies: bool,
 }
 
 /// The memory that a bench may use.
@@ -38,7 +40,7 @@ pub(crate) enum Room {
 
 impl Room {
     fn holds(&self, config: &ModelConfig, pair: &Pair) -> Result<bool, CliError> {
-        let (sources, targets) = bytes(config, pair.source, pair.target)?;
+        let (sources, targets) = bytes(config, pair)?;
         let (free, placement) = match (self, &pair.placement) {
             (Self::Gpus(free), Some(placement)) => (free, placement),
             (Self::Host(free), _) => {
@@ -73,16 +75,13 @@ impl Room {
 }
 
 /// The bytes that each source rank holds, and that each target rank holds, stages and measures ceilings with.
-pub(crate) fn bytes(
-    config: &ModelConfig,
-    source: SourceSizes,
-    target: TargetSizes,
-) -> Result<(Vec<u64>, Vec<u64>), CliError> {
-    let sources = model::source(config, source)?;
-    let targets = model::target(config, target)?;
+pub(crate) fn bytes(config: &ModelConfig, pair: &Pair) -> Result<(Vec<u64>, Vec<u64>), CliError> {
+    let sources = model::source(config, pair.source)?;
+    let targets = model::target(config, pair.target)?;
+    let times = if pair.copies { 4 } else { 3 };
     Ok((
         sources.iter().map(RankLayout::bytes).collect(),
-        targets.iter().map(|target| target.layout.bytes().saturating_mul(3)).collect(),
+        targets.iter().map(|target| target.layout.bytes().saturating_mul(times)).collect(),
     ))
 }
 
@@ -134,6 +133,7 @@ mod tests {
             source: SourceSizes::new(2),
             target: TargetSizes::new(1),
             placement: Some(placement),
+            copies: false,
         }
     }
 
@@ -141,7 +141,7 @@ mod tests {
     fn every_gpu_must_hold_its_own_ranks() {
         let mut config = model::config("qwen3-4b").unwrap();
         config.num_layers = 2;
-        let (sources, targets) = bytes(&config, SourceSizes::new(2), TargetSizes::new(1)).unwrap();
+        let (sources, targets) = bytes(&config, &pair(3)).unwrap();
         // On three GPUs a rank each; on two the sources share one.
         let needed = |bytes: u64| (bytes + GPU_RANK_BYTES) * 100 / GPU_PERCENT + 100;
         let three = [needed(sources[0]), needed(sources[1]), needed(targets[0])];
@@ -155,6 +155,10 @@ mod tests {
         let two = [needed(sources[0]) + needed(sources[1]), needed(targets[0])];
         assert!(room(&two).holds(&config, &pair(2)).unwrap());
         assert!(!room(&[two[0] - needed(sources[1]), two[1]]).holds(&config, &pair(2)).unwrap());
+        // Copies take a target's bytes once more.
+        let copies = Pair { copies: true, ..pair(3) };
+        assert_eq!(bytes(&config, &copies).unwrap().1[0], targets[0] / 3 * 4);
+        assert!(!room(&three).holds(&config, &copies).unwrap());
         // The more room, the more layers; never more than there are.
         let config = model::config("qwen3-4b").unwrap();
         let layers = |free: u64| layers(&config, &[pair(2)], &room(&[free, free]));

@@ -358,6 +358,8 @@ fn mismatch(param: &Param, byte: usize, cycle: u64) -> CliError {
 
 #[cfg(test)]
 mod tests {
+    use std::slice;
+
     use refit::planner::LayoutBuilder;
 
     use super::*;
@@ -375,6 +377,10 @@ mod tests {
         layout.build()
     }
 
+    fn of(source: &RankLayout, target: &RankLayout) -> Values {
+        Values::new(slice::from_ref(source), slice::from_ref(target)).unwrap()
+    }
+
     fn filled(values: &Values, layout: &RankLayout, threads: usize) -> Memory {
         let mut memory = Home::Host.separate(layout).unwrap().remove(0).1;
         values.fill(&Home::Host, layout, [("p", &mut memory)].into_iter(), 7, threads).unwrap();
@@ -389,8 +395,7 @@ mod tests {
     fn any_other_byte_and_any_other_cycle_is_found() {
         for dtype in [Dtype::U8, Dtype::F8E4m3, Dtype::Bf16, Dtype::F32, Dtype::I64] {
             let layout = layout(dtype, ElementMap::Identity, true);
-            let values =
-                Values::new(std::slice::from_ref(&layout), std::slice::from_ref(&layout)).unwrap();
+            let values = of(&layout, &layout);
             let mut memory = filled(&values, &layout, 1);
             assert_eq!(memory.host_bytes(), filled(&values, &layout, 4).host_bytes());
             assert!(verify(&values, &layout, &memory, 7), "{dtype}");
@@ -416,7 +421,7 @@ mod tests {
         ];
         for (from, source_map, to, target_map, expect) in cases {
             let (source, target) = (layout(from, source_map, true), layout(to, target_map, true));
-            let values = Values::new(&[source.clone()], &[target.clone()]).unwrap();
+            let values = of(&source, &target);
             let stored = filled(&values, &source, 2);
             let numbers = |dtype: Dtype, bytes: &[u8]| -> Vec<f32> {
                 let size = usize::try_from(dtype.size()).unwrap();
@@ -444,7 +449,7 @@ mod tests {
     #[test]
     fn what_no_band_describes_is_zero_in_a_source_and_an_error_in_a_target() {
         let layout = layout(Dtype::Bf16, ElementMap::Identity, false);
-        let values = Values::new(&[layout.clone()], &[]).unwrap();
+        let values = Values::new(slice::from_ref(&layout), &[]).unwrap();
         let memory = filled(&values, &layout, 1);
         let bytes = memory.host_bytes().unwrap();
         assert!(bytes.chunks_exact(10).all(|row| row[6..] == [0; 4] && row[..6] != [0; 6]));

@@ -154,7 +154,7 @@ impl Drop for Worker {
         match &mut self.link {
             Link::Process { child, commands } => {
                 drop(commands.take());
-                for _ in 0..200 {
+                for _ in 0..1000 {
                     if !matches!(child.try_wait(), Ok(None)) {
                         return;
                     }

@@ -21,10 +21,10 @@ pub fn transforms_where_declared<H: Harness>(harness: &H) -> Verdict {
     const BYTES: usize = 1 << 16;
     let mut world = World::new(harness, 1, BYTES)?;
     let can = world.target.capabilities_of(&world.sources[0].peer);
-    for (cycle, transform) in transforms().enumerate() {
+    for (key, transform) in (1..).zip(transforms()) {
         let (from, to) = types(transform);
         let (read, written) = (from.size(), to.size());
-        let data = without_nan(from, pattern(cycle, BYTES));
+        let data = without_nan(from, pattern(usize::from(key), BYTES));
         harness.write(&mut world.sources[0].memory, &data);
         let mut chunks = vec![
             // From and to places that are aligned to an element only.
@@ -39,7 +39,7 @@ pub fn transforms_where_declared<H: Harness>(harness: &H) -> Verdict {
             chunks.push(Chunk { transform, ..rows });
         }
         if can.transforms {
-            world.check(BYTES, &[&chunks])?;
+            world.check_as(key, BYTES, &[&chunks])?;
             continue;
         }
         let memory = allocate(harness, BYTES)?;

@@ -3,7 +3,7 @@
 use refit_planner::{Dim, Dims};
 use refit_pool::{Key, PoolOptions};
 
-use super::world::{CANARY, Chunk, World, allocate, compare, pattern};
+use super::world::{CANARY, Chunk, World, allocate, allocate_source, compare, pattern};
 use super::{Failure, Harness, Outcome, Verdict, ensure, ensure_err};
 use crate::{Cause, LocalRange, Transport, TransportError};
 
@@ -222,7 +222,7 @@ pub fn memory_registered_after_connecting<H: Harness>(harness: &H) -> Verdict {
     let chunks = [Chunk::plain(0, 0, 4096)];
     drop(world.lease(1, 4096, &[&chunks])?);
 
-    let mut later = allocate(harness, 4096)?;
+    let mut later = allocate_source(harness, 4096)?;
     harness.write(&mut later, &pattern(9, 4096));
     let source = &mut world.sources[0];
     let _registration = source.transport.register(later.allocation())?;

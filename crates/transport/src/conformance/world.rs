@@ -92,7 +92,7 @@ impl<'h, H: Harness> World<'h, H> {
         let mut list = Vec::with_capacity(sources);
         for index in 0..sources {
             let transport = harness.agent(&format!("source{index}"))?;
-            let mut memory = allocate(harness, bytes)?;
+            let mut memory = allocate_source(harness, bytes)?;
             harness.write(&mut memory, &pattern(index, bytes));
             let registration = Some(transport.register(memory.allocation())?);
             let peer = target.connect(transport.agent(), &transport.metadata()?)?;
@@ -178,7 +178,17 @@ impl<'h, H: Harness> World<'h, H> {
 
     /// Leases, pulls, and compares every byte of the arena.
     pub(super) fn check(&self, bytes: usize, chunks: &[&[Chunk]]) -> Result<(), Failure> {
-        let settled = self.pull(self.lease(1, bytes as u64, chunks)?, Vec::new())?;
+        self.check_as(1, bytes, chunks)
+    }
+
+    /// The same under a key of one's own: what is leased by one key is prepared once.
+    pub(super) fn check_as(
+        &self,
+        key: u8,
+        bytes: usize,
+        chunks: &[&[Chunk]],
+    ) -> Result<(), Failure> {
+        let settled = self.pull(self.lease(key, bytes as u64, chunks)?, Vec::new())?;
         compare(&self.harness.read(&settled.lease.arenas()[0]), &self.expected(bytes, chunks))
     }
 }
@@ -199,6 +209,10 @@ pub(super) fn compare(found: &[u8], expected: &[u8]) -> Result<(), Failure> {
 
 pub(super) fn allocate<H: Harness>(harness: &H, bytes: usize) -> Result<Memory, Failure> {
     harness.allocator().allocate(bytes).map_err(|error| Failure(error.to_string()))
+}
+
+pub(super) fn allocate_source<H: Harness>(harness: &H, bytes: usize) -> Result<Memory, Failure> {
+    harness.source_allocator().allocate(bytes).map_err(|error| Failure(error.to_string()))
 }
 
 /// Bytes that differ from one another, from other seeds' and from the canary.

@@ -200,6 +200,25 @@ mod tests {
         }
     }
 
+    /// As it is published: there, nothing is another legal one.
+    #[test]
+    fn published_it_is_refused_with_any_bit_flipped_or_byte_missing() {
+        use crate::envelope;
+        let there = blob(&[(0x1000, 0x1000), (0x4000, 0x1000)]);
+        let published = ranges(&[(KIND, 0x1100, 0x100), (KIND, 0x4000, 0x1000)]);
+        let bytes = envelope::encode("peer", "a", &published, &there.encode());
+        let refused = |bytes: &[u8]| envelope::decode("peer", "a", bytes, 1 << 20).is_err();
+        assert!(!refused(&bytes));
+        for len in 0..bytes.len() {
+            assert!(refused(&bytes[..len]), "{len} bytes");
+        }
+        for bit in 0..bytes.len() * 8 {
+            let mut damaged = bytes.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            assert!(refused(&damaged), "bit {bit}");
+        }
+    }
+
     #[test]
     fn counts_that_lie_cost_nothing() {
         for count in [1, 3, 1 << 40, u64::MAX] {

@@ -93,10 +93,12 @@ impl Watch {
         };
         // Asked after the descriptor is there: it holds on to whoever had the number then.
         match started(process.pid) {
-            Some(started) if started == process.started && watch.is_running() => {
-                Watched::Yes(watch)
-            }
-            _ => Watched::Gone,
+            _ if !watch.is_running() => Watched::Gone,
+            Some(started) if started == process.started => Watched::Yes(watch),
+            // The number was given away again.
+            Some(_) => Watched::Gone,
+            // Processes of others are hidden here.
+            None => Watched::Unseen,
         }
     }
 
@@ -132,7 +134,7 @@ fn host() -> Result<[u8; 16], Cause> {
             let boot = fs::read_to_string("/proc/stat").unwrap_or_default();
             let boot = boot.lines().find(|line| line.starts_with("btime ")).unwrap_or_default();
             let name = fs::read("/proc/sys/kernel/hostname").unwrap_or_default();
-            if boot.is_empty() || name.is_empty() {
+            if boot.is_empty() && name.is_empty() {
                 let status = "there is no such file, and no boot time and name in its place".into();
                 return Err(Cause::Call { call: "read /proc/sys/kernel/random/boot_id", status });
             }
