@@ -589,6 +589,17 @@ fn two_processes() {
         println!("{route}");
         let expected = format!("peer: same host, CUDA IPC, device 0 <- device {ordinal} (");
         assert!(route.starts_with(&expected), "{route}");
+
+        // Two agents of one process map the same memory, and one that comes back maps it again; whoever goes first
+        // leaves the others theirs.
+        let second = Target::new(&gpus[0]);
+        second.check(&second.pull(0, &offer).unwrap(), 20);
+        target.transport.disconnect(&Peer { name: offer.name.clone() }).unwrap();
+        remote.fill(21);
+        target.check(&target.pull(1, &offer).unwrap(), 21);
+        drop(second);
+        remote.fill(22);
+        target.check(&target.pull(1, &offer).unwrap(), 22);
     }
 }
 
