@@ -382,7 +382,7 @@ fn both_languages_lay_out_the_same_structures() {
         size_of::<Entry>(),
         offset_of!(Placed, entries),
         offset_of!(Placed, owners),
-        offset_of!(Placed, source),
+        offset_of!(Placed, base),
         offset_of!(Placed, tiles),
         offset_of!(Placed, start),
         size_of::<Placed>(),

@@ -13,6 +13,8 @@
 mod guard;
 #[path = "nixl/isolated.rs"]
 mod isolated;
+#[path = "nixl/pack.rs"]
+mod pack;
 #[path = "nixl/peer.rs"]
 mod peer;
 
@@ -346,4 +348,21 @@ fn cycles_keep_no_descriptors() {
         println!("3,000 warm cycles of 64 x 1 KiB: {:?} each", started.elapsed() / 3_000);
         assert_eq!(open(), before);
     });
+}
+
+/// What a finer engine wants of row-parallel parameters crosses the wire once.
+fn packs() {
+    for (source_tp, target_tp) in [(1, 2), (2, 4), (1, 4)] {
+        pack::packed(source_tp, target_tp);
+    }
+}
+
+#[test]
+fn packs_one_sided() {
+    isolated("packs_one_sided", ONE_SIDED, packs);
+}
+
+#[test]
+fn packs_emulated() {
+    isolated("packs_emulated", EMULATED, packs);
 }

@@ -227,17 +227,16 @@ fn landings_refuse_what_is_not_theirs() {
     let mut landing = landing(&mover, &stream, &target);
     let small = allocate(device, 65_535);
     let host = HostAllocator.allocate(65_536).unwrap();
-    for (source, found) in [(None, 0), (Some(&small), 65_535)] {
-        match landing.start(source).unwrap_err() {
-            KernelError::SourceTooSmall { needed: 65_536, found: has } => assert_eq!(has, found),
+    let (_, odd) = allocate(device, 65_544).split_at(8);
+    for staging in [None, Some(&small), Some(&host), Some(&odd)] {
+        match landing.start(staging).unwrap_err() {
+            KernelError::Staging { staged: 65_536, found, .. } => {
+                let given = staging.map(|memory| (memory.kind(), memory.len() as u64));
+                assert_eq!(found, given);
+            }
             error => panic!("{error}"),
         }
     }
-    let error = landing.start(Some(&host)).unwrap_err();
-    assert!(matches!(error, KernelError::WrongDevice { what: "the source", .. }), "{error}");
-    let (_, odd) = allocate(device, 65_544).split_at(8);
-    let error = landing.start(Some(&odd)).unwrap_err();
-    assert!(matches!(error, KernelError::Misaligned { align: 16 }), "{error}");
     let one = |from: u64, into: u64| Move {
         from,
         into: target.address() + into,

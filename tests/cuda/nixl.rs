@@ -239,6 +239,70 @@ fn peers_that_answered_need_not_be_asked() {
     });
 }
 
+/// Bytes of everything that [`rate`] pulls.
+const TOTAL: usize = PARTS * PART;
+const PARTS: usize = 290;
+const PART: usize = 28 << 20;
+
+/// Bytes per second of the median of twelve warm pulls of everything a source offers, the ends of each part verified.
+fn rate(device: &Device, remote: &mut Remote, options: NixlOptions) -> f64 {
+    let target = Target::new(device, options, remote.offer());
+    let len = usize::try_from(target.offer.len).unwrap();
+    let mut times: Vec<_> = (1..14)
+        .map(|fill| {
+            remote.fill(fill);
+            let settled = target.pull(1);
+            let arena = &settled.lease.arenas()[0];
+            for part in 0..target.offer.parts.len() {
+                for offset in [0, len / 2, len - 1] {
+                    let mut byte = [0];
+                    download(device, arena, part * len + offset, &mut byte).unwrap();
+                    assert_eq!(byte, [crate::source::byte(part, fill)], "part {part} at {offset}");
+                }
+            }
+            settled.stats.total
+        })
+        .skip(1)
+        .collect();
+    times.sort_unstable();
+    TOTAL as f64 / times[times.len() / 2].as_secs_f64()
+}
+
+/// Between two devices, and in ways that may differ; what differs is printed.
+#[test]
+fn separate_reads_are_nearly_as_fast_as_one() {
+    const TEST: &str = "nixl::separate_reads_are_nearly_as_fast_as_one";
+    isolated(TEST, &[], || {
+        // One source after the other is what its process serves, and the role says which.
+        let Some(gpus) = Gpus::get(TEST, 2) else { return };
+        let separate = std::env::var_os("REFIT_CUDA_ONE_PART").is_none();
+        let (parts, len) = if separate { (PARTS, PART) } else { (1, TOTAL) };
+        let source = gpus.last().unwrap();
+        let Some(mut many) = Remote::start(source, parts, len) else { return };
+        let one = Remote::start_with(source, 1, TOTAL, &[("REFIT_CUDA_ONE_PART", "1")]);
+        let Some(mut one) = one else { return };
+        let plain = || NixlOptions::on_device("target", gpus[0].clone());
+        let mut ratios = Vec::new();
+        for (what, options) in [
+            ("as it is", plain()),
+            ("no byte in front", plain().with_probe_after(Duration::from_secs(60))),
+            ("one rail", plain().with_param("engine_config", "MAX_RMA_RAILS=1")),
+        ] {
+            let ceiling = rate(&gpus[0], &mut one, options.clone());
+            let separate = rate(&gpus[0], &mut many, options);
+            say(&format!(
+                "{what}: one read {:.1} GB/s, {PARTS} reads {:.1} GB/s, {:.3} of it",
+                ceiling / 1e9,
+                separate / 1e9,
+                separate / ceiling
+            ));
+            ratios.push(separate / ceiling);
+        }
+        // What is promised is more; this is what a busy machine must not be mistaken for.
+        assert!(ratios[0] > 0.8, "{ratios:?}");
+    });
+}
+
 /// With no device named, reads of device memory work as before; nothing is touched.
 #[test]
 fn agents_without_a_device_touch_nothing() {

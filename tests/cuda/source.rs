@@ -39,11 +39,22 @@ pub(crate) struct Remote {
 impl Remote {
     /// Starts a source of so many allocations. In the source itself, serves until its input ends and returns `None`.
     pub(crate) fn start(device: &Device, parts: usize, len: usize) -> Option<Self> {
+        Self::start_with(device, parts, len, &[])
+    }
+
+    /// As [`start`](Self::start), with these variables for the source.
+    pub(crate) fn start_with(
+        device: &Device,
+        parts: usize,
+        len: usize,
+        variables: &[(&str, &str)],
+    ) -> Option<Self> {
         if std::env::var_os(ROLE).is_some() {
             serve(device, parts, len);
             return None;
         }
         let mut command = command(&current(), &[(ROLE, "1")]);
+        command.envs(variables.iter().copied());
         let mut child =
             Guarded(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap());
         let input = child.0.stdin.take().unwrap();

@@ -40,7 +40,7 @@ extern "C" const std::size_t LAYOUT[] = {
     sizeof(Entry),
     offsetof(Table, entries),
     offsetof(Table, owners),
-    offsetof(Table, source),
+    offsetof(Table, base),
     offsetof(Table, tiles),
     offsetof(Table, start),
     sizeof(Table),

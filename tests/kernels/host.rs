@@ -86,10 +86,10 @@ impl Kernel {
         let placed: Vec<Placed> = tables
             .iter()
             .zip(bases)
-            .map(|(table, source)| Placed {
+            .map(|(table, base)| Placed {
                 entries: table.entries().as_ptr().expose_provenance() as u64,
                 owners: table.owners().as_ptr().expose_provenance() as u64,
-                source,
+                base,
                 tiles: u32::try_from(table.owners().len()).unwrap(),
                 start: 0,
             })

@@ -12,6 +12,7 @@ pub mod landing;
 pub mod models;
 pub mod moves;
 pub mod oracle;
+pub mod packing;
 pub mod ranks;
 pub mod reference;
 pub mod strategies;

@@ -17,7 +17,7 @@ use crate::{cargo, failure::Failure, setup};
 use runtime::Files;
 
 /// What the command is built with.
-pub(crate) const FEATURES: &str = "nixl";
+pub(crate) const FEATURES: &str = "nixl,cuda";
 
 /// More would not pass through what carries a bundle to a host.
 const MOST_BYTES: u64 = 60 << 20;

@@ -85,6 +85,19 @@ pub enum KernelError {
         /// The side that does.
         side: Side,
     },
+    /// Staging memory that is not what the moves were checked against.
+    #[error(
+        "{staged} staged bytes of {kind} are to be landed, from a multiple of 16 on; given was {}",
+        given(found)
+    )]
+    Staging {
+        /// Bytes that the moves may read.
+        staged: u64,
+        /// Where they have to be.
+        kind: MemoryKind,
+        /// Where the memory given is, and its bytes.
+        found: Option<(MemoryKind, u64)>,
+    },
     /// Memory, a table or a stream of something else than the device that is to work with it.
     #[error(
         "{what} is of {found}, and the kernel was loaded on CUDA device {device}; use one of that device"
@@ -96,24 +109,6 @@ pub enum KernelError {
         found: MemoryKind,
         /// The device of the kernel.
         device: u32,
-    },
-    /// Moves are to read from memory that is too small, or from none.
-    #[error(
-        "the moves read from {needed} bytes, and were given {found}; give them the memory that they were made for"
-    )]
-    SourceTooSmall {
-        /// Bytes that they were said to read from.
-        needed: u64,
-        /// Bytes of the memory given.
-        found: u64,
-    },
-    /// Moves are to read from memory at an odd address.
-    #[error(
-        "the memory to read from does not start at a multiple of {align} bytes; allocations of a device do"
-    )]
-    Misaligned {
-        /// What its address has to be a multiple of.
-        align: u64,
     },
     /// The driver does not take the kernel.
     #[error("the driver does not load the kernel: {source}; it says: {log}")]
@@ -129,4 +124,8 @@ pub enum KernelError {
     /// The driver failed, or work on the device did.
     #[error(transparent)]
     Cuda(#[from] CudaError),
+}
+
+fn given(found: &Option<(MemoryKind, u64)>) -> String {
+    found.map_or_else(|| "nothing".to_owned(), |(kind, len)| format!("{len} bytes of {kind}"))
 }

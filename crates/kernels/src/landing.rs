@@ -12,19 +12,21 @@ use crate::moves::{Extent, Move};
 use crate::raw::ALIGN;
 use crate::table::Table;
 
-/// Moves from one piece of a device's memory, such as a staging area, to others of the same device, carried out as often
-/// as wanted and without waiting.
+/// Moves within the memory of one device, carried out as often as wanted and without waiting.
+///
+/// Sources are offsets into staging memory, which is named at each start and may be another one each time; targets are
+/// addresses.
 ///
 /// Safe, since what it reads and writes is memory of a device that it keeps allocated, and no reference to such memory
 /// exists: who writes there at the same time gets other bytes than they expect, and nothing worse. Order it by its
-/// stream, or start it when what it reads is there.
+/// [`stream`](Self::stream), or start it when what it reads is there.
 #[derive(Debug)]
 pub struct Landing {
     mover: Arc<Mover>,
     stream: Arc<Stream>,
     event: Event,
-    /// Bytes that a source has to have; none where nothing is read.
-    source: Option<u64>,
+    /// Bytes of staging memory that the moves may read; none where they read nothing.
+    staged: Option<u64>,
     /// Taken apart by hand: what a kernel may still use must not be freed.
     held: ManuallyDrop<Held>,
     state: State,
@@ -45,16 +47,15 @@ enum State {
 #[derive(Debug)]
 struct Held {
     table: Resident,
-    _target: Vec<KeepAlive>,
-    source: Option<KeepAlive>,
+    _targets: Vec<KeepAlive>,
+    /// Of the last start, until it is known to have ended.
+    staging: Option<KeepAlive>,
 }
 
 impl Landing {
-    /// Checks the moves, and brings them to the device.
-    ///
-    /// [`Move::from`] counts from the start of the memory that [`start`](Self::start) will be given, of which the moves
-    /// read the first `source` bytes at most. [`Move::into`] is an address; every byte written, and what lies between
-    /// the runs of a move, is in `targets`, where regions that touch or overlap count as one.
+    /// Checks the moves, and brings them to the device. Every byte they read, and what lies between their runs, is one of
+    /// the first `staged` bytes of staging memory; every byte they write is in `regions`, all of them memory of the
+    /// device. Regions that touch or overlap count as one.
     ///
     /// # Errors
     /// As [`Table::new`]; [`KernelError::Outside`] when a move leaves its memory; [`KernelError::WrongDevice`] when a
@@ -63,28 +64,28 @@ impl Landing {
         mover: &Arc<Mover>,
         stream: &Arc<Stream>,
         moves: &[Move],
-        source: u64,
-        targets: &[Region],
+        staged: u64,
+        regions: &[Region],
     ) -> Result<Self, KernelError> {
         let device = mover.device();
         if stream.device() != device {
             return Err(mover.wrong("the stream", stream.device().kind()));
         }
-        if let Some(region) = targets.iter().find(|region| region.kind() != device.kind()) {
+        if let Some(region) = regions.iter().find(|region| region.kind() != device.kind()) {
             return Err(mover.wrong("a region", region.kind()));
         }
-        let bounds = targets
+        let bounds = regions
             .iter()
             .map(|region| (region.address(), region.address().saturating_add(region.len())));
-        let reads = check(moves, source, &joined(bounds))?;
+        let reads = check(moves, staged, &joined(bounds))?;
         let table = mover.upload(&Table::new(moves)?)?;
-        let target = targets.iter().map(|region| region.keep_alive().clone()).collect();
+        let targets = regions.iter().map(|region| region.keep_alive().clone()).collect();
         Ok(Self {
             mover: Arc::clone(mover),
             stream: Arc::clone(stream),
             event: Event::new(device)?,
-            source: reads.then_some(source),
-            held: ManuallyDrop::new(Held { table, _target: target, source: None }),
+            staged: reads.then_some(staged),
+            held: ManuallyDrop::new(Held { table, _targets: targets, staging: None }),
             state: State::Idle,
         })
     }
@@ -101,43 +102,44 @@ impl Landing {
         self.held.table.bytes()
     }
 
-    /// Queues the moves behind what the stream has. Waits first where an earlier start has not come to its end.
-    ///
-    /// `source` is what they read from; zeros need none.
+    /// Queues the moves out of this staging memory behind what the stream has. Waits first where an earlier start has not
+    /// come to its end. Moves that read nothing need no staging memory.
     ///
     /// # Errors
-    /// [`KernelError::SourceTooSmall`], [`KernelError::Misaligned`] and [`KernelError::WrongDevice`] when the source is
-    /// not one; [`KernelError::Cuda`] when the driver fails, or an earlier start did.
-    pub fn start(&mut self, source: Option<&Memory>) -> Result<(), KernelError> {
-        let mut address = 0;
-        if let Some(needed) = self.source {
-            let found = source.map_or(0, |memory| memory.len() as u64);
-            let Some(source) = source.filter(|_| found >= needed) else {
-                return Err(KernelError::SourceTooSmall { needed, found });
-            };
-            if source.kind() != self.mover.device().kind() {
-                return Err(self.mover.wrong("the source", source.kind()));
-            }
-            if !source.address().is_multiple_of(ALIGN) {
-                return Err(KernelError::Misaligned { align: ALIGN });
-            }
-            address = source.address();
-        }
+    /// [`KernelError::Staging`] when that memory is missing, too short, not the device's or does not start at a multiple
+    /// of 16; [`KernelError::Cuda`] when the driver fails, or an earlier start did.
+    pub fn start(&mut self, staging: Option<&Memory>) -> Result<(), KernelError> {
         self.wait()?;
+        let base = match self.staged {
+            None => 0,
+            Some(staged) => self.base(staged, staging)?,
+        };
         if self.held.table.is_empty() {
             return Ok(());
         }
-        // No kernel uses the one that it replaces.
-        self.held.source = source.map(|memory| memory.allocation().keep_alive().clone());
+        self.held.staging = staging.map(|memory| memory.allocation().keep_alive().clone());
         // Also where the launch fails: the driver may report what went wrong earlier.
         self.state = State::Queued;
-        // SAFETY: `new` and the checks above found every address in memory of the device that `held` keeps, with the
-        // table; it goes only when this has ended. Others that write there are excluded by nothing, but see nothing and
-        // show nothing except bytes of a device. The address is a multiple.
-        unsafe { self.mover.launch_from(address, &self.held.table, &self.stream) }?;
+        // SAFETY: `new` found every target in memory of the device and every source in the first bytes of the staging
+        // memory, which `base` found there; `held` keeps both, with the table, and goes only when this has ended. Others
+        // that write there are excluded by nothing, but see nothing and show nothing except bytes of a device.
+        unsafe { self.mover.launch_from(base, &self.held.table, &self.stream) }?;
         self.event.record(&self.stream)?;
         self.state = State::Marked;
         Ok(())
+    }
+
+    /// Where the moves read, if they can.
+    fn base(&self, staged: u64, staging: Option<&Memory>) -> Result<u64, KernelError> {
+        let kind = self.mover.device().kind();
+        let fits = |memory: &&Memory| {
+            memory.kind() == kind
+                && memory.len() as u64 >= staged
+                && memory.address().is_multiple_of(ALIGN)
+        };
+        let found = staging.map(|memory| (memory.kind(), memory.len() as u64));
+        let memory = staging.filter(fits);
+        memory.map(Memory::address).ok_or(KernelError::Staging { staged, kind, found })
     }
 
     /// Whether the last start has come to its end; so it has where there was none.
@@ -148,8 +150,7 @@ impl Landing {
         match self.state {
             State::Idle => return Ok(true),
             State::Marked if !self.event.is_done()? => return Ok(false),
-            State::Marked => self.state = State::Idle,
-            State::Queued => self.wait()?,
+            State::Marked | State::Queued => self.wait()?,
         }
         Ok(true)
     }
@@ -165,6 +166,7 @@ impl Landing {
             State::Queued => self.stream.synchronize()?,
         }
         self.state = State::Idle;
+        self.held.staging = None;
         Ok(())
     }
 }
@@ -182,12 +184,12 @@ impl Drop for Landing {
 }
 
 /// Whether anything is read, if all moves stay inside.
-fn check(moves: &[Move], source: u64, bounds: &[Extent]) -> Result<bool, KernelError> {
+fn check(moves: &[Move], staged: u64, bounds: &[Extent]) -> Result<bool, KernelError> {
     let mut reads = false;
     for (index, one) in moves.iter().enumerate() {
         let pattern = one.check(index)?;
         if let Some((_, end)) = pattern.source {
-            if end > source {
+            if end > staged {
                 return Err(KernelError::Outside { index, side: Side::Source });
             }
             reads = true;

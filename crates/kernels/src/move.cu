@@ -19,7 +19,7 @@ typedef unsigned long long u64;
 // One move: equal runs at places that repeat in up to three dimensions. A run is made of units, each of which one
 // thread loads, converts and stores at once. A tile is a piece of a long run, or several whole short runs.
 struct Entry {
-    u64 source;           // address of the first byte read, less that of the table
+    u64 source;           // address of the first byte read, less the base of its table
     u64 target;           // address of the first byte written
     u64 source_stride[3]; // bytes between runs, innermost dimension first
     u64 target_stride[3];
@@ -44,7 +44,7 @@ struct Entry {
 struct Table {
     const Entry *entries;
     const u32 *owners; // the entry of every tile
-    u64 source;        // added to the addresses that entries read; a multiple of the largest unit
+    u64 base;          // added to every source; a multiple of 16
     u32 tiles;
     u32 start; // the first step at which all tables before this one are exhausted
 };
@@ -422,7 +422,7 @@ extern "C" __global__ void __launch_bounds__(256, 3) refit_move(const __grid_con
         const Table &table = launch.table[exhausted + turn];
         // A copy, in registers: stores could change the original for all the compiler knows.
         Entry entry = table.entries[table.owners[tile]];
-        entry.source += table.source;
+        entry.source += table.base;
         carry_tile(entry, tile - entry.first, lane, launch.lanes);
     }
 }

@@ -98,7 +98,7 @@ impl Mover {
         let place = Placed {
             entries: memory.address(),
             owners: memory.address() + entries.len() as u64,
-            source: 0,
+            base: 0,
             // Fewer than 2^31, as `Table` checks.
             tiles: u32::try_from(table.owners().len()).unwrap_or(u32::MAX),
             start: 0,
@@ -131,13 +131,14 @@ impl Mover {
         unsafe { self.launch_placed(&placed, stream) }
     }
 
-    /// As [`launch`](Self::launch), of one table whose moves read so many bytes behind where they say.
+    /// As [`launch`](Self::launch), of one table whose moves read from `base` on.
     ///
     /// # Safety
-    /// As [`launch`](Self::launch), and `source` is a multiple of [`ALIGN`](crate::raw::ALIGN).
+    /// As [`launch`](Self::launch), of the sources that lie at `base` and their offsets; `base` is a multiple of
+    /// [`ALIGN`](crate::raw::ALIGN).
     pub(crate) unsafe fn launch_from(
         &self,
-        source: u64,
+        base: u64,
         table: &Resident,
         stream: &Stream,
     ) -> Result<(), KernelError> {
@@ -145,7 +146,7 @@ impl Mover {
             return Err(self.wrong("a table", table.device.kind()));
         }
         // SAFETY: the caller's promises.
-        unsafe { self.launch_placed(&[Placed { source, ..table.place }], stream) }
+        unsafe { self.launch_placed(&[Placed { base, ..table.place }], stream) }
     }
 
     /// # Safety

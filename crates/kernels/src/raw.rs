@@ -63,8 +63,8 @@ pub struct Placed {
     pub entries: u64,
     /// Address of its tiles' owners.
     pub owners: u64,
-    /// What is added to the addresses that its entries read: a multiple of [`ALIGN`].
-    pub source: u64,
+    /// Added to every source; a multiple of 16.
+    pub base: u64,
     /// Tiles.
     pub tiles: u32,
     /// The first step at which all tables before this one are exhausted.

@@ -15,8 +15,10 @@ const TILES_WANTED: u64 = 8192;
 /// is busy with one when the others are done. 4096 units of 16 bytes are 64 KiB.
 const UNITS: (u64, u64) = (256, 4096);
 
-/// 2 GiB of entries.
-const MOST_ENTRIES: u64 = 1 << 24;
+/// What a table may take, whatever it is made of: half a GiB of entries, and a quarter of owners. So many tiles of the
+/// largest size and unit are 4 TiB.
+const MOST_ENTRIES: u64 = 1 << 22;
+const MOST_TILES: u64 = 1 << 26;
 
 /// Runs from here on are cut to let most of their bytes move in the largest unit, and the rest in small ones.
 const WORTH_CUTTING: u64 = 1024;
@@ -109,12 +111,6 @@ impl Table {
 
     /// Adds one entry, cut into tiles of `tile` units.
     fn push(&mut self, index: usize, part: &Part, tile: u64) -> Result<(), KernelError> {
-        let too_many = |needed| KernelError::TooMany {
-            index,
-            what: "tiles",
-            needed,
-            most: u64::from(LIMIT - 1),
-        };
         let runs = part.runs();
         let (piece, pieces, rows) = if part.run > tile {
             (tile, part.run.div_ceil(tile), 1)
@@ -125,16 +121,12 @@ impl Table {
         let tiles = u64::from(runs).div_ceil(rows).saturating_mul(pieces);
         let first = self.owners.len() as u64;
         let needed = first.saturating_add(tiles);
-        let (Some(_), Ok(first), Ok(pieces)) = (
-            needed.checked_sub(1).filter(|last| *last < u64::from(LIMIT - 1)),
-            u32::try_from(first),
-            u32::try_from(pieces),
-        ) else {
-            return Err(too_many(needed));
-        };
+        if needed > MOST_TILES {
+            return Err(KernelError::TooMany { index, what: "tiles", needed, most: MOST_TILES });
+        }
         let [inner, middle, outer] = part.dims;
         let count = |dim: &Dim| u32::try_from(dim.count).unwrap_or(LIMIT);
-        // At most `tile`, or the runs.
+        // At most `tile`, the runs, or all tiles.
         let small = |number: u64| u32::try_from(number).unwrap_or(LIMIT);
         let (by_piece, by_inner, by_middle) =
             (Divisor::new(small(piece)), Divisor::new(count(&inner)), Divisor::new(count(&middle)));
@@ -146,10 +138,10 @@ impl Table {
             target_stride: [inner.target_stride, middle.target_stride, outer.target_stride],
             run: part.run,
             piece: small(piece),
-            pieces,
+            pieces: small(pieces),
             rows: small(rows),
             runs,
-            first,
+            first: small(first),
             op: part.op,
             code: part.code,
             inner: count(&inner),
@@ -160,7 +152,6 @@ impl Table {
             shifts: by_piece.shift | by_inner.shift << 8 | by_middle.shift << 16,
             reserved: 0,
         });
-        // Fits, since `needed` does.
         self.owners.extend((0..tiles).map(|_| owner));
         Ok(())
     }

@@ -101,6 +101,12 @@ impl PackRequest {
         Ok(Self::of(target.rank(), wish))
     }
 
+    /// The request of a target that wants nothing packed, whatever it costs.
+    #[must_use]
+    pub fn nothing(target: u32) -> Self {
+        Self::of(target, Wish::default())
+    }
+
     fn of(target: u32, wish: Wish) -> Self {
         let digest = *blake3::hash(&body(target, &wish)).as_bytes();
         Self { target, wish, digest }

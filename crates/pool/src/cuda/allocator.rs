@@ -65,10 +65,7 @@ struct Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        let Ok(_entered) = self.device.enter() else {
-            tracing::warn!("device memory leaked: its device could not be made current");
-            return;
-        };
+        let Some(_entered) = self.device.enter_to_free() else { return };
         // SAFETY: allocated by us and freed once. `Memory` handed out no access that outlives its owner, and the call
         // waits for work of this process that still uses it.
         if let Err(error) = unsafe { result::free_sync(self.address) } {

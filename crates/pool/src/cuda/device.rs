@@ -158,10 +158,17 @@ impl Device {
     /// # Errors
     /// [`CudaError::Call`] when the driver fails; the thread is as it was then.
     pub fn enter(&self) -> Result<Entered<'_>, CudaError> {
+        self.push().map_err(CudaError::of("cuCtxPushCurrent"))
+    }
+
+    /// As [`enter`](Self::enter), for destructors: they tell of an error and free nothing then.
+    pub(super) fn enter_to_free(&self) -> Option<Entered<'_>> {
+        self.push().map_err(|error| lost("cuCtxPushCurrent", error)).ok()
+    }
+
+    fn push(&self) -> Result<Entered<'_>, result::DriverError> {
         // SAFETY: the context is retained.
-        unsafe { sys::cuCtxPushCurrent_v2(self.0.context) }
-            .result()
-            .map_err(CudaError::of("cuCtxPushCurrent"))?;
+        unsafe { sys::cuCtxPushCurrent_v2(self.0.context) }.result()?;
         Ok(Entered { device: self, _of_this_thread: PhantomData })
     }
 

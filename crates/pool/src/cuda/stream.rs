@@ -94,10 +94,7 @@ impl Drop for Stream {
         if !self.owned {
             return;
         }
-        let Ok(_entered) = self.device.enter() else {
-            tracing::warn!("a CUDA stream leaked: its device could not be made current");
-            return;
-        };
+        let Some(_entered) = self.device.enter_to_free() else { return };
         // SAFETY: ours, and destroyed once. Work that is still queued is done all the same.
         if let Err(error) = unsafe { result::stream::destroy(self.stream) } {
             lost("cuStreamDestroy", error);
@@ -191,10 +188,7 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        let Ok(_entered) = self.device.enter() else {
-            tracing::warn!("a CUDA event leaked: its device could not be made current");
-            return;
-        };
+        let Some(_entered) = self.device.enter_to_free() else { return };
         // SAFETY: ours, and destroyed once; the driver keeps what queued work needs of it.
         if let Err(error) = unsafe { result::event::destroy(self.event) } {
             lost("cuEventDestroy", error);
