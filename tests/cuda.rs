@@ -23,6 +23,8 @@ mod isolated;
 mod kernels;
 #[path = "cuda/memory.rs"]
 mod memory;
+#[path = "cuda/mixed.rs"]
+mod mixed;
 #[cfg(feature = "nixl")]
 #[path = "cuda/nixl.rs"]
 mod nixl;

@@ -59,7 +59,7 @@ fn entries_stay_between_leases_and_go_when_evicted() {
     download(device, &warm.arenas()[0], 12345, &mut found).unwrap();
     assert!(found == sent, "a warm arena keeps what it holds");
     // A leased entry is not evicted for another one.
-    assert!(matches!(lease(2, 3 * GIB / 2), Err(LeaseError::Pool(PoolError::Budget { .. }))));
+    assert!(matches!(lease(2, 3 * GIB / 2), Err(LeaseError::Build(PoolError::Budget { .. }))));
     drop(warm);
 
     let other = lease(2, 3 * GIB / 2).unwrap();

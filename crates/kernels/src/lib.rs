@@ -23,6 +23,7 @@ mod launch;
 mod mover;
 mod moves;
 mod raw;
+mod shelf;
 mod table;
 
 pub use error::{KernelError, Side};

@@ -6,12 +6,13 @@ use std::ptr;
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUjit_option};
-use refit_pool::cuda::{CudaAllocator, CudaError, Device, Stream, upload};
-use refit_pool::{Allocator, Memory, MemoryKind};
+use refit_pool::MemoryKind;
+use refit_pool::cuda::{CudaError, Device, Stream};
 
 use crate::error::KernelError;
 use crate::launch::launches;
 use crate::raw::{Entry, Launch, Placed};
+use crate::shelf::{Place, Shelf};
 use crate::table::Table;
 
 /// `move.cu`, compiled. The driver makes machine code of it for the device it meets.
@@ -44,6 +45,7 @@ pub struct Mover {
     shape: Shape,
     module: sys::CUmodule,
     function: sys::CUfunction,
+    shelf: Arc<Shelf>,
 }
 
 // SAFETY: modules and functions are handles that any thread may use.
@@ -73,7 +75,8 @@ impl Mover {
         let found =
             unsafe { sys::cuModuleGetFunction(&raw mut function, module, FUNCTION.as_ptr()) };
         // From here on dropping it unloads the module.
-        let mover = Self { device: device.clone(), shape, module, function };
+        let shelf = Shelf::new(device.clone());
+        let mover = Self { device: device.clone(), shape, module, function, shelf };
         drop(entered);
         found.result().map_err(|error| CudaError::call("cuModuleGetFunction", error.0))?;
         Ok(Arc::new(mover))
@@ -91,19 +94,16 @@ impl Mover {
     /// [`KernelError::Allocate`], [`KernelError::Cuda`].
     pub fn upload(&self, table: &Table) -> Result<Resident, KernelError> {
         let (entries, owners) = (bytes(table.entries()), bytes(table.owners()));
-        let allocator = CudaAllocator::new(self.device.clone());
-        let mut memory = allocator.allocate(entries.len() + owners.len())?;
-        upload(&self.device, &mut memory, 0, entries)?;
-        upload(&self.device, &mut memory, entries.len(), owners)?;
+        let held = self.shelf.put(&[entries, owners])?;
         let place = Placed {
-            entries: memory.address(),
-            owners: memory.address() + entries.len() as u64,
+            entries: held.address,
+            owners: held.address + entries.len() as u64,
             base: 0,
             // Fewer than 2^31, as `Table` checks.
             tiles: u32::try_from(table.owners().len()).unwrap_or(u32::MAX),
             start: 0,
         };
-        Ok(Resident { device: self.device.clone(), place, bytes: table.bytes(), _memory: memory })
+        Ok(Resident { device: self.device.clone(), place, bytes: table.bytes(), _held: held })
     }
 
     /// Queues the moves of all tables: one launch, unless there are more than 64 tables with anything to do. They may
@@ -231,7 +231,7 @@ pub struct Resident {
     place: Placed,
     bytes: u64,
     /// What `place` points into.
-    _memory: Memory,
+    _held: Place,
 }
 
 impl Resident {

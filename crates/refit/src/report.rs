@@ -18,9 +18,11 @@ pub struct Report {
     pub connect: Duration,
     /// Binding offsets to addresses and building the reads.
     pub prepare: Duration,
-    /// From the start of `prepare` until the reads of the first wave were posted: what a refit does before bytes move, and
-    /// for transports that copy with the caller's thread, some of the moving.
-    pub posted: Duration,
+    /// From the start of `prepare` until the reads of the first wave were handed to the transport: what a refit does before
+    /// bytes move.
+    pub ready: Duration,
+    /// How long it took to post the reads of the first wave. They may move meanwhile.
+    pub posting: Duration,
     /// From the first post until the last read settled, without `land` up to then.
     pub pull: Duration,
     /// Landing copies and fills, as far as they were waited for.

@@ -12,7 +12,7 @@ mod prepare;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use refit_planner::{LowerOptions, Mode, PlanOptions, Program, RankLayout};
 use refit_pool::Memory;
@@ -372,7 +372,12 @@ impl<T: Transport> Prepared<T> {
         let Self { mut refit, lease } = self;
         refit.started = Instant::now();
         let reading = refit.post(lease);
-        refit.report.posted = refit.began.elapsed();
+        let posted = refit.began.elapsed();
+        refit.report.posting = match &reading {
+            Reading::UnderWay(pull) => pull.stats().posting,
+            _ => Duration::ZERO,
+        };
+        refit.report.ready = posted.saturating_sub(refit.report.posting);
         match reading {
             Reading::Stopped(stop) => Err(refit.stopped(stop)),
             reading => Ok(Pulling { reading: Some(reading), refit }),

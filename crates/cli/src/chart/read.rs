@@ -114,7 +114,7 @@ struct Pair {
 
 #[derive(Debug, Deserialize)]
 struct Ceilings {
-    big_read_gbps: f64,
+    big_read_gbps: Option<f64>,
 }
 
 /// A file of `benches/peers`.
@@ -197,7 +197,7 @@ impl Chart {
                 let rate = median(of_pair.map(rate).collect());
                 checked(rate.ok_or_else(|| format!("no cached cycle of {name}"))?)
             };
-            let most = checked(pair.ceilings.big_read_gbps)?;
+            let most = pair.ceilings.big_read_gbps.map(checked).transpose()?;
             let group = panel.group(&pair.source, &pair.target);
             if group.bars.iter().any(|bar| bar.series == refit) {
                 return Err(format!(
@@ -209,10 +209,12 @@ impl Chart {
                 (refit, median(|cycle| cycle.refit_gbps)?),
                 (pull, median(|cycle| cycle.pull_gbps)?),
             ] {
-                let of_ceiling = (most > 0.0).then(|| gbps / most);
+                let of_ceiling = most.filter(|&most| most > 0.0).map(|most| gbps / most);
                 group.add(Bar { series, gbps, of_ceiling });
             }
-            group.add(Bar { series: ceiling, gbps: most, of_ceiling: None });
+            if let Some(gbps) = most {
+                group.add(Bar { series: ceiling, gbps, of_ceiling: None });
+            }
         }
         Ok(())
     }
@@ -373,6 +375,15 @@ pub(super) mod tests {
         assert_eq!(rates(group), [(0, 20.0), (1, 21.0), (2, 40.0)]);
         assert_eq!(group.bars[0].of_ceiling, Some(0.5));
         assert_eq!(chart.panels[0].notes, ["3 layers over peer, medians of 3"]);
+    }
+
+    #[test]
+    fn a_ceiling_that_was_not_measured_is_not_drawn() {
+        let mut chart = Chart::default();
+        chart.add("a", &bench("m", "peer", &[20.0]).replace(":40.0", ":null")).unwrap();
+        let group = &chart.panels[0].groups[0];
+        assert_eq!(rates(group), [(0, 20.0), (1, 21.0)]);
+        assert_eq!(group.bars[0].of_ceiling, None);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What an agent knows of one incarnation of a peer, and keeps mapped of it.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
 use parking_lot::RwLock;
@@ -12,8 +13,8 @@ use super::driver::{Mapping, look};
 use super::process::{Watch, Watched};
 use super::reach::{Access, Facts, Way, describe, way};
 use super::view::View;
-use crate::Cause;
 use crate::registry::{Holds, Ranges};
+use crate::{Cause, ReadOp, RemoteRange};
 
 /// Where a peer's memory is here. Memory of our own process is mapped anyway.
 pub(super) type Mapped = View<Option<Arc<Mapping>>>;
@@ -102,7 +103,7 @@ impl Link {
     }
 }
 
-/// Bytes of a peer that a batch reads, in the peer's addresses.
+/// Bytes of one registration of a peer that a batch reads, and what lies between them, in the peer's addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Source {
     pub(super) kind: MemoryKind,
@@ -117,39 +118,63 @@ impl Source {
         self.end - self.start
     }
 
-    /// The ranges joined where they touch or overlap, sorted.
-    pub(super) fn join(mut sources: Vec<Self>) -> Vec<Self> {
-        sources.sort_unstable_by_key(|source| (source.kind, source.start));
-        let mut joined: Vec<Self> = Vec::new();
-        for source in sources {
-            match joined.last_mut() {
-                Some(last) if last.kind == source.kind && source.start <= last.end => {
-                    last.end = last.end.max(source.end);
-                    last.read = last.read.min(source.read);
-                }
-                _ => joined.push(source),
+    /// One for each registration that is read; the error is a read that leaves them.
+    pub(super) fn list(published: &Ranges, reads: &[ReadOp]) -> Result<Vec<Self>, usize> {
+        let mut sources: BTreeMap<(MemoryKind, u64), Self> = BTreeMap::new();
+        let mut starts = Vec::new();
+        for (read, op) in reads.iter().enumerate() {
+            let RemoteRange { kind, address, len } = op.from;
+            starts.clear();
+            if !published.cover(kind, address, len, |start| starts.push(start)) {
+                return Err(read);
+            }
+            let mut end = address + len;
+            // From the last one back: each ends where the next starts.
+            for &registration in starts.iter().rev() {
+                let start = registration.max(address);
+                let fresh = Self { kind, start, end, read };
+                let source = sources.entry((kind, registration)).or_insert(fresh);
+                source.start = source.start.min(start);
+                source.end = source.end.max(end);
+                end = registration;
             }
         }
-        joined
+        Ok(sources.into_values().collect())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use refit_planner::{Dims, Transform};
+
     use super::*;
+    use crate::LocalRange;
 
     #[test]
-    fn sources_join_where_they_touch_and_remember_their_first_read() {
-        let source = |start, end, read| Source { kind: MemoryKind::Cuda(0), start, end, read };
-        let other = Source { kind: MemoryKind::Cuda(1), ..source(15, 25, 4) };
-        let joined = Source::join(vec![
-            source(30, 40, 0),
-            other,
-            source(10, 20, 3),
-            source(20, 30, 1),
-            source(12, 14, 2),
-            source(41, 42, 5),
-        ]);
-        assert_eq!(joined, [source(10, 40, 0), source(41, 42, 5), other]);
+    fn every_registration_that_is_read_is_listed_with_its_first_read() {
+        let kind = MemoryKind::Cuda(0);
+        let mut published = Ranges::default();
+        for (address, len) in [(100, 50), (150, 50), (200, 50), (400, 50)] {
+            published.push(kind, address, len).unwrap();
+        }
+        let read = |address, len| ReadOp {
+            from: RemoteRange { address, len, kind },
+            into: LocalRange { address: 0, len, kind },
+            run: len,
+            dims: Dims::none(),
+            transform: Transform::Copy,
+            bulk: false,
+        };
+        let source = |start, end, read| Source { kind, start, end, read };
+        let reads = [read(410, 5), read(140, 70), read(160, 5), read(105, 1), read(400, 1)];
+        assert_eq!(
+            Source::list(&published, &reads).unwrap(),
+            [source(105, 150, 1), source(150, 200, 1), source(200, 210, 1), source(400, 415, 0)]
+        );
+        assert_eq!(Source::list(&published, &[]).unwrap(), []);
+        for outside in [read(99, 2), read(249, 2), read(300, 1), read(440, 20), read(410, u64::MAX)]
+        {
+            assert_eq!(Source::list(&published, &[read(400, 1), outside]), Err(1));
+        }
     }
 }

@@ -275,11 +275,8 @@ impl Transport for PeerTransport {
         // In this order: a peer that is learnt of again meanwhile has mapped at least what it published.
         let published = state.ranges();
         let view = state.link.view();
-        for (read, op) in reads.iter().enumerate() {
-            if !published.cover(op.from.kind, op.from.address, op.from.len, |_| {}) {
-                return Err(outside(Side::Remote, read, op.from.len));
-            }
-        }
+        let sources = Source::list(&published, reads)
+            .map_err(|read| outside(Side::Remote, read, reads[read].from.len))?;
         let into = reads.iter().map(|op| (op.into.kind, op.into.address, op.into.len));
         let holds = self
             .agent
@@ -292,12 +289,6 @@ impl Transport for PeerTransport {
             .then(|| Table::new(&work.moves).and_then(|table| self.engine.mover.upload(&table)))
             .transpose()
             .map_err(|failure| error(kernel("building the kernel's table")(failure)))?;
-        let sources = reads.iter().enumerate().map(|(read, op)| Source {
-            kind: op.from.kind,
-            start: op.from.address,
-            end: op.from.address + op.from.len,
-            read,
-        });
         Ok(PeerReads::new(Parts {
             table,
             copies: work.copies,
@@ -305,7 +296,7 @@ impl Transport for PeerTransport {
             _holds: holds,
             engine: Arc::clone(&self.engine),
             peer: state,
-            sources: Source::join(sources.collect()),
+            sources,
             written,
             reads: reads.len(),
         }))
