@@ -342,7 +342,7 @@ fn check_bench(result: &serde_json::Value) {
     let list = |value: &serde_json::Value| value.as_array().unwrap().clone();
     let (receivers, reads) = (list(&pair["receivers"]), list(&pair["reads"]));
     for ((receiver, reads), rank) in receivers.iter().zip(reads).zip(list(&cycles[0]["ranks"])) {
-        for number in ["seconds", "gbps", "of_big_read", "posting_s", "cold_seconds"] {
+        for number in ["seconds", "gbps", "of_big_read", "ready_s", "posting_s", "cold_seconds"] {
             assert!(receiver[number].as_f64().unwrap() > 0.0, "{number}: {receiver}");
         }
         // Each reads from two of the four, and what is replicated from any of them.
