@@ -305,8 +305,10 @@ fn bench(transport: &str, also: &[&str]) -> serde_json::Value {
         "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 1000, "tie_word_embeddings": false}"#;
     fs::write(&config, tiny).unwrap();
-    let sizes = ["--config", config.to_str().unwrap(), "--source=tp=4", "--target=tp=2"];
-    bench_of(transport, &[&sizes[..], also].concat())
+    let config = ["--config", config.to_str().unwrap()];
+    let sizes = ["--source=tp=4", "--target=tp=2"];
+    let sizes = if also.iter().any(|word| word.starts_with("--source")) { &[][..] } else { &sizes };
+    bench_of(transport, &[&config[..], sizes, also].concat())
 }
 
 fn bench_of(transport: &str, also: &[&str]) -> serde_json::Value {
@@ -365,6 +367,29 @@ fn bench_takes_sources_without_an_arena() {
     assert_eq!(separate["separate_sources"], true);
     let regions = |result: &serde_json::Value| result["cycles"][0]["registrations"].as_u64();
     assert_eq!(regions(&separate), regions(&bench("local", &[])));
+}
+
+/// A transport that reads rows by itself asks for nothing to be packed.
+#[test]
+fn bench_packs_nothing_that_is_read_well_as_it_is() {
+    let packed = bench("local", &["--source=tp=1", "--target=tp=2", "--pack"]);
+    assert!(packed["pairs"][0]["packed"].is_null());
+}
+
+/// One trainer rank packs for two of the engine what each would read row by row: the same bytes, fewer reads.
+#[cfg(feature = "nixl")]
+#[test]
+fn bench_takes_sources_that_pack() {
+    let sizes = ["--source=tp=1", "--target=tp=2"];
+    let (plain, packed) =
+        (bench("nixl", &sizes), bench("nixl", &[&sizes[..], &["--pack"]].concat()));
+    let first = |result: &serde_json::Value, count: &str| result["cycles"][0][count].as_u64();
+    assert_eq!(first(&plain, "needed_bytes"), first(&packed, "needed_bytes"));
+    assert_eq!(first(&packed, "wire_bytes"), first(&packed, "needed_bytes"));
+    let more = |count: &str| first(&plain, count) > first(&packed, count);
+    assert!(more("wire_bytes") || more("reads"), "{}", plain["cycles"][0]);
+    assert!(packed["pairs"][0]["packed"]["bytes"].as_u64().unwrap() > 0);
+    assert!(plain["pairs"][0]["packed"].is_null());
 }
 
 /// Models of which the trainer stores some parameters in f32, and one of which the engine stores as something else.

@@ -50,6 +50,10 @@ pub(crate) struct Args {
     /// Give every parameter of a source an allocation of its own, as torch does without an arena
     #[arg(long)]
     pub(super) separate: bool,
+    /// Let sources pack what targets would read scattered, behind every change of their values, which costs the trainer
+    /// what is printed and is not part of a refit
+    #[arg(long)]
+    pub(super) pack: bool,
     /// Print a third kind of cycle: the same plan with one read per contiguous run (on by itself where it differs
     /// and no sizes are given)
     #[arg(long)]

@@ -4,6 +4,7 @@
 mod args;
 mod ceiling;
 mod copies;
+mod held;
 mod process;
 mod protocol;
 mod rank;
@@ -136,7 +137,7 @@ fn bench(
     if read_per_row {
         modes.push(Mode::ReadPerRun);
     }
-    let steps = u64::from(args.cycles) * (modes.len() as u64 * 3 + 2 + u64::from(copies)) + 3;
+    let steps = u64::from(args.cycles) * (modes.len() as u64 * 3 + 2 + u64::from(copies)) + 4;
     let bar = progress(steps, format!("{source} -> {target}"));
 
     bar.set_message("starting sources");
@@ -149,13 +150,22 @@ fn bench(
     all(&mut targets, patience, None)?;
     bar.inc(1);
 
+    if args.pack {
+        bar.set_message("packing");
+        all(&mut targets, patience, Some(&Command::AskToPack))?;
+        all(&mut sources, patience, Some(&Command::Pack))?;
+        all(&mut targets, patience, Some(&Command::MeetPacked))?;
+    }
+    bar.inc(1);
+
     let mut result = PairResult::new(source, target, placement.clone());
     let mut version = 0;
     for round in 0..args.cycles {
         for &mode in &modes {
             version += 1;
             bar.set_message("writing new values");
-            all(&mut sources, patience, Some(&Command::Fill { cycle: version }))?;
+            let fill = Command::Fill { cycle: version };
+            result.packs.push(rates(&all(&mut sources, patience, Some(&fill))?));
             bar.inc(1);
             bar.set_message(mode.label());
             let replies = all(&mut targets, patience, Some(&Command::Refit { mode }))?;

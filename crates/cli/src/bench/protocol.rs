@@ -34,6 +34,12 @@ impl Mode {
 pub(crate) enum Command {
     /// A source: write the values of this cycle.
     Fill { cycle: u64 },
+    /// A target: tell the sources what they would have to pack.
+    AskToPack,
+    /// A source: pack what targets have asked for.
+    Pack,
+    /// A target: read what sources have packed.
+    MeetPacked,
     /// A target: refit.
     Refit { mode: Mode },
     /// A target: compare every byte with the values of this cycle.
@@ -62,7 +68,7 @@ pub(crate) enum Reply {
     Refit(Box<RankReport>),
     /// What a cached refit does.
     Described(Box<Description>),
-    /// A ceiling was measured.
+    /// A ceiling was measured, or slots were filled.
     Rate(Rate),
     /// A ceiling cannot be measured here.
     Unmeasured { reason: String },

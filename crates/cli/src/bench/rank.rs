@@ -9,12 +9,13 @@ use refit::planner::{Policy, RankLayout};
 use refit::pool::PoolOptions;
 use refit::transport::{Transport, TransportPool, TransportRegistrar};
 use refit::{
-    Cancelled, Directory, Prepared, Publication, RefitError, Report, Source, Target, TargetOptions,
-    allocate,
+    Cancelled, Directory, PackRequest, Prepared, Publication, RefitError, Report, Source, Target,
+    TargetOptions, allocate,
 };
 
 use super::ceiling::{Ceiling, bytes_by_source};
 use super::copies::{Copies, Published};
+use super::held::Held;
 use super::protocol::{Command, Description, Mode, RankReport, Reply};
 use super::values::Values;
 use crate::device::{Guards, Home};
@@ -89,22 +90,27 @@ pub(crate) fn source<T: Transport>(
     );
     let params = if setup.separate { home.separate(&layout)? } else { allocate(&layout, home)? };
     let mut source = Source::new(transport, &pool, layout.clone(), params)?;
-    let fill = |source: &mut Source<T>, cycle| {
-        values.fill(home, &layout, source.params_mut(), cycle, setup.threads)
-    };
-    fill(&mut source, 0)?;
     let params = source.params_mut().map(|(_, memory)| &*memory);
     let _readable = setup.copies.then(|| Published::new(setup, home, params)).transpose()?;
     let directory = Directory::new(&setup.directory).map_err(RefitError::from)?;
     directory.publish(&source.publication()?).map_err(RefitError::from)?;
+    let mut held = Held::Plain(Box::new(source));
+    let fill = |held: &mut Held<T>, cycle| {
+        held.update(|params| values.fill(home, &layout, params.into_iter(), cycle, setup.threads))
+    };
+    fill(&mut held, 0)?;
     answer(Reply::Ready);
     for command in commands {
-        match command {
-            Command::Fill { cycle } => fill(&mut source, cycle)?,
+        let reply = match command {
+            Command::Fill { cycle } => fill(&mut held, cycle)?,
+            Command::Pack => {
+                held = held.pack(&pool, &directory, setup.target.world(), setup.patience)?;
+                Reply::Done
+            }
             Command::Stop => break,
             other => return Err(CliError::Usage(format!("a source cannot {other:?}"))),
-        }
-        answer(Reply::Done);
+        };
+        answer(reply);
     }
     Ok(())
 }
@@ -146,6 +152,7 @@ pub(crate) fn target<T: Transport>(
         values,
         guards,
         target: Some(target),
+        request: None,
         ceiling: None,
         copies: None,
     };
@@ -159,7 +166,9 @@ pub(crate) fn target<T: Transport>(
             Command::Copies => bench.copies()?.read()?,
             Command::Memcpy => bench.ceiling()?.memcpy(home)?,
             Command::Stop => break,
-            Command::Fill { .. } => return Err(CliError::Usage("a target cannot fill".to_owned())),
+            Command::AskToPack => bench.ask_to_pack(&directory)?,
+            Command::MeetPacked => bench.meet_packed(&directory)?,
+            other => return Err(CliError::Usage(format!("a target cannot {other:?}"))),
         };
         answer(reply);
     }
@@ -177,6 +186,8 @@ struct TargetBench<'a, T: Transport> {
     guards: Guards,
     /// Absent only inside a refit, or after one failed.
     target: Option<Target<T>>,
+    /// What was asked of the sources, after it was.
+    request: Option<PackRequest>,
     ceiling: Option<Ceiling<T>>,
     copies: Option<Copies>,
 }
@@ -203,8 +214,27 @@ impl<T: Transport> TargetBench<'_, T> {
         }
         let (target, report) = cycle(target, &self.published, self.setup.patience)?;
         self.target = Some(target);
-        let peak = if self.setup.own_process { crate::memory::peak_bytes()? } else { 0 };
+        let host = self.setup.own_process && self.setup.gpu.is_none();
+        let peak = if host { crate::memory::peak_bytes()? } else { 0 };
         Ok(RankReport::new(self.setup.rank, &report, self.layout.bytes(), peak))
+    }
+
+    /// Says what sources would have to pack.
+    fn ask_to_pack(&mut self, directory: &Directory) -> Result<Reply, CliError> {
+        self.set_mode(Mode::Cached)?;
+        let target = self.target.as_mut().ok_or_else(lost)?;
+        let request = target.pack_request(&self.published)?;
+        directory.ask(&request).map_err(RefitError::from)?;
+        self.request = Some(request);
+        Ok(Reply::Done)
+    }
+
+    /// Reads from now on what sources have packed.
+    fn meet_packed(&mut self, directory: &Directory) -> Result<Reply, CliError> {
+        let request = self.request.as_ref().ok_or_else(lost)?;
+        let (sources, patience) = (0..self.setup.source.world(), self.setup.patience);
+        self.published = directory.wait_until_packed(sources, request, patience)?;
+        Ok(Reply::Done)
     }
 
     fn verify(&self, cycle: u64) -> Result<Reply, CliError> {

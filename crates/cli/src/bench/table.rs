@@ -38,6 +38,8 @@ pub(crate) struct PairResult {
     /// Of every round, what every target rank reached.
     pub(crate) memcpys: Vec<Vec<Rate>>,
     pub(crate) big_reads: Vec<Vec<Rate>>,
+    /// Of every change of values, what every source rank that packs took to do so.
+    pub(crate) packs: Vec<Vec<Rate>>,
     /// Of every round in which copies by a copy engine were measured beside the transport.
     copies: Vec<Vec<Rate>>,
     /// Why they were not.
@@ -155,6 +157,7 @@ impl PairResult {
             cycles: Vec::new(),
             memcpys: Vec::new(),
             big_reads: Vec::new(),
+            packs: Vec::new(),
             copies: Vec::new(),
             no_copies: None,
             descriptions: Vec::new(),
@@ -271,6 +274,12 @@ impl PairResult {
             ratios.cold_setup_of_pull * 100.0,
             ratios.cold_of_warm
         );
+        if let Some((packed, seconds)) = self.packed() {
+            println!(
+                "sources packed {} behind every change, in {seconds:.4} s (the slowest; no part of a refit)",
+                bytes(packed)
+            );
+        }
         self.receivers().iter().for_each(Receiver::print);
         self.print_ways();
         let peak =
@@ -287,6 +296,13 @@ impl PairResult {
                 bytes(rank.peak_rss_bytes.saturating_sub(expected))
             );
         }
+    }
+
+    /// What all sources pack, and the time of the slowest.
+    fn packed(&self) -> Option<(u64, f64)> {
+        let rounds: Vec<Rate> = self.packs.iter().map(|round| Rate::together(round)).collect();
+        let packed = rounds.iter().map(|rate| rate.bytes).max().filter(|&bytes| bytes > 0)?;
+        Some((packed, median(rounds.iter().map(|rate| rate.seconds).collect())?))
     }
 
     fn receivers(&self) -> Vec<Receiver> {
@@ -507,6 +523,7 @@ impl Run {
                     "ceilings": ceilings(std::slice::from_ref(pair)),
                     "ceiling_samples": { "memcpy_gbps": pair.memcpy_gbps(), "big_read_gbps": pair.big_read_gbps(), "copy_gbps": together(&pair.copies) },
                     "placement": pair.placement,
+                    "packed": pair.packed().map(|(bytes, seconds)| json!({ "bytes": bytes, "seconds": seconds })),
                     "ratios": pair.ratios(),
                     "receivers": pair.receivers(),
                     "reads": pair.descriptions,
