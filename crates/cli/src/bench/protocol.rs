@@ -108,7 +108,9 @@ pub(crate) struct RankReport {
     pub(crate) register_s: f64,
     pub(crate) connect_s: f64,
     pub(crate) prepare_s: f64,
-    /// From the start of `prepare` until every read of the first wave was posted.
+    /// From the start of `prepare` until the first wave was handed to the transport: before it, no byte moves.
+    pub(crate) ready_s: f64,
+    /// From then until all reads of the first wave were posted.
     pub(crate) posting_s: f64,
     pub(crate) pull_s: f64,
     pub(crate) land_s: f64,
@@ -135,7 +137,8 @@ impl RankReport {
             register_s: report.register.as_secs_f64(),
             connect_s: report.connect.as_secs_f64(),
             prepare_s: report.prepare.as_secs_f64(),
-            posting_s: report.posted.as_secs_f64(),
+            ready_s: report.ready.as_secs_f64(),
+            posting_s: report.posting.as_secs_f64(),
             pull_s: report.pull.as_secs_f64(),
             land_s: report.land.as_secs_f64(),
             total_s: report.total.as_secs_f64(),

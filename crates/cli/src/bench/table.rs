@@ -60,6 +60,7 @@ pub(crate) struct Cycle {
     register_s: f64,
     connect_s: f64,
     prepare_s: f64,
+    ready_s: f64,
     posting_s: f64,
     pull_s: f64,
     land_s: f64,
@@ -106,6 +107,7 @@ impl Cycle {
             register_s: slowest(|rank| rank.register_s),
             connect_s: slowest(|rank| rank.connect_s),
             prepare_s: slowest(|rank| rank.prepare_s),
+            ready_s: slowest(|rank| rank.ready_s),
             posting_s: slowest(|rank| rank.posting_s),
             pull_s,
             land_s: slowest(|rank| rank.land_s),
@@ -375,7 +377,9 @@ struct Receiver {
     copy_gbps: Option<f64>,
     /// The rate over that of one copy.
     of_copy: Option<f64>,
-    /// Of cached refits, from the start of `prepare` until every read was posted.
+    /// Of cached refits, from the start of `prepare` until the first wave was handed to the transport.
+    ready_s: f64,
+    /// And how long posting it took.
     posting_s: f64,
     /// Of uncached refits, without connecting.
     cold_seconds: f64,
@@ -409,6 +413,7 @@ impl Receiver {
             of_big_read: gbps / ceiling,
             copy_gbps,
             of_copy: copy_gbps.map(|copy| gbps / copy),
+            ready_s: of(Mode::Cached, |report| report.ready_s),
             posting_s: of(Mode::Cached, |report| report.posting_s),
             cold_seconds: of(Mode::Uncached, |report| report.total_s - report.connect_s),
             cold_registrations: reports(Mode::Uncached)
@@ -423,14 +428,15 @@ impl Receiver {
         let copy = self.copy_gbps.zip(self.of_copy);
         let copy = copy.map(|(rate, ratio)| format!(", {ratio:.3}x of one copy ({rate:.2} GB/s)"));
         println!(
-            "receiver {}{gpu}: {:.5} s, {:.2} GB/s, {:.3}x of its big read ({:.2} GB/s){}; {:.1} us until all is \
-             posted; uncached {:.5} s, {} registrations",
+            "receiver {}{gpu}: {:.5} s, {:.2} GB/s, {:.3}x of its big read ({:.2} GB/s){}; {:.1} us until reads are \
+             posted, and {:.1} us of posting; uncached {:.5} s, {} registrations",
             self.rank,
             self.seconds,
             self.gbps,
             self.of_big_read,
             self.big_read_gbps,
             copy.unwrap_or_default(),
+            self.ready_s * 1e6,
             self.posting_s * 1e6,
             self.cold_seconds,
             self.cold_registrations
