@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use refit::planner::{Band, Dtype, LayoutBuilder, Param, RankLayout};
-use refit::{Place, Publication, PublishedRegion};
+use refit::{PackRequest, Place, Publication, PublishedRegion};
 use refit_tests::allocations::{self, Counting};
 use refit_tests::fuzz::mutate::{Random, mutate};
 use refit_tests::fuzz::{TARGETS, Target};
@@ -129,6 +129,11 @@ fn publications() {
 }
 
 #[test]
+fn requests() {
+    fuzz("request");
+}
+
+#[test]
 fn the_corpus_is_small() {
     let sizes = TARGETS.iter().flat_map(|&target| corpus(target));
     let bytes: usize = sizes.map(|(_, data)| data.len()).sum();
@@ -237,5 +242,24 @@ fn decoding_publications_takes_what_it_says() {
         let bound = 40 * bytes.len() + (4 << 10);
         println!("a publication of {what}: {} bytes took {peak}, {bound} allowed", bytes.len());
         assert!(peak <= bound, "{what}: {} bytes took {peak}, {bound} allowed", bytes.len());
+    }
+}
+
+/// What the documentation of `refit::PackRequest::decode` promises.
+#[test]
+fn decoding_requests_takes_what_it_says() {
+    for name in ["", "t", "a tensor"] {
+        // Target 0, no ranks, then boxes: a name, rows 0..1, columns 0..1.
+        let slice = [&[u8::try_from(name.len()).unwrap()], name.as_bytes(), &[0, 1, 0, 1]].concat();
+        // 2^16 + 1 as a varint.
+        let mut body = vec![0, 0, 0x81, 0x80, 0x04];
+        (0..MANY).for_each(|_| body.extend_from_slice(&slice));
+        let magic = &PackRequest::nothing(0).encode()[..8];
+        let bytes = [magic, blake3::hash(&body).as_bytes(), &body].concat();
+        let (decoded, peak) = allocations::peak(|| PackRequest::decode(&bytes));
+        assert_eq!(decoded.unwrap().slices().len(), MANY);
+        let bound = 40 * bytes.len() + (4 << 10);
+        println!("a request of `{name}`: {} bytes took {peak}, {bound} allowed", bytes.len());
+        assert!(peak <= bound, "`{name}`: {} bytes took {peak}, {bound} allowed", bytes.len());
     }
 }

@@ -1,12 +1,18 @@
-//! Publications and the directory they meet in: what comes from outside is checked, whole or refused.
+//! Publications, requests and the directory they meet in: what comes from outside is checked, whole or refused.
 
 #![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
 
 use std::fs;
 use std::time::{Duration, Instant};
 
-use refit::planner::{Band, Dtype, LayoutBuilder, Param, RankLayout};
-use refit::{Directory, DirectoryError, Place, Publication, PublicationError, PublishedRegion};
+use refit::planner::{
+    Band, Capabilities, Dtype, LayoutBuilder, LowerOptions, Param, PlanOptions, RankLayout,
+    SourceLayout, lower, plan,
+};
+use refit::{
+    Directory, DirectoryError, MAX_REQUEST_BYTES, PackRequest, Place, Publication,
+    PublicationError, PublishedRegion, RefitError, RequestError,
+};
 
 fn layout(rank: u32) -> RankLayout {
     let mut layout = LayoutBuilder::new(rank);
@@ -158,4 +164,115 @@ fn readers_never_see_half_a_publication() {
         assert!(directory.read(0).unwrap().is_some());
     }
     publisher.join().unwrap();
+}
+
+/// What a target that reads columns asks of a source that holds rows.
+fn request(target: u32) -> PackRequest {
+    let held = publish_wide(0);
+    let mut wanted = LayoutBuilder::new(target);
+    let tensor = wanted.tensor("w", 4_000, 8).unwrap();
+    let band = Band::new(tensor, 0..4_000, 0..4);
+    wanted.param(Param::new("w", Dtype::Bf16, 4_000, 4).band(band)).unwrap();
+    let wanted = wanted.build();
+    let plain = Capabilities::plain(2_000, 5_000);
+    let source = SourceLayout::new([held.layout()]).unwrap();
+    let plan = plan(&source, &wanted, &PlanOptions::default()).unwrap();
+    let program = lower(&plan, &plain, &LowerOptions::default()).unwrap();
+    PackRequest::new(&wanted, &program, &[held], |_| plain).unwrap()
+}
+
+#[test]
+fn a_request_travels_unchanged() {
+    let sent = request(3);
+    assert!(!sent.is_empty() && sent.asks(0) && !sent.asks(1));
+    let received = PackRequest::decode(&sent.encode()).unwrap();
+    assert_eq!((received.target(), received.ranks()), (3, &[0][..]));
+    assert_eq!(received.slices(), sent.slices());
+    assert_eq!(
+        (received.slices()[0].rows.clone(), received.slices()[0].cols.clone()),
+        (0..4_000, 0..4)
+    );
+    assert_eq!((received.digest(), &received), (sent.digest(), &sent));
+    assert_ne!(sent, request(4));
+    assert_eq!(request(3).encode(), sent.encode(), "the same, whoever makes it");
+    let nothing = PackRequest::decode(&PackRequest::nothing(9).encode()).unwrap();
+    assert!(nothing.is_empty() && nothing.slices().is_empty() && nothing.target() == 9);
+}
+
+#[test]
+fn every_cut_and_every_flip_of_a_request_is_refused() {
+    let sent = request(3).encode();
+    for end in 0..sent.len() {
+        assert!(PackRequest::decode(&sent[..end]).is_err(), "cut off after {end} bytes");
+    }
+    for bit in 0..sent.len() * 8 {
+        let mut damaged = sent.clone();
+        damaged[bit / 8] ^= 1 << (bit % 8);
+        assert!(PackRequest::decode(&damaged).is_err(), "bit {bit} flipped");
+    }
+    assert_eq!(PackRequest::decode(b"refit").unwrap_err(), RequestError::Magic);
+    let long = vec![0; MAX_REQUEST_BYTES + 1];
+    assert!(matches!(PackRequest::decode(&long), Err(RequestError::TooLarge { .. })));
+}
+
+#[test]
+fn sources_wait_for_what_targets_ask_and_no_longer_than_they_want() {
+    let folder = tempfile::tempdir().unwrap();
+    let directory = Directory::new(folder.path()).unwrap();
+    directory.ask(&PackRequest::nothing(0)).unwrap();
+    let error = directory.wait_for_requests([0, 1], Duration::from_millis(30)).unwrap_err();
+    assert!(
+        matches!(&error, DirectoryError::NotAsked { missing, .. } if *missing == [1]),
+        "{error}"
+    );
+    directory.ask(&request(1)).unwrap();
+    let found = directory.wait_for_requests([1, 0], Duration::from_secs(30)).unwrap();
+    assert_eq!(found, [PackRequest::nothing(0), request(1)]);
+
+    fs::rename(folder.path().join("pack-1.refit"), folder.path().join("pack-2.refit")).unwrap();
+    let error = directory.request(2).unwrap_err();
+    assert!(matches!(error, DirectoryError::WrongTarget { expected: 2, found: 1, .. }), "{error}");
+    fs::write(folder.path().join("pack-1.refit"), &request(1).encode()[..45]).unwrap();
+    let error = directory.request(1).unwrap_err();
+    assert!(error.to_string().contains("pack-1.refit"), "{error}");
+    let damaged = matches!(error, DirectoryError::Request { source: RequestError::Damaged, .. });
+    assert!(damaged, "{error}");
+    directory.withdraw_request(1).unwrap();
+    directory.withdraw_request(1).unwrap();
+    assert!(directory.request(1).unwrap().is_none());
+}
+
+/// A source that does not pack is read as it is: waiting for it ends.
+#[test]
+fn targets_wait_for_packing_and_no_longer_than_they_want() {
+    let folder = tempfile::tempdir().unwrap();
+    let directory = Directory::new(folder.path()).unwrap();
+    let patience = Duration::from_millis(30);
+    let error = directory.wait_until_packed([0], &request(1), patience).unwrap_err();
+    let missing = matches!(error, RefitError::Directory(DirectoryError::Deadline { .. }));
+    assert!(missing, "{error}");
+    // Its columns are scattered, and it was asked.
+    let held = publish_wide(0);
+    directory.publish(&held).unwrap();
+    assert!(!request(1).is_answered_by(&held).unwrap());
+    let started = Instant::now();
+    let found = directory.wait_until_packed([0], &request(1), patience).unwrap();
+    assert!(started.elapsed() >= patience);
+    assert_eq!(found[0].digest(), held.digest());
+    // One that was not asked, or a target that asks for nothing, is not waited for.
+    let nothing = PackRequest::nothing(1);
+    let found = directory.wait_until_packed([0], &nothing, Duration::from_secs(60)).unwrap();
+    assert_eq!(found[0].digest(), held.digest());
+}
+
+/// A rank that holds the tensor of [`request`] whole.
+fn publish_wide(rank: u32) -> Publication {
+    let mut layout = LayoutBuilder::new(rank);
+    let tensor = layout.tensor("w", 4_000, 8).unwrap();
+    layout
+        .param(Param::new("w", Dtype::Bf16, 4_000, 8).band(Band::new(tensor, 0..4_000, 0..8)))
+        .unwrap();
+    let layout = layout.build();
+    let region = region(0, layout.bytes());
+    Publication::new("agent".to_owned(), vec![], layout, vec![place(0)], vec![region]).unwrap()
 }

@@ -152,7 +152,11 @@ struct Target {
 
 impl Target {
     fn new(offer: Offer) -> Self {
-        let transport = Arc::new(Nixl.agent("target").unwrap());
+        Self::with(NixlOptions::new("target"), offer)
+    }
+
+    fn with(options: NixlOptions, offer: Offer) -> Self {
+        let transport = Arc::new(NixlTransport::new(library(), options).unwrap());
         let pool = Pool::new(
             HostAllocator,
             TransportRegistrar::new(Arc::clone(&transport)),
@@ -249,6 +253,47 @@ fn killed_between_pulls_one_sided() {
 #[test]
 fn killed_between_pulls_emulated() {
     isolated("killed_between_pulls_emulated", EMULATED, killed_between_pulls);
+}
+
+/// Without the byte in front of a batch the bytes are the same; a peer that dies costs an error then too, and perhaps
+/// memory, which is kept apart for good.
+fn peers_that_answered_need_not_be_asked() {
+    let Some(mut remote) = Remote::start(8 << 20) else { return };
+    let options = NixlOptions::new("target").with_probe_after(Duration::from_secs(600));
+    let target = Target::with(options, remote.offer());
+    for cycle in 1..=20 {
+        remote.fill(cycle);
+        check(&target.pull(Duration::from_secs(20)).unwrap(), cycle);
+    }
+    remote.kill();
+    std::thread::sleep(Duration::from_millis(300));
+    let error = target.pull(Duration::from_secs(20)).unwrap_err();
+    println!("killed peer: {error}");
+    let kept_apart = match &error {
+        PullError::Failed { .. } => 0,
+        PullError::Lost { .. } => 8 << 20,
+        other => panic!("{other:?}"),
+    };
+    drop(error);
+    assert_eq!(target.pool.stats().quarantined_bytes, kept_apart);
+}
+
+#[test]
+fn peers_that_answered_need_not_be_asked_one_sided() {
+    isolated(
+        "peers_that_answered_need_not_be_asked_one_sided",
+        ONE_SIDED,
+        peers_that_answered_need_not_be_asked,
+    );
+}
+
+#[test]
+fn peers_that_answered_need_not_be_asked_emulated() {
+    isolated(
+        "peers_that_answered_need_not_be_asked_emulated",
+        EMULATED,
+        peers_that_answered_need_not_be_asked,
+    );
 }
 
 /// A trainer that hangs costs a deadline; when it goes on, so does the same pull, and every byte is right.

@@ -9,11 +9,13 @@ mod case;
 mod config;
 pub mod mutate;
 mod publication;
+mod request;
 
 pub use bands::bands;
 pub use case::case;
 pub use config::config;
 pub use publication::publication;
+pub use request::request;
 
 /// A fuzz target and what it may take.
 #[derive(Clone, Copy, Debug)]
@@ -37,13 +39,14 @@ impl Target {
 }
 
 /// Every target.
-pub const TARGETS: [Target; 4] = [
+pub const TARGETS: [Target; 5] = [
     // Two layers of 2^16 key-value heads, three bands each, on both sides.
     Target { name: "config", run: config, bytes_per_byte: 64, bytes: 128 << 20 },
     Target { name: "case", run: case, bytes_per_byte: 64, bytes: 1 << 20 },
     // 2^20 bands that copies become; or a plan of 2^12 pieces and its programs, whose waves may have 2^18.
     Target { name: "bands", run: bands, bytes_per_byte: 64, bytes: 256 << 20 },
     Target { name: "publication", run: publication, bytes_per_byte: 96, bytes: 64 << 10 },
+    Target { name: "request", run: request, bytes_per_byte: 96, bytes: 64 << 10 },
 ];
 
 /// The parts of an input.

@@ -17,6 +17,15 @@ const NIXL_FEATURES: [(&str, &str); 4] = [
     ("refit-tests", "nixl"),
 ];
 
+/// The same with CUDA, which needs nothing at build time; what needs a GPU says at run time that there is none.
+const CUDA_FEATURES: [(&str, &str); 5] = [
+    ("refit-pool", "cuda"),
+    ("refit-transport", "cuda"),
+    ("refit", "cuda"),
+    ("refit-cli", "cuda"),
+    ("refit-tests", "cuda"),
+];
+
 /// The folder of the workspace, wherever the task was called from.
 pub(crate) fn workspace_root() -> PathBuf {
     let manifest = env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
@@ -33,11 +42,13 @@ pub(crate) fn cargo(root: &Path) -> Command {
     command
 }
 
-/// The `--features` for a run over `packages`, or over the workspace when that is empty.
-pub(crate) fn nixl_features(packages: &[String]) -> Vec<String> {
+/// The `--features` for a run over `packages`, or over the workspace when that is empty: CUDA, and NIXL where it is.
+pub(crate) fn features(packages: &[String], nixl: bool) -> Vec<String> {
     let chosen = |name: &str| packages.is_empty() || packages.iter().any(|package| package == name);
-    let features: Vec<String> = NIXL_FEATURES
+    let nixl = if nixl { &NIXL_FEATURES[..] } else { &[] };
+    let features: Vec<String> = CUDA_FEATURES
         .iter()
+        .chain(nixl)
         .filter(|(package, _)| chosen(package))
         .map(|(package, feature)| format!("{package}/{feature}"))
         .collect();
@@ -59,8 +70,9 @@ pub(crate) fn test(root: &Path, nixl: &Nixl, args: &[String]) -> Result<(), Fail
         // "Every test": cargo would stop after the first binary with a failure.
         command.arg("--no-fail-fast");
     }
+    command.args(features(&packages(args), nixl.is_ready()));
     if nixl.is_ready() {
-        command.args(nixl_features(&packages(args))).env("REFIT_REQUIRE_NIXL", "1");
+        command.env("REFIT_REQUIRE_NIXL", "1");
     }
     command.args(args).stdout(Stdio::piped());
     let mut child = command.spawn().map_err(|error| cannot_start(&command, &error))?;
@@ -216,12 +228,15 @@ mod tests {
 
     #[test]
     fn features_are_asked_only_of_chosen_packages() {
-        assert_eq!(nixl_features(&packages(&strings("-p refit-planner"))), Vec::<String>::new());
+        let of = |line, nixl| features(&packages(&strings(line)), nixl);
+        assert_eq!(of("-p refit-planner", true), Vec::<String>::new());
+        assert_eq!(of("-p refit-pool", true), ["--features", "refit-pool/cuda"]);
         assert_eq!(
-            nixl_features(&packages(&strings("-p refit-tests --package=refit-cli"))),
-            ["--features", "refit-cli/nixl,refit-tests/nixl"]
+            of("-p refit-tests --package=refit-cli", true),
+            ["--features", "refit-cli/cuda,refit-tests/cuda,refit-cli/nixl,refit-tests/nixl"]
         );
-        assert_eq!(nixl_features(&packages(&strings("some_test -- -p refit-planner"))).len(), 2);
+        assert_eq!(of("-p refit-cli", false), ["--features", "refit-cli/cuda"]);
+        assert_eq!(of("some_test -- -p refit-planner", true).len(), 2);
     }
 
     #[test]
@@ -238,18 +253,21 @@ mod tests {
     }
 
     #[test]
-    fn every_nixl_feature_exists() {
+    fn every_feature_exists() {
         for (package, manifest) in [
+            ("refit-pool", include_str!("../../crates/pool/Cargo.toml")),
             ("refit-transport", include_str!("../../crates/transport/Cargo.toml")),
             ("refit", include_str!("../../crates/refit/Cargo.toml")),
             ("refit-cli", include_str!("../../crates/cli/Cargo.toml")),
             ("refit-tests", include_str!("../../tests/Cargo.toml")),
         ] {
-            let (_, feature) = NIXL_FEATURES.iter().find(|(name, _)| *name == package).unwrap();
-            assert!(
-                manifest.contains(&format!("\n{feature} = [")),
-                "{package} has no feature `{feature}`"
-            );
+            let all = CUDA_FEATURES.iter().chain(&NIXL_FEATURES);
+            for (_, feature) in all.filter(|(name, _)| *name == package) {
+                assert!(
+                    manifest.contains(&format!("\n{feature} = [")),
+                    "{package} has no feature `{feature}`"
+                );
+            }
         }
     }
 }

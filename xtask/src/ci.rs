@@ -20,7 +20,7 @@ pub(crate) fn run(root: &Path, test: bool) -> Result<(), Failure> {
             .args(["--", "--deny", "warnings"]);
         cargo::status(command)
     };
-    let nixl = cargo::nixl_features(&[]);
+    let all = cargo::features(&[], true);
 
     steps.run("fmt", || {
         let mut command = cargo::cargo(root);
@@ -36,11 +36,11 @@ pub(crate) fn run(root: &Path, test: bool) -> Result<(), Failure> {
     steps.run("clippy, default features", || clippy(&["--workspace"], &[]));
     // What follows needs NIXL, and would only say the same again without.
     if steps.run("setup", || setup::run(root).map_err(|why| Failure::new(why.to_string()))) {
-        steps.run("clippy, with NIXL", || clippy(&["--workspace"], &nixl));
+        steps.run("clippy, with CUDA and NIXL", || clippy(&["--workspace"], &all));
         // As readers will see them: without private items, and with no link to one.
         steps.run("docs", || {
             let mut command = locked(root, "doc");
-            command.args(["--workspace", "--no-deps"]).args(&nixl);
+            command.args(["--workspace", "--no-deps"]).args(&all);
             command.env("RUSTDOCFLAGS", "--deny warnings");
             cargo::status(command)
         });

@@ -10,6 +10,7 @@ use refit_pool::{Memory, Region};
 use refit_transport::{Transport, TransportLease, TransportPool};
 
 use crate::error::RefitError;
+use crate::land::DeviceLander;
 use crate::memory::in_layout_order;
 use crate::publication::{Place, Publication, PublishedRegion};
 
@@ -25,6 +26,8 @@ pub struct Source<T: Transport> {
     transport: Arc<T>,
     layout: RankLayout,
     params: Vec<Memory>,
+    /// What fills slots in memory that the processor cannot write.
+    device: Option<DeviceLander>,
 }
 
 impl<T: Transport> Source<T> {
@@ -47,7 +50,17 @@ impl<T: Transport> Source<T> {
                 Ok::<_, RefitError>(Vec::new())
             })
             .map_err(RefitError::from_lease)?;
-        Ok(Self { lease, transport, layout, params })
+        Ok(Self { lease, transport, layout, params, device: None })
+    }
+
+    /// Packs by this device's kernel, which parameters in its memory need, on its stream: behind whatever the trainer has
+    /// queued there.
+    #[cfg(feature = "cuda")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+    #[must_use]
+    pub fn with_device(mut self, device: DeviceLander) -> Self {
+        self.device = Some(device);
+        self
     }
 
     /// The rank's layout.

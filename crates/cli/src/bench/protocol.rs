@@ -108,9 +108,9 @@ pub(crate) struct RankReport {
     pub(crate) register_s: f64,
     pub(crate) connect_s: f64,
     pub(crate) prepare_s: f64,
-    /// From the start of `prepare` until the first wave was handed to the transport.
+    /// From the start of `prepare` until the first wave was handed to the transport: before it, no byte moves.
     pub(crate) ready_s: f64,
-    /// And until the transport had posted it.
+    /// From then until all reads of the first wave were posted.
     pub(crate) posting_s: f64,
     pub(crate) pull_s: f64,
     pub(crate) land_s: f64,

@@ -377,9 +377,9 @@ struct Receiver {
     copy_gbps: Option<f64>,
     /// The rate over that of one copy.
     of_copy: Option<f64>,
-    /// Of cached refits, from the start of `prepare` until the reads were handed to the transport.
+    /// Of cached refits, from the start of `prepare` until the first wave was handed to the transport.
     ready_s: f64,
-    /// Of cached refits, until the transport had posted them.
+    /// And how long posting it took.
     posting_s: f64,
     /// Of uncached refits, without connecting.
     cold_seconds: f64,
@@ -428,8 +428,8 @@ impl Receiver {
         let copy = self.copy_gbps.zip(self.of_copy);
         let copy = copy.map(|(rate, ratio)| format!(", {ratio:.3}x of one copy ({rate:.2} GB/s)"));
         println!(
-            "receiver {}{gpu}: {:.5} s, {:.2} GB/s, {:.3}x of its big read ({:.2} GB/s){}; ready after {:.1} us, \
-             posted in {:.1} us; uncached {:.5} s, {} registrations",
+            "receiver {}{gpu}: {:.5} s, {:.2} GB/s, {:.3}x of its big read ({:.2} GB/s){}; {:.1} us until reads are \
+             posted, and {:.1} us of posting; uncached {:.5} s, {} registrations",
             self.rank,
             self.seconds,
             self.gbps,

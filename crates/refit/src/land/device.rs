@@ -33,6 +33,10 @@ impl DeviceLander {
     pub fn with_mover(mover: Arc<Mover>, stream: Arc<Stream>) -> Self {
         Self { mover, stream }
     }
+
+    pub(crate) fn parts(&self) -> (&Arc<Mover>, &Arc<Stream>) {
+        (&self.mover, &self.stream)
+    }
 }
 
 /// The landings of a program.

@@ -8,7 +8,8 @@ use refit_planner::{PackSlot, Packed, Param, RankLayout, pack};
 use refit_pool::{ArenaPlan, Memory};
 use refit_transport::{Transport, TransportLease, TransportPool};
 
-use super::{Source, repack};
+use super::Source;
+use super::repack::{self, Copies, Placed};
 use crate::error::RefitError;
 use crate::memory::PARAM_ALIGN;
 use crate::publication::{Place, Publication};
@@ -38,6 +39,8 @@ pub struct PackedSource<T: Transport> {
 /// The memory of the slots.
 #[derive(Debug)]
 struct Slots<T: Transport> {
+    /// Dropped before the memory that a kernel may still write.
+    copies: Copies,
     /// With one arena.
     lease: TransportLease<T>,
     /// Where each slot begins in it, in the order of the slots, which is ascending.
@@ -171,14 +174,15 @@ impl<T: Transport> PackedSource<T> {
     /// [`update`](Self::update). No peer may read meanwhile.
     ///
     /// # Errors
-    /// [`RefitError::NotHost`] for memory that this build cannot copy. Nothing may be published then.
+    /// [`RefitError::Device`] when the device that copies fails. Nothing may be published then, and what was published
+    /// must not be read.
     pub fn repack(&mut self) -> Result<Repacked, RefitError> {
         self.stale = true;
         let started = Instant::now();
         let mut bytes = 0;
-        if let Some(Slots { lease, offsets, .. }) = &mut self.slots {
+        if let Some(Slots { copies, lease, offsets }) = &mut self.slots {
             let (slots, arena) = (self.packed.slots(), &mut lease.arenas_mut()[0]);
-            repack::repack(slots, offsets, &self.source.layout, &self.source.params, arena)?;
+            copies.run(Placed { slots, offsets }, &self.source.params, arena)?;
             bytes = slots.iter().map(|slot| slot.bytes).sum();
         }
         self.stale = false;
@@ -218,20 +222,23 @@ impl<T: Transport> Slots<T> {
             return Ok((packed, None));
         }
         let mut arena = ArenaPlan::new();
-        let offsets = slots.iter().map(|slot| arena.push(slot.bytes, PARAM_ALIGN)).collect();
+        let offsets: Vec<u64> =
+            slots.iter().map(|slot| arena.push(slot.bytes, PARAM_ALIGN)).collect();
         let bytes = arena.bytes();
         if bytes > budget {
             return Err(RefitError::SlotBudget { rank, bytes, budget });
         }
-        let copied = slots.iter().map(|slot| slot.source);
-        repack::check(copied, &source.layout, &source.params)?;
+        let Source { layout, params, device, .. } = source;
+        repack::check(slots, layout, params, device.as_ref())?;
         let lease = pool
             .lease(key(source.transport.agent(), rank, slots).into(), |build| {
                 build.arena(bytes)?;
                 Ok::<_, RefitError>(Vec::new())
             })
             .map_err(RefitError::from_lease)?;
-        Ok((packed, Some(Self { lease, offsets })))
+        let (arena, placed) = (&lease.arenas()[0], Placed { slots, offsets: &offsets });
+        let copies = Copies::new(placed, layout, params, arena, device.as_ref())?;
+        Ok((packed, Some(Self { copies, lease, offsets })))
     }
 }
 
