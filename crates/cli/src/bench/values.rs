@@ -389,7 +389,8 @@ mod tests {
     fn any_other_byte_and_any_other_cycle_is_found() {
         for dtype in [Dtype::U8, Dtype::F8E4m3, Dtype::Bf16, Dtype::F32, Dtype::I64] {
             let layout = layout(dtype, ElementMap::Identity, true);
-            let values = Values::new(std::slice::from_ref(&layout), std::slice::from_ref(&layout)).unwrap();
+            let values =
+                Values::new(std::slice::from_ref(&layout), std::slice::from_ref(&layout)).unwrap();
             let mut memory = filled(&values, &layout, 1);
             assert_eq!(memory.host_bytes(), filled(&values, &layout, 4).host_bytes());
             assert!(verify(&values, &layout, &memory, 7), "{dtype}");
