@@ -1,5 +1,7 @@
 //! `refit plan`: what a refit would read, without moving anything.
 
+mod packing;
+
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -17,6 +19,8 @@ use crate::bands::{self, Files};
 use crate::error::CliError;
 use crate::model;
 use crate::sizes::{SourceSizes, TargetSizes};
+
+use packing::Slots;
 
 /// Plan a model's refit and print reads, bytes, amplification and hashes for every target rank.
 #[derive(Debug, clap::Args)]
@@ -49,6 +53,10 @@ pub(crate) struct Args {
     /// The transport executes strided reads (a gather kernel, say)
     #[arg(long)]
     strided_reads: bool,
+    /// Plan as if sources had packed what every engine rank asks them to: dense copies of what would be read row by row, or
+    /// with bytes that nobody needs
+    #[arg(long)]
+    pack: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -67,6 +75,9 @@ enum ModeName {
 struct Output {
     source: String,
     target: String,
+    /// With `--pack`: of the source ranks that would have any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    packed: Option<Vec<Slots>>,
     ranks: Vec<Rank>,
 }
 
@@ -117,7 +128,7 @@ impl Action {
 pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
     let config = || model::config(args.config.as_deref().unwrap_or(model::DEFAULT));
     args.bands.check(args.config.is_some())?;
-    let (source_name, source) = match args.bands.source_bands.as_slice() {
+    let (source_name, mut source) = match args.bands.source_bands.as_slice() {
         [] => (args.source.to_string(), model::source(&config()?, args.source)?),
         files => (bands::name(files), bands::layouts(files, Side::Source)?),
     };
@@ -128,7 +139,6 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
             (bands::name(files), layouts.into_iter().map(TargetLayout::from).collect())
         }
     };
-    let source = model::joined(source)?;
     let capabilities = Capabilities {
         strided_reads: args.strided_reads,
         ..Capabilities::plain(args.rate, args.read_cost)
@@ -139,6 +149,12 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
         ModeName::Staged => Mode::Staged,
     };
     let options = LowerOptions::default().with_policy(policy).with_mode(mode);
+    let mut slots = None;
+    if args.pack {
+        let (layouts, held) = packing::packed(&source, &targets, &capabilities, &options)?;
+        (source, slots) = (layouts, Some(held));
+    }
+    let source = model::joined(source)?;
 
     if let Some(rank) = args.rank {
         let last = targets.iter().map(|target| target.layout.rank()).max();
@@ -158,7 +174,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, CliError> {
         let lower_s = started.elapsed().as_secs_f64();
         ranks.push(describe(&plan, &program, &post_actions, plan_s, lower_s));
     }
-    let output = Output { source: source_name, target: target_name, ranks };
+    let output = Output { source: source_name, target: target_name, packed: slots, ranks };
     if args.json {
         println!("{}", serde_json::to_string_pretty(&output).unwrap_or_default());
     } else {
@@ -260,6 +276,15 @@ fn print(output: &Output) {
                 megabytes(from.wire_bytes)
             );
         }
+    }
+    for Slots { source, slots, bytes } in output.packed.iter().flatten() {
+        println!(
+            "packed: source {source} copies {:.1} MB into {slots} slots whenever its weights change",
+            megabytes(*bytes)
+        );
+    }
+    if output.packed.as_ref().is_some_and(Vec::is_empty) {
+        println!("packed: nothing, no engine rank asks for it");
     }
     // What every rank must do after its bytes have arrived, said once where ranks agree.
     let actions = |rank: &Rank| rank.post_actions.iter().map(|it| it.action.clone()).collect();

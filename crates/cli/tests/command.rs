@@ -182,6 +182,33 @@ fn plan_prints_json() {
 }
 
 #[test]
+fn plan_shows_what_packing_saves() {
+    let plan = |more: &[&str]| -> serde_json::Value {
+        let sizes = ["plan", "--source", "tp=2", "--target", "tp=4", "--json"];
+        let output = refit(&[&sizes, more].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let (plain, packed) = (plan(&[]), plan(&["--pack"]));
+    assert!(plain.get("packed").is_none());
+    assert_eq!(packed["packed"].as_array().unwrap().len(), 2);
+    for rank in 0..4 {
+        let (plain, packed) = (&plain["ranks"][rank], &packed["ranks"][rank]);
+        assert_eq!(plain["needed_bytes"], packed["needed_bytes"]);
+        assert!(plain["amplification"].as_f64().unwrap() > 1.3);
+        assert_eq!(
+            (&packed["wire_bytes"], &packed["staging_bytes"]),
+            (&packed["needed_bytes"], &0.into())
+        );
+    }
+    // Asked for by every rank, also where only one is shown.
+    assert_eq!(plan(&["--pack", "--rank", "3"])["packed"], packed["packed"]);
+    let output = refit(&["plan", "--source", "tp=4", "--target", "tp=2", "--pack"]);
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(printed.contains("packed: nothing"), "{printed}");
+}
+
+#[test]
 fn plan_takes_sizes_of_experts_and_chunks() {
     let source = "tp=2,pp=2,vpp=3,dp=2,ep=2,etp=2";
     let output = refit(&["plan", "--source", source, "--target", "tp=2,dp=2,ep,sp", "--json"]);
