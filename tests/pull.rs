@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use refit_planner::Capabilities;
 use refit_pool::{Allocator, HostAllocator, Key, Memory, Pool, PoolOptions, Region};
 use refit_transport::{
-    Cause, Peer, Progress, Pull, PullError, ReadOp, Status, Transport, TransportError,
-    TransportPool, TransportRegistrar, Written,
+    Cause, Peer, Progress, Pull, PullError, ReadOp, Refusal, Settled, Status, Transport,
+    TransportError, TransportPool, TransportRegistrar, Written,
 };
 
 use Step::{Done, Failed, Lost, Pending};
@@ -36,6 +36,8 @@ struct Batch {
 #[derive(Debug, Default)]
 struct Scripted {
     suspects: Mutex<usize>,
+    /// How often it was asked what a batch writes.
+    asked: AtomicUsize,
 }
 
 impl Batch {
@@ -91,6 +93,7 @@ impl Transport for Scripted {
     }
 
     fn written<'a>(&self, prepared: &'a Batch) -> &'a [Written] {
+        self.asked.fetch_add(1, Ordering::Relaxed);
         &prepared.written
     }
 
@@ -117,6 +120,8 @@ struct World {
     transport: Arc<Scripted>,
     pool: TransportPool<Scripted>,
     posted: Arc<AtomicUsize>,
+    /// Batches take turns in so many places of the arena.
+    places: usize,
     /// Alive as long as the live memory is not freed.
     live: std::sync::Weak<Memory>,
 }
@@ -129,7 +134,13 @@ impl World {
             TransportRegistrar::new(Arc::clone(&transport)),
             PoolOptions::default(),
         );
-        Self { transport, pool, posted: Arc::default(), live: std::sync::Weak::new() }
+        Self {
+            transport,
+            pool,
+            posted: Arc::default(),
+            places: usize::MAX,
+            live: std::sync::Weak::new(),
+        }
     }
 
     fn start(&mut self, scripts: &[&[Step]]) -> Result<Pull<Scripted>, PullError<Scripted>> {
@@ -148,7 +159,7 @@ impl World {
                 script: script.iter().copied().collect(),
                 written: vec![Written::range(
                     arena.kind(),
-                    arena.address() + 4096 * index as u64,
+                    arena.address() + 4096 * (index % self.places) as u64,
                     4096,
                 )],
                 posted: Arc::clone(&self.posted),
@@ -210,6 +221,83 @@ fn a_pull_is_about_its_own_batches_and_the_next_about_others() {
     // The first batch was never posted: dropping what is left of the third is what leaks.
     drop(rest);
     world.check(3 * 4096, true, 1);
+}
+
+#[test]
+fn a_pull_goes_on_with_batches_whose_memory_is_quiet() {
+    let mut world = World::new();
+    world.places = 2;
+    let scripts: [&[Step]; 4] =
+        [&[Pending, Done], &[Pending, Pending, Done], &[Pending, Done], &[Done]];
+    let mut pull = world.start_some(&scripts, ..2).unwrap();
+    assert!(!pull.has_arrived(0..1));
+    // The third writes where the first does, which is under way.
+    assert_eq!(pull.extend(3), Err(Refusal::Overlap { first: 0, second: 2 }));
+    assert_eq!(pull.poll(), Progress::Pending);
+    assert!(pull.has_arrived(0..1) && !pull.has_arrived(0..2));
+    assert_eq!(pull.extend(4), Err(Refusal::Overlap { first: 1, second: 3 }));
+    for wrong in [1, 5, usize::MAX] {
+        assert_eq!(pull.extend(wrong), Err(Refusal::NoBatch));
+    }
+    assert_eq!(world.posted.load(Ordering::Relaxed), 2);
+    pull.extend(3).unwrap();
+    assert_eq!(world.posted.load(Ordering::Relaxed), 3);
+    assert!(!pull.has_arrived(2..3) && !pull.has_arrived(3..4));
+    assert_eq!(pull.poll(), Progress::Done);
+    pull.extend(4).unwrap();
+    assert_eq!(pull.progress(), Progress::Done);
+    let settled = pull.finish().unwrap();
+    assert_eq!((settled.stats.batches, settled.stats.bytes), (4, 4 * 4096));
+    drop(settled);
+    world.check(0, false, 0);
+}
+
+#[test]
+fn a_pull_that_failed_posts_no_more() {
+    let mut world = World::new();
+    let scripts: [&[Step]; 3] = [&[Failed], &[Pending, Pending, Done], &[Done]];
+    let mut pull = world.start_some(&[&[Pending, Failed], scripts[1], scripts[2]], ..2).unwrap();
+    assert_eq!(pull.poll(), Progress::Pending);
+    pull.extend(3).unwrap();
+    assert_eq!(world.posted.load(Ordering::Relaxed), 2);
+    assert!(
+        matches!(pull.wait(soon()), Err(PullError::Failed { errors, .. }) if errors.len() == 1)
+    );
+
+    // A post that fails while others run shows when they have settled.
+    let mut world = World::new();
+    let mut pull = world.start_some(&[&[Pending, Pending, Done], &[Failed], &[Done]], ..1).unwrap();
+    pull.extend(3).unwrap();
+    assert_eq!(world.posted.load(Ordering::Relaxed), 2);
+    assert_eq!(pull.poll(), Progress::Pending);
+    assert!(!pull.has_arrived(0..1), "what a failed pull brought is not looked at");
+    assert!(
+        matches!(pull.wait(soon()), Err(PullError::Failed { errors, .. }) if errors.len() == 1)
+    );
+    world.check(0, false, 0);
+}
+
+#[test]
+fn what_was_checked_once_is_not_checked_again() {
+    let mut world = World::new();
+    let asked = |world: &World| world.transport.asked.load(Ordering::Relaxed);
+    let pull = |world: &World, lease, live| {
+        let pull = Pull::start(Arc::clone(&world.transport), lease, live, ..);
+        let Settled { lease, live, .. } = pull.unwrap().wait(soon()).unwrap();
+        (lease, live)
+    };
+    let first = world.start(&[&[Done, Done, Done, Done], &[Done, Done, Done, Done]]).unwrap();
+    let Settled { lease, live, .. } = first.wait(soon()).unwrap();
+    assert_eq!(asked(&world), 2);
+    let (mut lease, live) = pull(&world, lease, live);
+    assert_eq!(asked(&world), 2);
+    // Whoever may have changed the batches, or the memory, has them checked again.
+    let _ = lease.prepared_mut();
+    let (lease, mut live) = pull(&world, lease, live);
+    assert_eq!(asked(&world), 4);
+    live.clear();
+    let _ = pull(&world, lease, live);
+    assert_eq!(asked(&world), 6);
 }
 
 #[test]

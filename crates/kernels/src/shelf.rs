@@ -77,15 +77,9 @@ impl Shelf {
         let address = chunks[chunk].memory.address() + u64::from(allocation.offset) * UNIT as u64;
         // From here on dropping it frees the place again.
         let place = Place { shelf: Arc::clone(self), chunk, allocation, address };
-        let mut at = allocation.offset as usize * UNIT;
-        let mut result = Ok(());
-        for part in parts {
-            result = upload(&self.device, &mut chunks[chunk].memory, at, part);
-            at += part.len();
-            if result.is_err() {
-                break;
-            }
-        }
+        // One copy: each waits for the device.
+        let at = allocation.offset as usize * UNIT;
+        let result = upload(&self.device, &mut chunks[chunk].memory, at, &parts.concat());
         // Dropping a place takes the lock.
         drop(chunks);
         result?;

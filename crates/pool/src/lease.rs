@@ -1,3 +1,4 @@
+use std::any::Any;
 use std::fmt;
 use std::mem::{self, ManuallyDrop};
 use std::sync::Arc;
@@ -52,10 +53,21 @@ impl<R: Registrar, P> Lease<R, P> {
         &self.entry.prepared
     }
 
-    /// What `build` prepared.
+    /// What `build` prepared. A memo about it goes.
     #[must_use]
     pub fn prepared_mut(&mut self) -> &mut P {
-        &mut self.entry.prepared
+        self.parts_mut().0
+    }
+
+    /// What the holder before noted about the entry, if it was a `M`, and has not let anybody change it since.
+    #[must_use]
+    pub fn take_memo<M: Any + Send>(&mut self) -> Option<Box<M>> {
+        self.entry.memo.take()?.downcast().ok()
+    }
+
+    /// Notes something about the entry, for the next holder: what it took to check it, say.
+    pub fn set_memo<M: Any + Send>(&mut self, memo: Box<M>) {
+        self.entry.memo = Some(memo);
     }
 
     /// The arenas, one for each call of [`Build::arena`](crate::Build::arena), in that order.
@@ -64,16 +76,17 @@ impl<R: Registrar, P> Lease<R, P> {
         &self.entry.holdings.arenas
     }
 
-    /// The arenas, to be written.
+    /// The arenas, to be written. A memo about the entry goes.
     #[must_use]
     pub fn arenas_mut(&mut self) -> &mut [Memory] {
         self.parts_mut().1
     }
 
-    /// The prepared work and the arenas at once.
+    /// The prepared work and the arenas at once. A memo about them goes.
     #[must_use]
     pub fn parts_mut(&mut self) -> (&mut P, &mut [Memory]) {
-        let Entry { prepared, holdings } = &mut **self.entry;
+        let Entry { prepared, holdings, memo } = &mut **self.entry;
+        *memo = None;
         (prepared, &mut holdings.arenas)
     }
 

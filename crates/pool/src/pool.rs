@@ -1,3 +1,4 @@
+use std::any::Any;
 use std::collections::HashMap;
 use std::collections::hash_map;
 use std::fmt;
@@ -55,6 +56,7 @@ pub(crate) struct Shared<R: Registrar, P> {
 #[derive(Debug)]
 pub(crate) struct Entry<R: Registrar, P> {
     pub(crate) prepared: P,
+    pub(crate) memo: Option<Box<dyn Any + Send>>,
     pub(crate) holdings: Holdings<R>,
 }
 
@@ -220,7 +222,7 @@ impl<R: Registrar, P> Shared<R, P> {
         let mut holdings = Build::new(&self.core, &*self.allocator, self);
         let prepared = build(&mut holdings)?;
         let (holdings, cost) = holdings.finish();
-        let entry = Box::new(Entry { prepared, holdings });
+        let entry = Box::new(Entry { prepared, memo: None, holdings });
         // The entry exists, nothing can fail any more.
         mem::forget(placeholder);
         if let Some(slot) = self.entries.lock().slots.get_mut(&key) {

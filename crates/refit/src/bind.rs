@@ -2,6 +2,7 @@
 //! per peer out. Nothing before this step knows an address, so a restarted source costs one binding and no plan.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use refit_planner::{Destination, Dims, Program, Read, Transform, Wave};
 use refit_pool::{Memory, MemoryKind, Region};
@@ -18,10 +19,15 @@ pub(crate) struct Batch {
     pub(crate) reads: Vec<ReadOp>,
 }
 
-/// How many batches [`bind`] makes of a wave: one for every rank it reads from.
-pub(crate) fn batches_of(program: &Program, wave: Wave<'_>) -> usize {
+/// Where each wave ends among the batches that [`bind`] makes: one for every rank that the wave reads from.
+pub(crate) fn batch_ends(program: &Program) -> Arc<[usize]> {
     let rank = |read: &Read| program.sources()[read.source as usize].rank;
-    wave.reads.chunk_by(|a, b| rank(a) == rank(b)).count()
+    let mut end = 0;
+    let ends = program.waves().map(|wave: Wave<'_>| {
+        end += wave.reads.chunk_by(|a, b| rank(a) == rank(b)).count();
+        end
+    });
+    ends.collect()
 }
 
 /// Registered ranges on one side, to keep every read inside one of them.

@@ -80,6 +80,23 @@ impl Landings {
         }
     }
 
+    /// Whether landing goes on while reads do.
+    pub(crate) fn are_beside_reads(&self) -> bool {
+        !matches!(self, Self::Host)
+    }
+
+    /// Whether what was begun of a wave has ended.
+    pub(crate) fn has_landed(&mut self, wave: usize) -> Result<bool, RefitError> {
+        match self {
+            Self::Host => {
+                let _ = wave;
+                Ok(true)
+            }
+            #[cfg(feature = "cuda")]
+            Self::Device(landings) => landings.has_landed(wave),
+        }
+    }
+
     /// Waits until these waves have landed.
     pub(crate) fn wait(&mut self, waves: Range<usize>) -> Result<(), RefitError> {
         match self {

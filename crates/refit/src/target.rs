@@ -8,9 +8,9 @@
 //! ```
 
 mod prepare;
+mod waves;
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,11 +18,9 @@ use refit_planner::{LowerOptions, Mode, PlanOptions, Program, RankLayout};
 use refit_pool::Memory;
 use refit_translate::{PostAction, TargetLayout};
 use refit_transport::{
-    Peer, Progress, Pull, PullError, Settled, Transport, TransportError, TransportLease,
-    TransportPool,
+    Patience, Peer, Progress, PullError, Transport, TransportError, TransportLease, TransportPool,
 };
 
-use crate::bind;
 use crate::error::RefitError;
 use crate::land::DeviceLander;
 use crate::memory::in_layout_order;
@@ -31,6 +29,7 @@ use crate::report::Report;
 use crate::request::PackRequest;
 
 use self::prepare::{Planned, prepare};
+use self::waves::{Reading, Stop};
 
 /// How a target plans and lowers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -76,23 +75,6 @@ pub struct Pulling<T: Transport> {
     /// Absent only inside a method.
     reading: Option<Reading<T>>,
     refit: Refit<T>,
-}
-
-/// Where the waves of a refit stand.
-#[derive(Debug)]
-enum Reading<T: Transport> {
-    /// The reads of a wave are under way.
-    UnderWay(Pull<T>),
-    /// All waves have arrived, and all but the last have landed.
-    Arrived(TransportLease<T>),
-    /// No read is under way that could be waited for.
-    Stopped(Stop<T>),
-}
-
-#[derive(Debug)]
-enum Stop<T: Transport> {
-    Pull(PullError<T>),
-    Landing(RefitError),
 }
 
 /// A refit whose bytes have all arrived.
@@ -214,10 +196,14 @@ struct Refit<T: Transport> {
     began: Instant,
     /// When the first read was posted.
     started: Instant,
-    /// The wave that is read, or was read last.
+    /// Where each wave ends among the lease's batches.
+    ends: Arc<[usize]>,
+    /// The first wave that has not begun to land.
     wave: usize,
-    /// The lease's batches of that wave.
-    batches: Range<usize>,
+    /// Waves posted.
+    posted: usize,
+    /// Why no further wave is posted or landed, while reads settle.
+    failed: Option<RefitError>,
 }
 
 impl<T: Transport> Target<T> {
@@ -371,7 +357,7 @@ impl<T: Transport> Prepared<T> {
     pub fn pull(self) -> Result<Pulling<T>, Failed<Unfinished<T>>> {
         let Self { mut refit, lease } = self;
         refit.started = Instant::now();
-        let reading = refit.post(lease);
+        let reading = refit.begin(lease);
         let posted = refit.began.elapsed();
         refit.report.posting = match &reading {
             Reading::UnderWay(pull) => pull.stats().posting,
@@ -390,13 +376,7 @@ impl<T: Transport> Pulling<T> {
     /// lands it and posts the next.
     pub fn poll(&mut self) -> Progress {
         match self.reading.take() {
-            Some(Reading::UnderWay(mut pull)) => {
-                let reading = match pull.poll() {
-                    Progress::Pending => Reading::UnderWay(pull),
-                    Progress::Done | Progress::Failed => self.refit.advance(pull.finish()),
-                };
-                self.reading = Some(reading);
-            }
+            Some(Reading::UnderWay(pull)) => self.reading = Some(self.refit.drive(pull)),
             other => self.reading = other,
         }
         match self.reading {
@@ -414,9 +394,15 @@ impl<T: Transport> Pulling<T> {
     /// could not be landed.
     pub fn wait(self, deadline: Instant) -> Result<Pulled<T>, Failed<Unfinished<T>>> {
         let Self { mut reading, mut refit } = self;
+        let mut patience = Patience::new();
         loop {
             reading = match reading {
-                Some(Reading::UnderWay(pull)) => Some(refit.advance(pull.wait(deadline))),
+                Some(Reading::UnderWay(pull)) => Some(match refit.drive(pull) {
+                    Reading::UnderWay(pull) if !patience.pause(deadline) => {
+                        Reading::Stopped(Stop::Deadline(Box::new(pull)))
+                    }
+                    reading => reading,
+                }),
                 Some(Reading::Arrived(lease)) => return Ok(Pulled { refit, lease }),
                 Some(Reading::Stopped(stop)) => return Err(refit.stopped(stop)),
                 None => unreachable!("methods leave the reading behind them"),
@@ -451,72 +437,6 @@ impl<T: Transport> Landed<T> {
 }
 
 impl<T: Transport> Refit<T> {
-    /// Posts the reads of the current wave, once nothing is landed any more from where they arrive.
-    fn post(&mut self, lease: TransportLease<T>) -> Reading<T> {
-        if let Err(error) = self.landed_before(self.wave) {
-            return Reading::Stopped(Stop::Landing(error));
-        }
-        let first = self.batches.end;
-        self.batches = first..first + bind::batches_of(&self.program, self.program.wave(self.wave));
-        let live = std::mem::take(&mut self.inner.live);
-        match Pull::start(self.inner.transport.clone(), lease, live, self.batches.clone()) {
-            Ok(pull) => Reading::UnderWay(pull),
-            Err(error) => Reading::Stopped(Stop::Pull(error)),
-        }
-    }
-
-    /// Goes on after a wave's reads have ended, or a deadline has.
-    fn advance(&mut self, ended: Result<Settled<T>, PullError<T>>) -> Reading<T> {
-        let lease = match ended {
-            Ok(Settled { lease, live, .. }) => {
-                self.inner.live = live;
-                lease
-            }
-            Err(error) => return Reading::Stopped(Stop::Pull(error)),
-        };
-        if self.wave + 1 == self.program.waves().len() {
-            self.report.pull = self.started.elapsed().saturating_sub(self.report.land);
-            return Reading::Arrived(lease);
-        }
-        if let Err(error) = self.land(&lease) {
-            return Reading::Stopped(Stop::Landing(error));
-        }
-        self.wave += 1;
-        self.post(lease)
-    }
-
-    /// Lands what the current wave has staged. On a device this only begins here.
-    fn land(&mut self, lease: &TransportLease<T>) -> Result<(), RefitError> {
-        let started = Instant::now();
-        let Inner { planned, live, .. } = &mut *self.inner;
-        let staging = lease.arenas().first();
-        planned[0].landings.land(&self.program, self.wave, staging, live)?;
-        self.report.land += started.elapsed();
-        Ok(())
-    }
-
-    /// Waits for the landings whose staging memory this wave uses; all of them before the first.
-    fn landed_before(&mut self, wave: usize) -> Result<(), RefitError> {
-        let started = Instant::now();
-        let busy = match wave.checked_sub(self.program.slots()) {
-            Some(last) => 0..last + 1,
-            None if wave == 0 => 0..self.program.waves().len(),
-            None => return Ok(()),
-        };
-        self.inner.planned[0].landings.wait(busy)?;
-        self.report.land += started.elapsed();
-        Ok(())
-    }
-
-    /// Writes the fills and waits for everything that lands.
-    fn fill(&mut self) -> Result<(), RefitError> {
-        let started = Instant::now();
-        let Inner { planned, live, .. } = &mut *self.inner;
-        planned[0].landings.fill(&self.program, live)?;
-        self.report.land += started.elapsed();
-        Ok(())
-    }
-
     /// What reading that did not end well leaves behind.
     fn stopped(mut self, stop: Stop<T>) -> Failed<Unfinished<T>> {
         let first = |errors: Vec<TransportError>| {
@@ -528,7 +448,7 @@ impl<T: Transport> Refit<T> {
         // Whether the wave at hand may have written something.
         let (error, live, touched) = match stop {
             Stop::Landing(error) => (error, None, true),
-            Stop::Pull(PullError::Deadline { pull }) => {
+            Stop::Deadline(pull) => {
                 let error = RefitError::Deadline {
                     agent: self.inner.transport.agent().to_owned(),
                     waited: self.started.elapsed(),
@@ -558,7 +478,7 @@ impl<T: Transport> Refit<T> {
         }
         // Nothing may be landed into parameters that are handed back. If waiting fails, the device has failed and
         // moves nothing any more.
-        if let Err(landing) = self.inner.planned[0].landings.wait(0..self.program.waves().len()) {
+        if let Err(landing) = self.wait_landed(0..self.ends.len()) {
             tracing::warn!(%landing, "a landing failed as well");
         }
         // Earlier waves have landed; in staged mode there are none.

@@ -83,5 +83,5 @@ pub use cause::Cause;
 pub use error::{Side, TransportError};
 pub use patterns::Written;
 pub use pool::{TransportLease, TransportPool, TransportRegistrar};
-pub use pull::{Progress, Pull, PullError, PullStats, Settled};
+pub use pull::{Patience, Progress, Pull, PullError, PullStats, Refusal, Settled};
 pub use transport::{LocalRange, Peer, ReadOp, RemoteRange, Status, Transport};

@@ -9,13 +9,14 @@ use std::ops::{Bound, Range, RangeBounds};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use refit_pool::Memory;
+use refit_pool::{Memory, MemoryKind};
 
-use self::owned::{Owned, Refusal};
-use self::patience::Patience;
+use self::owned::{Checked, Owned};
 use crate::{Status, Transport, TransportError, TransportLease};
 
 pub use self::error::PullError;
+pub use self::owned::Refusal;
+pub use self::patience::Patience;
 
 /// Reads under way. Owns every byte they write until all of them have settled.
 ///
@@ -28,6 +29,8 @@ pub struct Pull<T: Transport> {
     transport: Arc<T>,
     /// `None` once it was given back.
     owned: Option<Owned<T>>,
+    /// What was found about the lease's batches, now or by pulls before.
+    checked: Option<Box<Checked>>,
     /// The batches of the lease that this pull is about.
     batches: Range<usize>,
     /// One for each of them.
@@ -68,7 +71,7 @@ pub struct PullStats {
     pub bytes: u64,
     /// How often the batches were polled, all of them once counting as one.
     pub polls: u64,
-    /// How long it took to post all batches. Backends that copy with the caller's thread do much of their work here.
+    /// How long it took to post all batches, without what lay between. Backends that copy with the caller's thread do much of their work here.
     pub posting: Duration,
     /// From before the first post to the poll that found the last read settled.
     pub total: Duration,
@@ -101,50 +104,107 @@ impl<T: Transport> Pull<T> {
         live: Vec<Memory>,
         batches: impl RangeBounds<usize>,
     ) -> Result<Self, PullError<T>> {
-        let owned = Owned { lease, live };
+        let mut owned = Owned { lease, live };
         let Some(batches) = inside(batches, owned.lease.prepared().len()) else {
             let Owned { lease, live } = owned;
             return Err(PullError::NoBatch { lease: Box::new(lease), live });
         };
-        let bytes = match owned.check(&transport, batches.clone()) {
+        let mut checked = owned.recall();
+        let bytes = match checked.check(&owned, &transport, batches.clone()) {
             Ok(bytes) => bytes,
-            Err(Refusal::NotOwned { batch, len }) => {
+            Err(refusal) => {
                 let Owned { lease, live } = owned;
-                return Err(PullError::NotOwned { batch, len, lease: Box::new(lease), live });
-            }
-            Err(Refusal::Overlap { first, second }) => {
-                let Owned { lease, live } = owned;
-                return Err(PullError::Overlap { first, second, lease: Box::new(lease), live });
+                let lease = Box::new(lease);
+                return Err(match refusal {
+                    Refusal::NotOwned { batch, len } => {
+                        PullError::NotOwned { batch, len, lease, live }
+                    }
+                    Refusal::Overlap { first, second } => {
+                        PullError::Overlap { first, second, lease, live }
+                    }
+                    Refusal::NoBatch => PullError::NoBatch { lease, live },
+                });
             }
         };
         let mut pull = Self {
             transport,
             owned: Some(owned),
+            checked: Some(checked),
             states: vec![State::Idle; batches.len()],
             errors: Vec::new(),
             stats: PullStats { batches: batches.len(), bytes, ..PullStats::default() },
             batches,
             started: Instant::now(),
         };
-        pull.post();
+        pull.post(0);
         match pull.progress() {
             Progress::Failed => Err(pull.fail()),
             Progress::Pending | Progress::Done => Ok(pull),
         }
     }
 
-    fn post(&mut self) {
+    /// Posts the batches of the lease that follow those of this pull, up to number `end`, while those before may be under
+    /// way. Posts nothing once a batch has failed: the pull says so when the others have settled.
+    ///
+    /// # Errors
+    /// [`Refusal`], when the lease has no such batches, or they write what the pull does not own, or a byte that a batch
+    /// before does which has not settled. Nothing was posted then.
+    pub fn extend(&mut self, end: usize) -> Result<(), Refusal> {
+        let (Some(owned), Some(checked)) = (&self.owned, &mut self.checked) else {
+            return Err(Refusal::NoBatch);
+        };
+        if end < self.batches.end || end > owned.lease.prepared().len() {
+            return Err(Refusal::NoBatch);
+        }
+        if !self.errors.is_empty() {
+            return Ok(());
+        }
+        // With all of them from the first one on that may write.
+        let quiet = self.states.iter().take_while(|state| **state == State::Settled).count();
+        checked.check(owned, &self.transport, self.batches.start + quiet..end)?;
+        let written = checked.check(owned, &self.transport, self.batches.end..end)?;
+        let first = self.states.len();
+        self.batches.end = end;
+        self.states.resize(self.batches.len(), State::Idle);
+        self.stats.batches = self.batches.len();
+        self.stats.bytes = self.stats.bytes.saturating_add(written);
+        self.post(first);
+        Ok(())
+    }
+
+    /// Whether these batches of the lease were posted and have arrived.
+    #[must_use]
+    pub fn has_arrived(&self, batches: Range<usize>) -> bool {
+        self.batches.start <= batches.start
+            && batches.end <= self.batches.end
+            && self.errors.is_empty()
+            && self.states[batches.start - self.batches.start..batches.end - self.batches.start]
+                .iter()
+                .all(|state| *state == State::Settled)
+    }
+
+    /// The lease's first arena, if it is memory of a device: that gives no access to bytes which reads may be writing.
+    #[must_use]
+    pub fn device_arena(&self) -> Option<&Memory> {
+        let arena = self.owned.as_ref()?.lease.arenas().first()?;
+        (arena.kind() != MemoryKind::Host).then_some(arena)
+    }
+
+    /// Posts the batches from this one of the pull on.
+    fn post(&mut self, first: usize) {
         let Some(owned) = &mut self.owned else { return };
-        let batches = &mut owned.lease.prepared_mut()[self.batches.clone()];
+        let started = Instant::now();
+        let batches = self.batches.start + first..self.batches.end;
+        let batches = &mut owned.lease.prepared_mut()[batches];
         // SAFETY: `check` found everything the batches write inside the lease's arenas and `live`, and no byte written
         // by two of them. This pull holds the exclusive handles of both: they are given back only when every batch
         // has settled, and leaked otherwise.
         let answers = unsafe { self.transport.post_all(batches) };
-        for (answer, state) in answers.into_iter().zip(&mut self.states) {
+        for (answer, state) in answers.into_iter().zip(&mut self.states[first..]) {
             *state = step(answer, &mut self.errors);
         }
-        self.stats.posting = self.started.elapsed();
-        self.stats.total = self.stats.posting;
+        self.stats.posting += started.elapsed();
+        self.stats.total = self.started.elapsed();
     }
 
     /// Moves every batch on that has not settled.
@@ -165,7 +225,9 @@ impl<T: Transport> Pull<T> {
         self.progress()
     }
 
-    fn progress(&self) -> Progress {
+    /// Where the pull stands, as of the last poll.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
         if self.states.contains(&State::Pending) {
             Progress::Pending
         } else if self.errors.is_empty() {
@@ -177,8 +239,7 @@ impl<T: Transport> Pull<T> {
 
     /// Polls until everything has settled or the deadline has passed.
     ///
-    /// Polls back to back for a tenth of a millisecond, then lets other threads run between polls, and after two
-    /// milliseconds sleeps 50 us between them. A backend may spend long inside one poll (it may copy there); the
+    /// Waits between polls as [`Patience`] does. A backend may spend long inside one poll (it may copy there); the
     /// deadline is looked at after each.
     ///
     /// # Errors
@@ -199,7 +260,11 @@ impl<T: Transport> Pull<T> {
             Progress::Pending => Err(PullError::Deadline { pull: Box::new(self) }),
             Progress::Failed => Err(self.fail()),
             Progress::Done => match self.owned.take() {
-                Some(Owned { lease, live }) => Ok(Settled { lease, live, stats: self.stats }),
+                Some(mut owned) => {
+                    self.checked.take().into_iter().for_each(|checked| owned.note(checked));
+                    let Owned { lease, live } = owned;
+                    Ok(Settled { lease, live, stats: self.stats })
+                }
                 None => unreachable!("the memory is given back by the methods that take the pull"),
             },
         }

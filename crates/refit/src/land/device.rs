@@ -100,6 +100,12 @@ impl Landings {
         landing.start(Some(staging)).map_err(RefitError::device)
     }
 
+    /// Whether what was begun of a wave has ended.
+    pub(super) fn has_landed(&mut self, wave: usize) -> Result<bool, RefitError> {
+        let landing = self.waves[wave].as_mut();
+        landing.map_or(Ok(true), |landing| landing.poll().map_err(RefitError::device))
+    }
+
     /// Waits until these waves have landed.
     pub(super) fn wait(&mut self, waves: Range<usize>) -> Result<(), RefitError> {
         for landing in self.waves[waves].iter_mut().flatten() {

@@ -26,6 +26,8 @@ pub(super) struct Planned {
     program: Arc<Program>,
     /// What the ways to the sources could do when it was lowered, by source rank.
     links: Vec<(u32, Capabilities)>,
+    /// Where each wave ends among the batches.
+    pub(super) ends: Arc<[usize]>,
     /// How the waves are landed.
     pub(super) landings: Landings,
     /// The last binding of it: digest of the publications, and the pool's key.
@@ -49,6 +51,7 @@ pub(super) fn prepare<T: Transport>(
             report.wire_bytes = program.wire_bytes();
             report.needed_bytes = program.needed_bytes();
             report.staging_bytes = program.staging_bytes();
+            let ends = inner.planned[0].ends.clone();
             let refit = Refit {
                 inner,
                 invalid,
@@ -56,8 +59,10 @@ pub(super) fn prepare<T: Transport>(
                 report,
                 began,
                 started: began,
+                ends,
                 wave: 0,
-                batches: 0..0,
+                posted: 0,
+                failed: None,
             };
             Ok(Prepared { refit, lease })
         }
@@ -160,10 +165,10 @@ impl<T: Transport> Inner<T> {
             let program = Arc::new(lower_for(&plan, link, &self.options.lower)?);
             let landings = Landings::new(&program, self.device.as_ref(), &self.live)?;
             report.plans += 1;
-            let options = self.options;
+            let (options, ends, bound) = (self.options, bind::batch_ends(&program), None);
             self.planned.truncate(PLANS_KEPT - 1);
-            self.planned
-                .insert(0, Planned { layouts, options, program, links, landings, bound: None });
+            let planned = Planned { layouts, options, program, links, ends, landings, bound };
+            self.planned.insert(0, planned);
             report.plan += started.elapsed();
         }
         let planned = &mut self.planned[0];

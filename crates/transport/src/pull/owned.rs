@@ -13,18 +13,79 @@ pub(super) struct Owned<T: Transport> {
 }
 
 /// Why batches cannot be posted into memory.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Refusal {
-    NotOwned { batch: usize, len: u64 },
-    Overlap { first: usize, second: usize },
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// The lease has not so many batches, or they do not follow those of the pull.
+    #[error("the lease has no such batches")]
+    NoBatch,
+    /// A batch writes memory that the pull does not own.
+    #[error("batch {batch} writes {len} bytes that the pull does not own")]
+    NotOwned {
+        /// Index of the batch in the lease.
+        batch: usize,
+        /// Bytes of the pattern that lies outside.
+        len: u64,
+    },
+    /// Two batches write the same byte.
+    #[error("batches {first} and {second} write the same bytes")]
+    Overlap {
+        /// Index of a batch in the lease.
+        first: usize,
+        /// Index of another.
+        second: usize,
+    },
+}
+
+/// What was found about ranges of an entry's batches, for as long as the memory is the same. It is kept with the entry:
+/// comparing every pattern again is most of what a warm pull does before its first byte.
+#[derive(Debug)]
+pub(super) struct Checked {
+    /// The arenas and the live memory.
+    memory: Vec<(MemoryKind, u64, u64)>,
+    /// Ranges of batches that write nothing else, and no byte twice, and the bytes they write.
+    ranges: Vec<(Range<usize>, u64)>,
+}
+
+impl Checked {
+    /// Whether everything these batches write is in there, and no byte is written by two of them. Counts the bytes.
+    pub(super) fn check<T: Transport>(
+        &mut self,
+        owned: &Owned<T>,
+        transport: &T,
+        batches: Range<usize>,
+    ) -> Result<u64, Refusal> {
+        if let Some((_, bytes)) = self.ranges.iter().find(|(range, _)| *range == batches) {
+            return Ok(*bytes);
+        }
+        let bytes = owned.check(transport, batches.clone())?;
+        self.ranges.push((batches, bytes));
+        Ok(bytes)
+    }
 }
 
 impl<T: Transport> Owned<T> {
-    /// Whether everything these batches write is in here, and no byte is written by two of them. Counts the bytes.
-    pub(super) fn check(&self, transport: &T, which: Range<usize>) -> Result<u64, Refusal> {
+    fn memory(&self) -> impl Iterator<Item = (MemoryKind, u64, u64)> {
         let memory = self.lease.arenas().iter().chain(&self.live);
-        let owned =
-            joined(memory.map(|memory| (memory.kind(), memory.address(), memory.len() as u64)));
+        memory.map(|memory| (memory.kind(), memory.address(), memory.len() as u64))
+    }
+
+    /// What pulls before have found, if it was about this memory.
+    pub(super) fn recall(&mut self) -> Box<Checked> {
+        match self.lease.take_memo::<Checked>() {
+            Some(checked) if checked.memory.iter().copied().eq(self.memory()) => checked,
+            _ => Box::new(Checked { memory: self.memory().collect(), ranges: Vec::new() }),
+        }
+    }
+
+    /// Keeps it for pulls to come. Nobody can change the batches and leave it there.
+    pub(super) fn note(&mut self, checked: Box<Checked>) {
+        self.lease.set_memo(checked);
+    }
+
+    /// Whether everything these batches write is in here, and no byte is written by two of them. Counts the bytes.
+    fn check(&self, transport: &T, which: Range<usize>) -> Result<u64, Refusal> {
+        let owned = joined(self.memory());
         let batches = which.clone().zip(&self.lease.prepared()[which]);
         let mut written: Vec<(&Written, usize)> = batches
             .flat_map(|(batch, reads)| {

@@ -1,0 +1,170 @@
+//! The waves of a refit while they are under way: posted, arrived, landed.
+//!
+//! The processor lands a wave before the next is posted: it would have to share the parameters with the reads. A device
+//! lands while reads go on, so that as many waves are under way as have staging memory of their own, and the wire has
+//! always something to do.
+
+use std::ops::Range;
+use std::time::Instant;
+
+use refit_transport::{Progress, Pull, PullError, Refusal, Settled, Transport, TransportLease};
+
+use super::{Inner, Refit};
+use crate::error::RefitError;
+
+/// Where the waves of a refit stand.
+#[derive(Debug)]
+pub(super) enum Reading<T: Transport> {
+    /// Reads are under way, or wait for a landing to make room.
+    UnderWay(Pull<T>),
+    /// All waves have arrived, and all but the last have begun to land.
+    Arrived(TransportLease<T>),
+    /// No read is under way that could be waited for.
+    Stopped(Stop<T>),
+}
+
+/// Why waves do not go on.
+#[derive(Debug)]
+pub(super) enum Stop<T: Transport> {
+    /// Time is up. Reads are under way still.
+    Deadline(Box<Pull<T>>),
+    Pull(PullError<T>),
+    Landing(RefitError),
+}
+
+impl<T: Transport> Refit<T> {
+    /// Posts the first waves.
+    pub(super) fn begin(&mut self, lease: TransportLease<T>) -> Reading<T> {
+        // A refit that failed may have left landings behind.
+        match self.wait_landed(0..self.ends.len()) {
+            Ok(()) => self.post(lease),
+            Err(error) => Reading::Stopped(Stop::Landing(error)),
+        }
+    }
+
+    /// Posts the next waves, as many as may be under way, when none is.
+    fn post(&mut self, lease: TransportLease<T>) -> Reading<T> {
+        let first = self.posted;
+        self.posted = (first + self.window()).min(self.ends.len());
+        let batches = self.batches(first).start..self.ends[self.posted - 1];
+        let live = std::mem::take(&mut self.inner.live);
+        match Pull::start(self.inner.transport.clone(), lease, live, batches) {
+            Ok(pull) => Reading::UnderWay(pull),
+            Err(error) => Reading::Stopped(Stop::Pull(error)),
+        }
+    }
+
+    /// Looks at what is under way and moves it on. Never waits for reads; what the processor lands is landed here.
+    pub(super) fn drive(&mut self, mut pull: Pull<T>) -> Reading<T> {
+        pull.poll();
+        if self.lands_beside_reads()
+            && self.failed.is_none()
+            && let Err(error) = self.move_on(&mut pull)
+        {
+            // Its reads have to settle before anybody is told.
+            self.failed = Some(error);
+        }
+        match pull.progress() {
+            Progress::Pending => Reading::UnderWay(pull),
+            Progress::Done
+                if self.lands_beside_reads()
+                    && self.failed.is_none()
+                    && self.posted < self.ends.len() =>
+            {
+                Reading::UnderWay(pull)
+            }
+            Progress::Done | Progress::Failed => self.ended(pull.finish()),
+        }
+    }
+
+    /// Begins to land what has arrived, and posts what has found room. The last wave lands when it is asked to.
+    fn move_on(&mut self, pull: &mut Pull<T>) -> Result<(), RefitError> {
+        let started = Instant::now();
+        while self.wave + 1 < self.ends.len() && pull.has_arrived(self.batches(self.wave)) {
+            let staging = pull.device_arena();
+            let Inner { planned, live, .. } = &mut *self.inner;
+            planned[0].landings.land(&self.program, self.wave, staging, live)?;
+            self.wave += 1;
+        }
+        while self.posted < self.ends.len() {
+            let before = self.posted - self.program.slots();
+            if before >= self.wave || !self.inner.planned[0].landings.has_landed(before)? {
+                break;
+            }
+            pull.extend(self.ends[self.posted]).map_err(refused)?;
+            self.posted += 1;
+        }
+        self.report.land += started.elapsed();
+        Ok(())
+    }
+
+    /// Goes on after reads have ended.
+    fn ended(&mut self, ended: Result<Settled<T>, PullError<T>>) -> Reading<T> {
+        let lease = match ended {
+            Ok(Settled { lease, live, .. }) => {
+                self.inner.live = live;
+                lease
+            }
+            Err(PullError::Deadline { pull }) => return Reading::UnderWay(*pull),
+            Err(error) => return Reading::Stopped(Stop::Pull(error)),
+        };
+        if let Some(error) = self.failed.take() {
+            return Reading::Stopped(Stop::Landing(error));
+        }
+        if self.posted == self.ends.len() {
+            self.report.pull = self.started.elapsed().saturating_sub(self.report.land);
+            return Reading::Arrived(lease);
+        }
+        if let Err(error) = self.land(&lease) {
+            return Reading::Stopped(Stop::Landing(error));
+        }
+        self.wave += 1;
+        self.post(lease)
+    }
+
+    /// Lands what the current wave has staged. On a device this only begins here.
+    pub(super) fn land(&mut self, lease: &TransportLease<T>) -> Result<(), RefitError> {
+        let started = Instant::now();
+        let Inner { planned, live, .. } = &mut *self.inner;
+        let staging = lease.arenas().first();
+        planned[0].landings.land(&self.program, self.wave, staging, live)?;
+        self.report.land += started.elapsed();
+        Ok(())
+    }
+
+    /// Writes the fills and waits for everything that lands.
+    pub(super) fn fill(&mut self) -> Result<(), RefitError> {
+        let started = Instant::now();
+        let Inner { planned, live, .. } = &mut *self.inner;
+        planned[0].landings.fill(&self.program, live)?;
+        self.report.land += started.elapsed();
+        Ok(())
+    }
+
+    /// Waits until these waves have landed, as far as they were begun.
+    pub(super) fn wait_landed(&mut self, waves: Range<usize>) -> Result<(), RefitError> {
+        self.inner.planned[0].landings.wait(waves)
+    }
+
+    fn lands_beside_reads(&self) -> bool {
+        self.inner.planned[0].landings.are_beside_reads()
+    }
+
+    /// How many waves may be under way at once.
+    fn window(&self) -> usize {
+        if self.lands_beside_reads() { self.program.slots() } else { 1 }
+    }
+
+    /// The lease's batches of a wave.
+    fn batches(&self, wave: usize) -> Range<usize> {
+        wave.checked_sub(1).map_or(0, |before| self.ends[before])..self.ends[wave]
+    }
+}
+
+fn refused(refusal: Refusal) -> RefitError {
+    match refusal {
+        Refusal::NotOwned { batch, len } => RefitError::NotOwned { batch, len },
+        Refusal::Overlap { first, second } => RefitError::Overlap { first, second },
+        _ => RefitError::Unsupported { what: "a wave whose reads were not prepared" },
+    }
+}
