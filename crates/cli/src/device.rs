@@ -15,7 +15,7 @@ use refit::pool::{
 };
 
 use refit::transport::Transport;
-use refit::{RefitError, Target};
+use refit::{RefitError, Source, Target};
 use serde::Serialize;
 
 use crate::error::CliError;
@@ -106,6 +106,18 @@ impl Home {
             Self::Host => Ok(target),
             #[cfg(feature = "cuda")]
             Self::Cuda(gpu) => Ok(target.with_device(gpu.lander()?)),
+        }
+    }
+
+    /// Gives a source with parameters in this memory what packs them there.
+    pub(crate) fn equip_source<T: Transport>(
+        &self,
+        source: Source<T>,
+    ) -> Result<Source<T>, CliError> {
+        match self {
+            Self::Host => Ok(source),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => Ok(source.with_device(gpu.lander()?)),
         }
     }
 

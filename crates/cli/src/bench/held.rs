@@ -7,6 +7,7 @@ use refit::transport::{Transport, TransportPool};
 use refit::{Directory, PackedSource, RefitError, Source};
 
 use super::protocol::{Rate, Reply};
+use crate::device::Home;
 use crate::error::CliError;
 
 /// What a source rank holds.
@@ -39,6 +40,7 @@ impl<T: Transport> Held<T> {
     /// Packs what these target ranks have asked for, and publishes that.
     pub(super) fn pack(
         self,
+        home: &Home,
         pool: &TransportPool<T>,
         directory: &Directory,
         targets: u32,
@@ -47,7 +49,7 @@ impl<T: Transport> Held<T> {
         let Self::Plain(source) = self else { return Ok(self) };
         let requests =
             directory.wait_for_requests(0..targets, patience).map_err(RefitError::from)?;
-        let packed = source.pack(pool, &requests, u64::MAX)?;
+        let packed = home.equip_source(*source)?.pack(pool, &requests, u64::MAX)?;
         directory.publish(&packed.publication()?).map_err(RefitError::from)?;
         Ok(Self::Packed(Box::new(packed)))
     }

@@ -104,7 +104,7 @@ pub(crate) fn source<T: Transport>(
         let reply = match command {
             Command::Fill { cycle } => fill(&mut held, cycle)?,
             Command::Pack => {
-                held = held.pack(&pool, &directory, setup.target.world(), setup.patience)?;
+                held = held.pack(home, &pool, &directory, setup.target.world(), setup.patience)?;
                 Reply::Done
             }
             Command::Stop => break,
