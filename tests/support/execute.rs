@@ -44,6 +44,7 @@ pub fn program(program: &Program, sources: &Sources) -> Buffers {
     let staging_bytes = usize::try_from(program.staging_bytes()).unwrap();
     let mut wire = 0;
     let mut earlier: Vec<Vec<bool>> = Vec::new();
+    let last = program.waves().len() - 1;
     for (number, wave) in program.waves().enumerate() {
         let mut staging = vec![POISON; staging_bytes];
         let mut staged = vec![false; staging.len()];
@@ -55,7 +56,8 @@ pub fn program(program: &Program, sources: &Sources) -> Buffers {
                 wire += read.run;
                 match read.destination {
                     Destination::Live { target, offset } => {
-                        assert_eq!(number, 0, "only the first wave writes live parameters");
+                        assert_eq!(number, last, "only the last wave writes live parameters");
+                        assert!(wave.landings.is_empty(), "it lands nothing");
                         targets.write(target, offset + into, &transformed(read.transform, run));
                     }
                     Destination::Staging { offset } => {

@@ -83,8 +83,8 @@ impl Default for LowerOptions {
 }
 
 impl LowerOptions {
-    /// For parameters in the memory of a GPU: a landing rate of 1.5 TB/s, waves of 256 MiB, for a wave of a few
-    /// megabytes is over before the next could be posted, and two of them at a time.
+    /// For parameters in the memory of a GPU: a landing rate of 1.5 TB/s, waves of 64 MiB, for a wave of a few megabytes is
+    /// over before the next could be posted, and three of them at a time: one lands while two are read.
     #[must_use]
     pub fn on_device() -> Self {
         Self { landing_bytes_per_us: 1_500_000, wave_bytes: 256 << 20, slots: 2, ..Self::default() }
@@ -207,12 +207,17 @@ fn lower_links(plan: &Plan, links: &Links, options: &LowerOptions) -> Result<Pro
         links,
         room: links.room(options),
         stager: Stager::new(options.wave_limit()),
-        waves: vec![WaveParts::default()],
+        waves: Vec::new(),
+        direct: Vec::new(),
     };
     for of_target in groups.chunk_by(|a, b| a.chosen().target == b.chosen().target) {
         out.emit(of_target)?;
     }
-    let slots = u64::from(options.slots.max(1)).min(out.waves.len() as u64);
+    let staged = out.waves.len();
+    if staged == 0 || !out.direct.is_empty() {
+        out.waves.push(WaveParts { reads: out.direct, landings: Vec::new() });
+    }
+    let slots = u64::from(options.slots.max(1)).min(staged.max(1) as u64);
     let slot = out.stager.slot(slots)?;
     let choices: Vec<Choice> = groups.iter().map(Group::chosen).collect();
     let (mut reads, mut landings) = (Vec::new(), Vec::new());
@@ -239,7 +244,7 @@ fn lower_links(plan: &Plan, links: &Links, options: &LowerOptions) -> Result<Pro
         fills: plan.fills().to_vec(),
         choices,
         // The last slot need not be rounded up.
-        staging_bytes: (slots - 1) * slot + out.stager.most,
+        staging_bytes: if staged == 0 { 0 } else { (slots - 1) * slot + out.stager.most },
     })
 }
 
@@ -456,8 +461,10 @@ struct Emitter<'a> {
     links: &'a Links,
     room: Room,
     stager: Stager,
-    /// Never empty.
+    /// Those that stage.
     waves: Vec<WaveParts>,
+    /// Reads into live parameters.
+    direct: Vec<Read>,
 }
 
 impl Emitter<'_> {
@@ -472,7 +479,10 @@ impl Emitter<'_> {
                         let to =
                             |offset| Destination::Live { target, offset: target_offset + offset };
                         let way = self.links.of(segment.source).direct(segment);
-                        self.read(0, segment, &segment.dims, segment.transform, way.bulk, to);
+                        let strided = self.links.of(segment.source).strided_reads;
+                        let reads = &mut self.direct;
+                        let dims = &segment.dims;
+                        read(reads, segment, dims, segment.transform, (strided, way.bulk), to);
                     }
                 }
                 Method::Packed => {
@@ -529,7 +539,9 @@ impl Emitter<'_> {
                             ..*dim
                         })
                         .collect();
-                    self.read(wave, segment, &into, Transform::Copy, false, |offset| {
+                    let strided = self.links.of(segment.source).strided_reads;
+                    let reads = &mut self.waves[wave].reads;
+                    read(reads, segment, &into, Transform::Copy, (strided, false), |offset| {
                         Destination::Staging { offset: base + offset }
                     });
                     self.land(wave, segment, base, packed);
@@ -537,37 +549,6 @@ impl Emitter<'_> {
             }
         }
         Ok(())
-    }
-
-    /// One strided read where the transport takes it, else one per run. `dims` has the strides of the destination.
-    fn read(
-        &mut self,
-        wave: usize,
-        segment: &Segment,
-        dims: &Dims,
-        transform: Transform,
-        bulk: bool,
-        to: impl Fn(u64) -> Destination,
-    ) {
-        let Segment { source, source_offset, run, .. } = *segment;
-        let strided = self.links.of(source).strided_reads;
-        let reads = &mut self.waves[wave].reads;
-        let read = |offset, destination, dims| Read {
-            source,
-            offset,
-            destination,
-            run,
-            dims,
-            transform,
-            bulk,
-        };
-        if strided && !bulk {
-            reads.push(read(source_offset, to(0), dims.clone()));
-            return;
-        }
-        reads.extend(
-            dims.offsets().map(|(from, into)| read(source_offset + from, to(into), Dims::none())),
-        );
     }
 
     fn land(&mut self, wave: usize, segment: &Segment, staging_offset: u64, dims: Dims) {
@@ -580,4 +561,33 @@ impl Emitter<'_> {
             transform: segment.transform,
         });
     }
+}
+
+/// One strided read where the transport takes it, else one per run. `dims` has the strides of the destination, `ways` says
+/// whether strided reads are taken and whether these go by the second way.
+fn read(
+    reads: &mut Vec<Read>,
+    segment: &Segment,
+    dims: &Dims,
+    transform: Transform,
+    (strided, bulk): (bool, bool),
+    to: impl Fn(u64) -> Destination,
+) {
+    let Segment { source, source_offset, run, .. } = *segment;
+    let read = |offset, destination, dims| Read {
+        source,
+        offset,
+        destination,
+        run,
+        dims,
+        transform,
+        bulk,
+    };
+    if strided && !bulk {
+        reads.push(read(source_offset, to(0), dims.clone()));
+        return;
+    }
+    reads.extend(
+        dims.offsets().map(|(from, into)| read(source_offset + from, to(into), Dims::none())),
+    );
 }

@@ -101,7 +101,8 @@ pub struct Choice {
 /// Reads that are posted together, and the landing copies to run when all of them have settled. They must be over before
 /// the reads of the wave [`Program::slots`] further on are posted: those use the same staging memory.
 ///
-/// Reads into live parameters are all in the first wave.
+/// Reads into live parameters are all in the last wave, which stages and lands nothing: what
+/// was staged before is landed while they are under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wave<'a> {
     /// Grouped by source rank. No two of them write the same byte.
@@ -161,7 +162,7 @@ impl Program {
     }
 
     /// How many waves have staging memory of their own: wave `n` uses that of wave `n - slots`. At least 1, and no more
-    /// than there are waves.
+    /// than there are waves that stage, unless none does.
     #[must_use]
     pub fn slots(&self) -> usize {
         self.slots

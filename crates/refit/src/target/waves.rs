@@ -79,7 +79,6 @@ impl<T: Transport> Refit<T> {
 
     /// Begins to land what has arrived, and posts what has found room. The last wave lands when it is asked to.
     fn move_on(&mut self, pull: &mut Pull<T>) -> Result<(), RefitError> {
-        let started = Instant::now();
         while self.wave + 1 < self.ends.len() && pull.has_arrived(self.batches(self.wave)) {
             let staging = pull.device_arena();
             let Inner { planned, live, .. } = &mut *self.inner;
@@ -94,7 +93,6 @@ impl<T: Transport> Refit<T> {
             pull.extend(self.ends[self.posted]).map_err(refused)?;
             self.posted += 1;
         }
-        self.report.land += started.elapsed();
         Ok(())
     }
 
