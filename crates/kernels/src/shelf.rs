@@ -7,6 +7,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use offset_allocator::ext::min_allocator_size;
 use offset_allocator::{Allocation, Allocator as Offsets};
 use parking_lot::Mutex;
 use refit_pool::cuda::{CudaAllocator, Device, upload};
@@ -49,6 +50,14 @@ impl Shelf {
         Arc::new(Self { device, chunks: Mutex::default() })
     }
 
+    /// A chunk that a table of so many units fits into.
+    fn chunk(&self, units: usize) -> Result<(Memory, Offsets), KernelError> {
+        let room = room_for(units);
+        let bytes = room as usize * UNIT;
+        let memory = CudaAllocator::new(self.device.clone()).allocate(bytes)?;
+        Ok((memory, Offsets::with_max_allocs(room, PLACES)))
+    }
+
     /// Finds a place and brings these parts to it, one after the other.
     pub(crate) fn put(self: &Arc<Self>, parts: &[&[u8]]) -> Result<Place, KernelError> {
         let bytes = parts.iter().map(|part| part.len()).sum::<usize>().max(1);
@@ -61,11 +70,7 @@ impl Shelf {
         let (chunk, allocation) = match found {
             Some(found) => found,
             None => {
-                let size = (units * UNIT).max(CHUNK);
-                let memory = CudaAllocator::new(self.device.clone()).allocate(size)?;
-                // What a `Table` may have takes less than 2^32 units.
-                let room = u32::try_from(size / UNIT).unwrap_or(u32::MAX);
-                let mut free = Offsets::with_max_allocs(room, PLACES);
+                let (memory, mut free) = self.chunk(units)?;
                 let whole = u32::try_from(units).unwrap_or(u32::MAX);
                 let Some(allocation) = free.allocate(whole) else {
                     unreachable!("a chunk holds what it was made for");
@@ -87,6 +92,14 @@ impl Shelf {
     }
 }
 
+/// Units of a chunk whose first table takes so many: what `Offsets` needs to find it room, as it tells sizes apart by
+/// their four highest bits only.
+fn room_for(units: usize) -> u32 {
+    // What a `Table` may have takes less than 2^22 units.
+    let units = u32::try_from(units).unwrap_or(u32::MAX);
+    min_allocator_size(units).max(PLACES)
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
         self.shelf.chunks.lock()[self.chunk].free.free(self.allocation);
@@ -103,5 +116,20 @@ impl fmt::Debug for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Addresses stay out of logs.
         f.debug_struct("Place").field("chunk", &self.chunk).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chunk_holds_what_it_was_made_for() {
+        let around = (0..=22).flat_map(|power| [(1 << power) - 1, 1 << power, (1 << power) + 1]);
+        for units in around.chain((1..1 << 22).step_by(4999)).filter(|units| *units > 0) {
+            let mut free: Offsets = Offsets::with_max_allocs(room_for(units), PLACES);
+            let asked = u32::try_from(units).unwrap();
+            assert!(free.allocate(asked).is_some(), "{units} units");
+        }
     }
 }

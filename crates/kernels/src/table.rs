@@ -15,10 +15,13 @@ const TILES_WANTED: u64 = 8192;
 /// is busy with one when the others are done. 4096 units of 16 bytes are 64 KiB.
 const UNITS: (u64, u64) = (256, 4096);
 
-/// What a table may take, whatever it is made of: half a GiB of entries, and a quarter of owners. So many tiles of the
-/// largest size and unit are 4 TiB.
+/// What a table may take, whatever it is made of: half a GiB of entries, and an eighth of owners. So many tiles of the
+/// largest size and unit are 2 TiB.
 const MOST_ENTRIES: u64 = 1 << 22;
-const MOST_TILES: u64 = 1 << 26;
+const MOST_TILES: u64 = (1 << 25) - 1;
+
+// Callers rely on it: tables that fit into one launch by their number do so by their tiles.
+const _: () = assert!(MOST_TILES * (raw::MOST_TABLES as u64) < LIMIT as u64);
 
 /// Runs from here on are cut to let most of their bytes move in the largest unit, and the rest in small ones.
 const WORTH_CUTTING: u64 = 1024;

@@ -9,8 +9,8 @@
 //! - Contexts are the devices' primary ones, which the CUDA runtime and torch use too. None is created.
 //! - Every call leaves the thread's current context as it found it, [`Device::make_current`] apart.
 //! - No call uses a default stream. Streams of the caller are [adopted](Stream::adopt); [`upload`], [`download`],
-//!   [`set`] and [`copy_within`] use streams of their own, are done when they return, and wait for nobody else's work: synchronise what
-//!   produces or uses the bytes first.
+//!   [`set`] and [`copy_within`] use streams of their own, are done when they return, and wait for nobody else's work:
+//!   synchronise what produces or uses the bytes first.
 //! - Whatever a value needs it keeps alive: a stream, an event and an allocation hold their [`Device`], which holds the
 //!   context.
 

@@ -18,7 +18,9 @@ pub use self::packed::{PackedSource, ParamsMut, Repacked};
 
 /// One source rank: its parameters, registered for peers to read.
 ///
-/// Peers read whenever they like. Whoever changes the parameters must see to it that no peer reads meanwhile.
+/// Peers read whenever they like. Whoever changes the parameters must see to it that no peer reads meanwhile, and that
+/// the change is over before one may: nobody who reads waits for a stream of the trainer's. Where parameters are a
+/// device's, synchronise that stream first.
 #[derive(Debug)]
 pub struct Source<T: Transport> {
     // Dropped before the memory: its registrations cover it.

@@ -25,6 +25,10 @@
 //! each into memory of the agent's own, so that the first pull runs as fast as the next ones. For that an agent keeps
 //! 64 KiB of its device.
 //!
+//! Bytes that a NIC writes into a device are seen by work that is handed to the device after the read was seen to be
+//! done. A kernel that ran before that, and goes on, may see old ones: nothing here flushes for it
+//! (`cuFlushGPUDirectRDMAWrites`).
+//!
 //! UCX queues all copies from one device in one stream, largest first: the processor gets ahead of the link at once.
 //!
 //! # Environment

@@ -15,6 +15,8 @@
 //! - What happens to memory that is freed while another process has it mapped it leaves open, and what a handle names
 //!   that is made for the same addresses afterwards. Owners keep what they published until its readers are done, and
 //!   have connected again or left.
+//! - A reader's stream knows nothing of an owner's: what the owner wrote is seen when its stream was synchronised before
+//!   the read was posted.
 //! - That an owner deregistered is seen in the same process only. There, what is being read stays allocated.
 //! - Work that is queued ends by itself, and is never cancelled. A batch that is dropped in flight waits for it.
 //! - An error of the device is the context's: whose work failed, and whether the rest has stopped, cannot be told. It is

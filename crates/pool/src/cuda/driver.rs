@@ -14,8 +14,9 @@ pub struct Driver {
 /// Where the bindings look first and last; nobody installs the names between.
 const LIBRARIES: [&str; 2] = ["libcuda.so", "libcuda.so.1"];
 
-/// The functions this module calls. The bindings panic at the first call of one that is missing.
-const REQUIRED: [&str; 35] = [
+/// The functions that this module calls, and the crates above it: kernels and peer reads. The bindings panic at the
+/// first call of one that is missing.
+const REQUIRED: [&str; 44] = [
     "cuCtxEnablePeerAccess",
     "cuCtxPopCurrent_v2",
     "cuCtxPushCurrent_v2",
@@ -26,6 +27,7 @@ const REQUIRED: [&str; 35] = [
     "cuDeviceGetAttribute",
     "cuDeviceGetCount",
     "cuDeviceGetName",
+    "cuDeviceGetP2PAttribute",
     "cuDeviceGetUuid_v2",
     "cuDevicePrimaryCtxRelease_v2",
     "cuDevicePrimaryCtxRetain",
@@ -36,15 +38,23 @@ const REQUIRED: [&str; 35] = [
     "cuEventRecord",
     "cuEventSynchronize",
     "cuInit",
+    "cuIpcCloseMemHandle",
+    "cuIpcGetMemHandle",
+    "cuIpcOpenMemHandle_v2",
+    "cuLaunchKernel",
     "cuMemAlloc_v2",
     "cuMemFreeHost",
     "cuMemFree_v2",
+    "cuMemGetAddressRange_v2",
     "cuMemGetInfo_v2",
     "cuMemHostAlloc",
     "cuMemcpyDtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyHtoDAsync_v2",
     "cuMemsetD8Async",
+    "cuModuleGetFunction",
+    "cuModuleLoadDataEx",
+    "cuModuleUnload",
     "cuPointerGetAttributes",
     "cuStreamCreate",
     "cuStreamDestroy_v2",

@@ -158,6 +158,9 @@ impl<T: Transport> PackedSource<T> {
 
     /// Lets `change` write the parameters, and fills the slots from what they hold then. No peer may read meanwhile.
     ///
+    /// What `change` only queues on a device has to be queued on the stream of the source's lander, or waited for: the
+    /// device copies behind that stream and behind no other.
+    ///
     /// # Errors
     /// As [`repack`](Self::repack); what `change` has returned is lost then.
     pub fn update<R>(&mut self, change: impl FnOnce(ParamsMut<'_>) -> R) -> Result<R, RefitError> {
@@ -171,7 +174,8 @@ impl<T: Transport> PackedSource<T> {
     }
 
     /// Fills the slots from the parameters: for a trainer that changes them by other means than
-    /// [`update`](Self::update). No peer may read meanwhile.
+    /// [`update`](Self::update). No peer may read meanwhile. A device copies behind what the stream of its lander has, and
+    /// waits for no other.
     ///
     /// # Errors
     /// [`RefitError::Device`] when the device that copies fails. Nothing may be published then, and what was published
