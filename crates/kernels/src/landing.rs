@@ -47,7 +47,7 @@ enum State {
 #[derive(Debug)]
 struct Held {
     table: Resident,
-    _targets: Vec<KeepAlive>,
+    _targets: Arc<[KeepAlive]>,
     /// Of the last start, until it is known to have ended.
     staging: Option<KeepAlive>,
 }
@@ -67,6 +67,25 @@ impl Landing {
         staged: u64,
         regions: &[Region],
     ) -> Result<Self, KernelError> {
+        let mut one = Self::series(mover, stream, &[moves], staged, regions)?;
+        match one.pop() {
+            Some(landing) => Ok(landing),
+            None => unreachable!("as many landings as lists of moves"),
+        }
+    }
+
+    /// A landing for each list of moves, as [`new`](Self::new) makes one, brought to the device in one copy: what a refit
+    /// in many waves needs.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); the index of a move is that in its own list.
+    pub fn series<M: AsRef<[Move]>>(
+        mover: &Arc<Mover>,
+        stream: &Arc<Stream>,
+        series: &[M],
+        staged: u64,
+        regions: &[Region],
+    ) -> Result<Vec<Self>, KernelError> {
         let device = mover.device();
         if stream.device() != device {
             return Err(mover.wrong("the stream", stream.device().kind()));
@@ -77,17 +96,30 @@ impl Landing {
         let bounds = regions
             .iter()
             .map(|region| (region.address(), region.address().saturating_add(region.len())));
-        let reads = check(moves, staged, &joined(bounds))?;
-        let table = mover.upload(&Table::new(moves)?)?;
-        let targets = regions.iter().map(|region| region.keep_alive().clone()).collect();
-        Ok(Self {
-            mover: Arc::clone(mover),
-            stream: Arc::clone(stream),
-            event: Event::new(device)?,
-            staged: reads.then_some(staged),
-            held: ManuallyDrop::new(Held { table, _targets: targets, staging: None }),
-            state: State::Idle,
-        })
+        let bounds = joined(bounds);
+        let (mut tables, mut reads) = (Vec::new(), Vec::new());
+        for moves in series {
+            reads.push(check(moves.as_ref(), staged, &bounds)?);
+            tables.push(Table::new(moves.as_ref())?);
+        }
+        let targets: Arc<[KeepAlive]> =
+            regions.iter().map(|region| region.keep_alive().clone()).collect();
+        let tables = mover.upload_all(&tables)?.into_iter().zip(reads);
+        let landing = |(table, reads): (Resident, bool)| {
+            Ok(Self {
+                mover: Arc::clone(mover),
+                stream: Arc::clone(stream),
+                event: Event::new(device)?,
+                staged: reads.then_some(staged),
+                held: ManuallyDrop::new(Held {
+                    table,
+                    _targets: Arc::clone(&targets),
+                    staging: None,
+                }),
+                state: State::Idle,
+            })
+        };
+        tables.map(landing).collect()
     }
 
     /// The stream it runs on.

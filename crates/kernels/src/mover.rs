@@ -93,17 +93,43 @@ impl Mover {
     /// # Errors
     /// [`KernelError::Allocate`], [`KernelError::Cuda`].
     pub fn upload(&self, table: &Table) -> Result<Resident, KernelError> {
-        let (entries, owners) = (bytes(table.entries()), bytes(table.owners()));
-        let held = self.shelf.put(&[entries, owners])?;
-        let place = Placed {
-            entries: held.address,
-            owners: held.address + entries.len() as u64,
-            base: 0,
-            // Fewer than 2^31, as `Table` checks.
-            tiles: u32::try_from(table.owners().len()).unwrap_or(u32::MAX),
-            start: 0,
+        match self.upload_all(std::slice::from_ref(table))?.pop() {
+            Some(resident) => Ok(resident),
+            None => unreachable!("as many as were given"),
+        }
+    }
+
+    /// Brings tables to the device in one copy, in the order given.
+    ///
+    /// # Errors
+    /// As [`upload`](Self::upload); none of them is there then.
+    pub fn upload_all(&self, tables: &[Table]) -> Result<Vec<Resident>, KernelError> {
+        let mut image = Vec::new();
+        let mut starts = Vec::with_capacity(tables.len());
+        for table in tables {
+            // Entries are of a size that keeps what follows them aligned; what follows the owners is not.
+            image.resize(image.len().next_multiple_of(align_of::<Entry>()), 0);
+            let entries = image.len();
+            image.extend_from_slice(bytes(table.entries()));
+            let owners = image.len();
+            image.extend_from_slice(bytes(table.owners()));
+            starts.push((entries as u64, owners as u64));
+        }
+        let held = Arc::new(self.shelf.put(&image)?);
+        let resident = |(table, (entries, owners)): (&Table, (u64, u64))| Resident {
+            device: self.device.clone(),
+            place: Placed {
+                entries: held.address + entries,
+                owners: held.address + owners,
+                base: 0,
+                // Fewer than 2^31, as `Table` checks.
+                tiles: u32::try_from(table.owners().len()).unwrap_or(u32::MAX),
+                start: 0,
+            },
+            bytes: table.bytes(),
+            _held: Arc::clone(&held),
         };
-        Ok(Resident { device: self.device.clone(), place, bytes: table.bytes(), _held: held })
+        Ok(tables.iter().zip(starts).map(resident).collect())
     }
 
     /// Queues the moves of all tables: one launch, unless there are more than 64 tables with anything to do. They may
@@ -231,7 +257,7 @@ pub struct Resident {
     place: Placed,
     bytes: u64,
     /// What `place` points into.
-    _held: Place,
+    _held: Arc<Place>,
 }
 
 impl Resident {

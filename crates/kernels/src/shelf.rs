@@ -58,10 +58,9 @@ impl Shelf {
         Ok((memory, Offsets::with_max_allocs(room, PLACES)))
     }
 
-    /// Finds a place and brings these parts to it, one after the other.
-    pub(crate) fn put(self: &Arc<Self>, parts: &[&[u8]]) -> Result<Place, KernelError> {
-        let bytes = parts.iter().map(|part| part.len()).sum::<usize>().max(1);
-        let units = bytes.div_ceil(UNIT);
+    /// Finds a place for these bytes and brings them there.
+    pub(crate) fn put(self: &Arc<Self>, image: &[u8]) -> Result<Place, KernelError> {
+        let units = image.len().max(1).div_ceil(UNIT);
         let mut chunks = self.chunks.lock();
         let found = u32::try_from(units).ok().and_then(|units| {
             let mut numbered = chunks.iter_mut().enumerate();
@@ -82,9 +81,8 @@ impl Shelf {
         let address = chunks[chunk].memory.address() + u64::from(allocation.offset) * UNIT as u64;
         // From here on dropping it frees the place again.
         let place = Place { shelf: Arc::clone(self), chunk, allocation, address };
-        // One copy: each waits for the device.
         let at = allocation.offset as usize * UNIT;
-        let result = upload(&self.device, &mut chunks[chunk].memory, at, &parts.concat());
+        let result = upload(&self.device, &mut chunks[chunk].memory, at, image);
         // Dropping a place takes the lock.
         drop(chunks);
         result?;

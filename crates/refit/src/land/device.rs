@@ -53,14 +53,8 @@ impl Landings {
         live: &[Memory],
     ) -> Result<Self, RefitError> {
         let regions: Vec<Region> = live.iter().map(|memory| memory.allocation().clone()).collect();
-        let landing = |moves: &[Move], staged| {
-            let DeviceLander { mover, stream } = lander;
-            let made =
-                (!moves.is_empty()).then(|| Landing::new(mover, stream, moves, staged, &regions));
-            made.transpose().map_err(RefitError::device)
-        };
         let place = |target: u32, offset: u64| live[target as usize].address() + offset;
-        let mut waves = Vec::with_capacity(program.waves().len());
+        let mut lists = Vec::with_capacity(program.waves().len());
         for wave in program.waves() {
             let moves: Vec<Move> = wave
                 .landings
@@ -73,8 +67,17 @@ impl Landings {
                     effect: Effect::Transform(landing.transform),
                 })
                 .collect();
-            waves.push(landing(&moves, program.staging_bytes())?);
+            lists.push(moves);
         }
+        let series = |lists: &[Vec<Move>], staged| {
+            let DeviceLander { mover, stream } = lander;
+            let full: Vec<&Vec<Move>> = lists.iter().filter(|moves| !moves.is_empty()).collect();
+            let landings = Landing::series(mover, stream, &full, staged, &regions);
+            let mut landings = landings.map_err(RefitError::device)?.into_iter();
+            let of = |moves: &Vec<Move>| if moves.is_empty() { None } else { landings.next() };
+            Ok::<_, RefitError>(lists.iter().map(of).collect::<Vec<_>>())
+        };
+        let waves = series(&lists, program.staging_bytes())?;
         let fills: Vec<Move> = program
             .fills()
             .iter()
@@ -86,7 +89,8 @@ impl Landings {
                 effect: Effect::Zero,
             })
             .collect();
-        Ok(Self { waves, fills: landing(&fills, 0)? })
+        let fills = series(&[fills], 0)?.pop().flatten();
+        Ok(Self { waves, fills })
     }
 
     /// Begins to land a wave.
