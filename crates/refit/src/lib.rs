@@ -6,7 +6,6 @@
 //! - [`translate`]: Megatron's and vLLM's parameters as layouts;
 //! - [`pool`]: memory that stays allocated and registered between refits;
 //! - [`transport`]: one-sided reads: in-process, over NIXL, or between GPUs that map each other's memory.
-#![cfg_attr(feature = "cuda", doc = "- [`kernels`]: strided moves, casts and zeros on a CUDA device, in one launch.")]
 //!
 //! A source rank makes a [`Source`] of its parameters and publishes it, in a [`Directory`] or by any other means. A
 //! target rank makes a [`Target`] of its live parameters and, for every version, goes through
