@@ -1,10 +1,10 @@
 //! The devices there are, one test at a time.
 
-use std::io::Write;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{result, sys};
 use refit_pool::cuda::{CudaError, Device, Driver};
+use refit_tests::skip;
 
 /// Devices for a test, and its turn. When it goes, the thread's current context must be what it was.
 pub(crate) struct Gpus {
@@ -28,9 +28,8 @@ impl Gpus {
         let required = std::env::var("REFIT_REQUIRE_CUDA").ok();
         let required = required.and_then(|value| value.parse().ok()).unwrap_or(0_u32);
         assert!(required < wanted, "cuda: {test}: {why}");
-        // Past the harness, which keeps what passing tests print to itself.
-        let line = format!("cuda: {test}: skipped: {why}\n");
-        std::io::stderr().write_all(line.as_bytes()).unwrap();
+        let what = if wanted > 1 { format!("{wanted} GPUs") } else { "a GPU".into() };
+        skip::skipped(&what, test, &why);
         None
     }
 }

@@ -1,10 +1,12 @@
 //! A process for each test.
 
+use std::io::{Read, Seek};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use refit_tests::skip;
 use refit_transport::nixl::NixlLibrary;
 
 /// Names the test that a child process is to run.
@@ -23,11 +25,14 @@ pub(crate) fn isolated(test: &str, variables: &[(&str, &str)], body: impl FnOnce
             std::env::var_os("REFIT_REQUIRE_NIXL").is_none_or(|value| value != "1"),
             "nixl: {why}"
         );
-        eprintln!("nixl: skipped: {why}");
+        skip::skipped("NIXL", test, &why);
         return;
     }
-    // Its report would read as a second one of ours, and be counted as such; a panic goes to stderr.
-    let mut child = command(test, variables).stdout(Stdio::null()).spawn().unwrap();
+    // Its report would read as a second one of ours, and be counted as such; a panic goes to stderr. A file, because
+    // processes that it starts may keep a pipe open for longer than it lives.
+    let mut said = tempfile::tempfile().unwrap();
+    let stdout = said.try_clone().unwrap();
+    let mut child = command(test, variables).stdout(stdout).spawn().unwrap();
     let started = Instant::now();
     let status = loop {
         if let Some(status) = child.try_wait().unwrap() {
@@ -41,6 +46,10 @@ pub(crate) fn isolated(test: &str, variables: &[(&str, &str)], body: impl FnOnce
         std::thread::sleep(Duration::from_millis(5));
     };
     assert!(status.success(), "{test}: {status}");
+    let mut bytes = Vec::new();
+    said.rewind().unwrap();
+    said.read_to_end(&mut bytes).unwrap();
+    skip::repeat(&String::from_utf8_lossy(&bytes));
 }
 
 /// This program, running one test as a child would.

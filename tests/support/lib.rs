@@ -15,4 +15,5 @@ pub mod oracle;
 pub mod packing;
 pub mod ranks;
 pub mod reference;
+pub mod skip;
 pub mod strategies;

@@ -1,7 +1,8 @@
 //! Runs cargo, its output passed through.
 
 use std::{
-    env,
+    collections::BTreeMap,
+    env, fmt,
     io::{self, Read, Write},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -153,13 +154,21 @@ fn packages(args: &[String]) -> Vec<String> {
     packages
 }
 
+/// How the line begins by which a test says what it lacked; the harness counts such a test as passed. The lines are
+/// those of `tests/support/skip.rs`: `skipped for want of a GPU: TEST: WHY`.
+const SKIPPED: &str = "skipped for want of ";
+
 /// Sums the closing lines of the test binaries, of which cargo prints one for each.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Total {
     seen: bool,
     passed: u64,
     failed: u64,
-    skipped: u64,
+    ignored: u64,
+    /// Tests that passed for want of something, by that.
+    wanting: BTreeMap<String, u64>,
+    /// Those of the binary that runs, by name: they may say it more than once.
+    running: BTreeMap<String, String>,
 }
 
 impl Total {
@@ -187,6 +196,14 @@ impl Total {
 
     /// `test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s`
     fn line(&mut self, line: &str) {
+        // What the harness prints of a test may stand in front.
+        if let Some((_, skipped)) = line.split_once(SKIPPED) {
+            let mut parts = skipped.splitn(3, ": ");
+            if let (Some(what), Some(test), Some(_)) = (parts.next(), parts.next(), parts.next()) {
+                self.running.insert(test.to_owned(), what.to_owned());
+            }
+            return;
+        }
         let Some((_, counts)) =
             line.strip_prefix("test result: ").and_then(|rest| rest.split_once(". "))
         else {
@@ -202,19 +219,33 @@ impl Total {
             match what {
                 "passed" => self.passed += n,
                 "failed" => self.failed += n,
-                "ignored" => self.skipped += n,
+                "ignored" => self.ignored += n,
                 _ => {}
             }
+        }
+        for what in std::mem::take(&mut self.running).into_values() {
+            self.passed = self.passed.saturating_sub(1);
+            *self.wanting.entry(what).or_default() += 1;
         }
     }
 
     fn print(&self) {
         if self.seen {
-            println!(
-                "\ntotal: {} passed, {} failed, {} skipped",
-                self.passed, self.failed, self.skipped
-            );
+            println!("\n{self}");
         }
+    }
+}
+
+impl fmt::Display for Total {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut why: Vec<String> =
+            self.wanting.iter().map(|(what, n)| format!("{n} for want of {what}")).collect();
+        let skipped = self.ignored + self.wanting.values().sum::<u64>();
+        if self.ignored > 0 {
+            why.push(format!("{} ignored", self.ignored));
+        }
+        write!(f, "total: {} passed, {} failed, {skipped} skipped", self.passed, self.failed)?;
+        if why.is_empty() { Ok(()) } else { write!(f, " ({})", why.join(", ")) }
     }
 }
 
@@ -249,7 +280,39 @@ mod tests {
         ] {
             total.line(line);
         }
-        assert_eq!(total, Total { seen: true, passed: 7, failed: 2, skipped: 1 });
+        let expected = Total { seen: true, passed: 7, failed: 2, ignored: 1, ..Total::default() };
+        assert_eq!(total, expected);
+        assert_eq!(total.to_string(), "total: 7 passed, 2 failed, 1 skipped (1 ignored)");
+        assert_eq!(Total::default().to_string(), "total: 0 passed, 0 failed, 0 skipped");
+    }
+
+    #[test]
+    fn tests_that_lacked_something_are_not_counted_as_passed() {
+        let mut total = Total::default();
+        for line in [
+            "skipped for want of a GPU: pool::one: the driver is not there: libcuda.so",
+            "test two ... skipped for want of NIXL: two: REFIT_NIXL_LIBRARY is not set",
+            "skipped for want of a GPU: pool::one: again",
+            "skipped for want of nothing that is said",
+            "test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s",
+            // Of another binary, so another test.
+            "skipped for want of a GPU: pool::one: 2 devices are needed, there are 1",
+            "test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s",
+        ] {
+            total.line(line);
+        }
+        let text = "total: 3 passed, 0 failed, 4 skipped (1 for want of NIXL, 2 for want of a GPU, 1 ignored)";
+        assert_eq!(total.to_string(), text);
+    }
+
+    #[test]
+    fn tests_say_it_as_it_is_read_here() {
+        for source in [
+            include_str!("../../tests/support/skip.rs"),
+            include_str!("../../crates/pool/src/cuda/driver/tests.rs"),
+        ] {
+            assert!(source.contains(SKIPPED));
+        }
     }
 
     #[test]

@@ -55,6 +55,8 @@ cargo xtask test [ARGS]
 Sets up what is missing and runs `cargo test ARGS` with the NIXL features on.
 Where NIXL is not to be had, says so and runs the other tests.
 With REFIT_REQUIRE_NIXL=1 in the environment that is an error instead.
+Tests that need a GPU are built everywhere, and count as skipped where there is none; REFIT_REQUIRE_CUDA=2 makes those
+fail that two GPUs are enough for.
 
 Examples:
   cargo xtask test

@@ -14,6 +14,7 @@ use crate::sizes::{SourceSizes, TargetSizes};
 /// Configs that come with the command, by the name a person gives.
 pub(crate) const PRESETS: &[(&str, &str)] = &[
     ("qwen3-4b", include_str!("../presets/qwen3-4b.json")),
+    ("qwen3-8b", include_str!("../presets/qwen3-8b.json")),
     ("llama-3.1-8b", include_str!("../presets/llama-3.1-8b.json")),
     ("llama-3.1-70b", include_str!("../presets/llama-3.1-70b.json")),
     ("qwen2.5-7b", include_str!("../presets/qwen2.5-7b.json")),
@@ -85,4 +86,32 @@ pub(crate) fn target(
 /// The source side joined, for planning.
 pub(crate) fn joined(source: Vec<RankLayout>) -> Result<SourceLayout, CliError> {
     SourceLayout::new(source).map_err(|error| CliError::Refit(error.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_bundled_model_is_laid_out_on_both_sides() {
+        for (name, _) in PRESETS {
+            let config = config(name).unwrap();
+            assert!(!source(&config, SourceSizes::new(1)).unwrap().is_empty(), "{name}");
+            assert!(!target(&config, TargetSizes::new(1)).unwrap().is_empty(), "{name}");
+        }
+    }
+
+    #[test]
+    fn bundled_models_are_of_the_published_sizes() {
+        for (name, parameters) in [
+            ("qwen3-4b", 4_022_468_096),
+            ("qwen3-8b", 8_190_735_360),
+            ("llama-3.1-8b", 8_030_261_248),
+        ] {
+            let config = config(name).unwrap();
+            let targets = target(&config, TargetSizes::new(1)).unwrap();
+            let held: u64 = targets[0].layout.params().iter().map(|param| param.bytes()).sum();
+            assert_eq!(held, 2 * parameters, "{name}");
+        }
+    }
 }

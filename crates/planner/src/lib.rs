@@ -3,7 +3,7 @@
 //! Every layout, whatever framework it comes from, is a list of [`Band`]s: a box of a *logical tensor* (the
 //! coordinate system both sides share) and the place of that box in one rank's local buffer. [`plan`] intersects
 //! the bands of many source ranks with those of one target rank; [`lower`] turns the plan into a [`Program`] of
-//! reads, landing copies and fills for a transport of given [`Capabilities`].
+//! reads, landing copies and fills for a transport of given [`Capabilities`], which [`lower_for`] takes for each source.
 //!
 //! # Architecture invariants
 //!

@@ -1,4 +1,5 @@
-//! One-sided reads between agents: a trait, the in-process default, NIXL behind a feature, one conformance suite.
+//! One-sided reads between agents: a trait and the in-process default; behind features NIXL, GPUs that map one another's
+//! memory, and the choice between these two; one conformance suite.
 //!
 //! # Architecture invariants
 //!
