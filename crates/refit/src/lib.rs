@@ -5,7 +5,7 @@
 //! - [`planner`]: layouts in; segments, coverage proof and hash out; then the lowering to reads;
 //! - [`translate`]: Megatron's and vLLM's parameters as layouts;
 //! - [`pool`]: memory that stays allocated and registered between refits;
-//! - [`transport`]: one-sided reads, in-process or over NIXL.
+//! - [`transport`]: one-sided reads, in-process, over NIXL or from GPU to GPU.
 //!
 //! A source rank makes a [`Source`] of its parameters and publishes it, in a [`Directory`] or by any other means. A
 //! target rank makes a [`Target`] of its live parameters and, for every version, goes through

@@ -1,4 +1,5 @@
-//! One-sided reads between agents: a trait, the in-process default, NIXL behind a feature, one conformance suite.
+//! One-sided reads between agents: a trait, the in-process default, NIXL and GPU-to-GPU reads behind features, one
+//! conformance suite.
 //!
 //! # Architecture invariants
 //!
