@@ -98,6 +98,29 @@ fn large_tables_are_carried_out() {
     }
 }
 
+/// More entries than the memory holds that tables share as a rule.
+#[test]
+fn tables_of_many_entries_are_carried_out() {
+    let Some(gpus) = Gpus::get("tables_of_many_entries_are_carried_out", 1) else { return };
+    let mover = Mover::new(&gpus[0]).unwrap();
+    for count in [1_u64, 40_001, 100_003] {
+        let one = |index| Move {
+            from: 48 * index,
+            into: 32 * (count - 1 - index),
+            run: 16,
+            dims: Dims::none(),
+            effect: COPY,
+        };
+        let size = |bytes: u64| usize::try_from(bytes).unwrap();
+        let case = Case {
+            source: size(48 * count),
+            target: size(32 * count),
+            tables: vec![(0..count).map(one).collect()],
+        };
+        check(&case, &gpus[0], &mover, count).unwrap();
+    }
+}
+
 /// Every half-precision value, and singles of every kind: the device's arithmetic is that of the host.
 #[test]
 fn every_transform_has_the_bits_of_the_reference() {

@@ -62,6 +62,8 @@ mod patterns;
 mod peers;
 mod pool;
 mod pull;
+#[cfg(any(feature = "cuda", feature = "nixl"))]
+mod random;
 mod reads;
 mod registry;
 mod transport;

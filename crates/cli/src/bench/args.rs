@@ -66,6 +66,7 @@ pub(crate) struct Args {
     pub(super) json: Option<PathBuf>,
     /// Seconds after which a rank that does not answer, or a pull that does not settle, is an error
     #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    #[arg(value_parser = clap::value_parser!(u64).range(..=86_400))]
     pub(super) patience: u64,
 }
 

@@ -38,7 +38,9 @@ impl Stream {
     /// driver fails.
     ///
     /// # Safety
-    /// `raw` is a `CUstream` (or `cudaStream_t`) that stays valid as long as the returned value lives.
+    /// `raw` is a `CUstream` (or `cudaStream_t`) that stays valid as long as the returned value lives, and names one stream
+    /// on every thread, which `CU_STREAM_PER_THREAD` does not. While it is captured into a graph nothing is queued on it
+    /// through this value: that would be recorded, and not done.
     pub unsafe fn adopt(device: &Device, raw: *mut c_void) -> Result<Self, CudaError> {
         let _entered = device.enter()?;
         let stream = raw.cast();

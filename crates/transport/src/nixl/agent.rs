@@ -1,6 +1,5 @@
 //! `nixl_sys`, call by call: what it answers becomes a [`Cause`] that names the call.
 
-use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 use std::time::Duration;
@@ -13,6 +12,7 @@ use refit_pool::{MemoryKind, Region};
 
 use super::context::Context;
 use super::{NixlLibrary, NixlOptions};
+use crate::random::random;
 use crate::reads::check_name;
 use crate::{Cause, Status};
 
@@ -61,7 +61,7 @@ pub(super) struct PostError {
 impl Agent {
     pub(super) fn new(_library: NixlLibrary, options: &NixlOptions) -> Result<Self, Cause> {
         check_name(&options.prefix)?;
-        let name = format!("{}-{}", options.prefix, incarnation()?);
+        let name = format!("{}-{:032x}", options.prefix, u128::from_le_bytes(random()?));
         check_name(&name)?;
         // Reads are told finished by the order of one worker's requests.
         if let Some((key, _)) = options
@@ -210,15 +210,6 @@ fn broken(call: &'static str, error: NixlError) -> Cause {
         NixlError::NotFound => Cause::PeerGone,
         other => Cause::Call { call, status: other.to_string() },
     }
-}
-
-/// 128 random bits, so that an agent that restarts is never taken for its predecessor.
-fn incarnation() -> Result<String, Cause> {
-    let mut bits = [0; 16];
-    std::fs::File::open("/dev/urandom")
-        .and_then(|mut random| random.read_exact(&mut bits))
-        .map_err(|error| Cause::Call { call: "read /dev/urandom", status: error.to_string() })?;
-    Ok(format!("{:032x}", u128::from_le_bytes(bits)))
 }
 
 #[derive(Debug)]

@@ -137,11 +137,14 @@ pub(super) fn read(
         Vec::new(),
         places.len(),
     );
-    let deadline = Instant::now() + wait;
+    // None where it lies beyond what the clock counts.
+    let deadline = Instant::now().checked_add(wait);
     // SAFETY: nobody accesses the scratch memory, which the batch keeps allocated and registered even where it is
     // leaked.
     let mut status = unsafe { batch.post(Duration::ZERO) };
-    while matches!(status, Ok(Status::Pending)) && Instant::now() < deadline {
+    while matches!(status, Ok(Status::Pending))
+        && deadline.is_none_or(|deadline| Instant::now() < deadline)
+    {
         thread::sleep(Duration::from_micros(100));
         status = batch.poll();
     }

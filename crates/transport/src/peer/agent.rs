@@ -7,8 +7,9 @@ use parking_lot::Mutex;
 use refit_pool::cuda::Device;
 
 use super::blob::Allocation;
-use super::process::{Process, random};
+use super::process::Process;
 use crate::Cause;
+use crate::random::random;
 use crate::reads::check_name;
 use crate::registry::Registry;
 

@@ -13,6 +13,9 @@ use crate::Cause;
 /// Most tables of one launch.
 const TABLES: usize = 64;
 
+/// Most streams for copies: more than any device has engines.
+const MOST_SIDES: usize = 32;
+
 /// A contiguous copy for the copy engine, by addresses of this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Copy {
@@ -77,7 +80,7 @@ impl Engine {
             let (stream, joined) = (Stream::new(device)?, Event::new(device)?);
             Ok::<_, CudaError>(Lane { stream, joined, bytes: 0 })
         };
-        let sides = (0..copy_streams.max(1)).map(lane).collect::<Result<_, _>>()?;
+        let sides = (0..copy_streams.clamp(1, MOST_SIDES)).map(lane).collect::<Result<_, _>>()?;
         let lanes = Mutex::new(Lanes { forked: Event::new(device)?, sides });
         Ok(Arc::new(Self { stream, mover, lanes, idle: Mutex::default() }))
     }

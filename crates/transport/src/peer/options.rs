@@ -11,7 +11,7 @@ pub struct PeerOptions {
     pub capabilities: Capabilities,
     /// Which reads go to the copy engine.
     pub engines: Engines,
-    /// Streams beside the caller's that copies are spread over, at least 1.
+    /// Streams beside the caller's that copies are spread over, from 1 to 32; other numbers count as the nearest of these.
     pub copy_streams: usize,
     /// Most bytes of a peer's metadata that are read.
     pub max_metadata: usize,
@@ -65,10 +65,10 @@ impl PeerOptions {
         self
     }
 
-    /// These options with another number of streams for the copy engine; 0 means 1.
+    /// These options with another number of streams for the copy engine.
     #[must_use]
     pub fn with_copy_streams(mut self, streams: usize) -> Self {
-        self.copy_streams = streams.max(1);
+        self.copy_streams = streams;
         self
     }
 

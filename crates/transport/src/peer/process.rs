@@ -1,7 +1,6 @@
 //! Which process an agent lives in, in terms that another process can compare with its own.
 
 use std::fs;
-use std::io::Read;
 use std::sync::OnceLock;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -9,6 +8,7 @@ use rustix::fd::OwnedFd;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::Cause;
+use crate::random::random;
 
 const HOST_CONTEXT: &str = "refit-transport host identity v1";
 
@@ -109,15 +109,6 @@ impl Watch {
         // An error says nothing about the process.
         !matches!(poll(&mut ended, Some(&now)), Ok(1..))
     }
-}
-
-/// 128 random bits.
-pub(super) fn random() -> Result<[u8; 16], Cause> {
-    let mut bits = [0; 16];
-    fs::File::open("/dev/urandom")
-        .and_then(|mut random| random.read_exact(&mut bits))
-        .map_err(|error| Cause::Call { call: "read /dev/urandom", status: error.to_string() })?;
-    Ok(bits)
 }
 
 /// The identity of the running kernel. Hashed: what a host calls itself is nobody's business.
