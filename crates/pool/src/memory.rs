@@ -215,6 +215,13 @@ impl Memory {
         &self.allocation
     }
 
+    /// This memory, with a share in its lifetime and without access to its bytes.
+    #[must_use]
+    pub fn region(&self) -> Region {
+        let start = self.address();
+        self.allocation.part(start, start.saturating_add(self.len as u64))
+    }
+
     /// Cuts the memory in two; both parts keep the allocation.
     ///
     /// # Panics

@@ -72,9 +72,10 @@ pub struct Prepared<T: Transport> {
 /// Dropping it leaks that memory, loudly: a NIC may still write it.
 #[derive(Debug)]
 pub struct Pulling<T: Transport> {
+    // Dropped before the lease: it waits for landings, which read the lease's memory.
+    refit: Refit<T>,
     /// Absent only inside a method.
     reading: Option<Reading<T>>,
-    refit: Refit<T>,
 }
 
 /// A refit whose bytes have all arrived.
@@ -421,7 +422,10 @@ impl<T: Transport> Pulled<T> {
         let Self { mut refit, lease } = self;
         match refit.land(&lease).and_then(|()| refit.fill()) {
             Ok(()) => Ok(Landed { refit, lease }),
-            Err(error) => Err(Failed { error, state: InvalidTarget(refit.inner) }),
+            Err(error) => {
+                refit.end_landings();
+                Err(Failed { error, state: InvalidTarget(refit.inner) })
+            }
         }
     }
 }
@@ -476,11 +480,7 @@ impl<T: Transport> Refit<T> {
         if let Some(live) = live {
             self.inner.live = live;
         }
-        // Nothing may be landed into parameters that are handed back. If waiting fails, the device has failed and
-        // moves nothing any more.
-        if let Err(landing) = self.wait_landed(0..self.ends.len()) {
-            tracing::warn!(%landing, "a landing failed as well");
-        }
+        self.end_landings();
         // Earlier waves have landed; in staged mode there are none.
         let wrote_live =
             (touched || self.wave > 0) && self.inner.options.lower.mode == Mode::Direct;

@@ -52,7 +52,7 @@ impl Landings {
         lander: &DeviceLander,
         live: &[Memory],
     ) -> Result<Self, RefitError> {
-        let regions: Vec<Region> = live.iter().map(|memory| memory.allocation().clone()).collect();
+        let regions: Vec<Region> = live.iter().map(Memory::region).collect();
         let place = |target: u32, offset: u64| live[target as usize].address() + offset;
         let mut lists = Vec::with_capacity(program.waves().len());
         for wave in program.waves() {

@@ -144,6 +144,14 @@ impl<T: Transport> Refit<T> {
         self.inner.planned[0].landings.wait(waves)
     }
 
+    /// Sees to it that nothing is landed any more into parameters that are handed back. If waiting fails, the device has
+    /// failed and moves nothing.
+    pub(super) fn end_landings(&mut self) {
+        if let Err(landing) = self.wait_landed(0..self.ends.len()) {
+            tracing::warn!(%landing, "a landing failed as well");
+        }
+    }
+
     fn lands_beside_reads(&self) -> bool {
         self.inner.planned[0].landings.are_beside_reads()
     }
