@@ -83,8 +83,8 @@ impl Default for LowerOptions {
 }
 
 impl LowerOptions {
-    /// For parameters in the memory of a GPU: a landing rate of 1.5 TB/s, waves of 64 MiB, for a wave of a few megabytes is
-    /// over before the next could be posted, and three of them at a time: one lands while two are read.
+    /// For parameters in the memory of a GPU: a landing rate of 1.5 TB/s, waves of 256 MiB, for a wave of a few megabytes is
+    /// over before the next could be posted, and two of them at a time: one lands while the other is read.
     #[must_use]
     pub fn on_device() -> Self {
         Self { landing_bytes_per_us: 1_500_000, wave_bytes: 256 << 20, slots: 2, ..Self::default() }

@@ -58,7 +58,7 @@ pub(crate) struct Args {
     /// and no sizes are given)
     #[arg(long)]
     pub(super) read_per_row: bool,
-    /// What a wave may stage before it is landed, in MiB; 0 stages everything at once (default: 8, on GPUs 64)
+    /// What a wave may stage before it is landed, in MiB; 0 stages everything at once (default: 8, on GPUs 256)
     #[arg(long, value_name = "MIB")]
     pub(super) wave: Option<u64>,
     /// Write every number to a file

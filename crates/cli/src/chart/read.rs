@@ -44,6 +44,8 @@ pub(super) struct Bar {
     pub(super) gbps: f64,
     /// The same over the ceiling of its pair and transport.
     pub(super) of_ceiling: Option<f64>,
+    /// The share of the bytes that never left their GPU, where it is known and counts.
+    pub(super) at_home: Option<f64>,
 }
 
 /// What a bar stands for.
@@ -117,6 +119,16 @@ struct Ceilings {
     big_read_gbps: Option<f64>,
 }
 
+impl PeerResult {
+    /// With fewer GPUs than ranks, an engine rank finds some of its bytes on its own GPU.
+    #[allow(clippy::cast_precision_loss, reason = "a share for people")]
+    fn at_home(&self) -> Option<f64> {
+        let near = self.needed_bytes.checked_sub(self.remote_bytes?)?;
+        // Norms that every trainer rank holds are near in any case.
+        (near * 20 > self.needed_bytes).then(|| near as f64 / self.needed_bytes as f64)
+    }
+}
+
 /// A file of `benches/peers`.
 #[derive(Debug, Deserialize)]
 struct Peers {
@@ -132,6 +144,10 @@ struct PeersMachine {
 
 #[derive(Debug, Deserialize)]
 struct PeerResult {
+    #[serde(default)]
+    needed_bytes: u64,
+    #[serde(default)]
+    remote_bytes: Option<u64>,
     method: String,
     model: String,
     source: String,
@@ -210,10 +226,10 @@ impl Chart {
                 (pull, median(|cycle| cycle.pull_gbps)?),
             ] {
                 let of_ceiling = most.filter(|&most| most > 0.0).map(|most| gbps / most);
-                group.add(Bar { series, gbps, of_ceiling });
+                group.add(Bar { series, gbps, of_ceiling, at_home: None });
             }
             if let Some(gbps) = most {
-                group.add(Bar { series: ceiling, gbps, of_ceiling: None });
+                group.add(Bar { series: ceiling, gbps, of_ceiling: None, at_home: None });
             }
         }
         Ok(())
@@ -231,7 +247,8 @@ impl Chart {
                     result.method, result.model, result.source, result.target
                 ));
             }
-            group.add(Bar { series, gbps: checked(result.gbps)?, of_ceiling: None });
+            let (gbps, at_home) = (checked(result.gbps)?, result.at_home());
+            group.add(Bar { series, gbps, of_ceiling: None, at_home });
         }
         Ok(())
     }

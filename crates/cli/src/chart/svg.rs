@@ -207,7 +207,10 @@ impl Body {
         );
         let text = match bar.of_ceiling {
             Some(ratio) => format!("{number}  ({ratio:.2} of its ceiling)"),
-            None => number,
+            None => match bar.at_home {
+                Some(share) => format!("{number}  ({:.0}% within one GPU)", share * 100.0),
+                None => number,
+            },
         };
         self.y = y + BAR - 3.0;
         self.text(tenths(end + 6.0), "number", "start", &text);
