@@ -253,6 +253,8 @@ fn hash(plan: &Plan, links: &Links, options: &LowerOptions, choices: &[Choice]) 
     encoder.bytes(plan.hash().as_bytes());
     encoder.u64(options.wave_limit());
     encoder.u64(u64::from(options.slots.max(1)));
+    // It limits how finely pieces are cut.
+    encoder.u64(links.max_reads);
     for (index, source) in plan.sources().iter().enumerate() {
         if index == 0 || plan.sources()[index - 1].rank != source.rank {
             links.by_source[index].encode(&mut encoder);

@@ -20,7 +20,7 @@ pub struct Written {
 /// Patterns in flight at one address beyond which pairs are no longer compared one by one.
 const MOST_PAIRS: usize = 64;
 
-/// Runs of one pattern that are listed to compare them. Boxes of tensors repeat one within the other, which takes no
+/// Runs, of one pattern or of all together, that are listed to compare them. Boxes of tensors repeat one within the other, which takes no
 /// list, whatever their number.
 const MOST_LISTED: u64 = 1 << 24;
 
@@ -143,10 +143,12 @@ fn hits(strides: Strides<'_>, run: u64, start: u64, end: u64) -> bool {
 /// Two of these patterns that share a byte, by what they are tagged with. They are sorted by kind and address, and none
 /// overlaps itself.
 pub(crate) fn shared<T: Copy>(patterns: &[(&Written, T)]) -> Option<(T, T)> {
+    let runs =
+        patterns.iter().fold(0, |runs: u64, (pattern, _)| runs.saturating_add(pattern.dims.runs()));
     let mut open: Vec<(&Written, T)> = Vec::new();
     for &(pattern, tag) in patterns {
         open.retain(|(earlier, _)| earlier.kind == pattern.kind && earlier.end() > pattern.address);
-        if open.len() > MOST_PAIRS {
+        if open.len() > MOST_PAIRS && runs <= MOST_LISTED {
             return shared_runs(patterns);
         }
         if let Some(&(_, other)) = open.iter().find(|(earlier, _)| earlier.overlaps(pattern)) {
