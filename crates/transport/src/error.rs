@@ -137,6 +137,18 @@ pub enum TransportError {
 }
 
 impl TransportError {
+    pub(crate) fn register(agent: &str, kind: MemoryKind, len: u64, cause: Cause) -> Self {
+        Self::Register { agent: agent.into(), len, kind, cause }
+    }
+
+    pub(crate) fn prepare(agent: &str, peer: &str, cause: Cause) -> Self {
+        Self::Prepare { agent: agent.into(), peer: peer.into(), cause }
+    }
+
+    pub(crate) fn not_registered(peer: &str, side: Side, read: usize, len: u64) -> Self {
+        Self::NotRegistered { peer: peer.into(), read, side, len }
+    }
+
     /// Whether local memory is quiet after this error. Only [`Lost`](Self::Lost) leaves that open.
     #[must_use]
     pub fn is_settled(&self) -> bool {

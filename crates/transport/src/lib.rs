@@ -66,6 +66,7 @@ mod pull;
 mod random;
 mod reads;
 mod registry;
+mod suspicion;
 mod transport;
 
 #[cfg(feature = "cuda")]

@@ -16,7 +16,6 @@ mod copy;
 mod network;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use refit_planner::Capabilities;
 use refit_pool::{MemoryKind, Region};
@@ -27,6 +26,7 @@ use crate::envelope;
 use crate::peers::{PeerState, Peers};
 use crate::reads::{check_shapes, written};
 use crate::registry::{Holds, Registered};
+use crate::suspicion::Suspicion;
 use crate::{Cause, Peer, ReadOp, Side, Status, Transport, TransportError, Written};
 
 pub use self::network::Network;
@@ -74,7 +74,7 @@ pub struct LocalTransport {
     agent: Arc<Agent>,
     options: LocalOptions,
     peers: Peers<Link>,
-    suspect: AtomicBool,
+    suspect: Suspicion,
 }
 
 /// Memory registered with a [`LocalTransport`].
@@ -115,7 +115,7 @@ impl LocalTransport {
         let agent = network
             .join(name)
             .map_err(|cause| TransportError::Start { agent: name.into(), cause })?;
-        Ok(Self { agent, options, peers: Peers::new(), suspect: AtomicBool::new(false) })
+        Ok(Self { agent, options, peers: Peers::new(), suspect: Suspicion::default() })
     }
 
     fn connect_error(&self, peer: &str, cause: Cause) -> TransportError {
@@ -128,13 +128,6 @@ impl LocalTransport {
             peer: prepared.peer.name.clone(),
             cause,
         }
-    }
-
-    fn not_suspect(&self) -> Result<(), TransportError> {
-        if self.suspect.load(Ordering::Acquire) {
-            return Err(TransportError::Suspect { agent: self.agent().into() });
-        }
-        Ok(())
     }
 
     fn try_post(prepared: &LocalReads) -> Result<(), Cause> {
@@ -179,26 +172,12 @@ impl Transport for LocalTransport {
             if region.kind() == MemoryKind::Host { Ok(()) } else { Err(Cause::Kind) }
         };
         self.agent.registry.register(region, make).map(LocalRegistration).map_err(|cause| {
-            TransportError::Register {
-                agent: self.agent().into(),
-                len: region.len(),
-                kind: region.kind(),
-                cause,
-            }
+            TransportError::register(self.agent(), region.kind(), region.len(), cause)
         })
     }
 
     fn deregister(&self, registration: LocalRegistration) -> Result<(), TransportError> {
-        if registration.0.belongs_to(&self.agent.registry) {
-            return Ok(());
-        }
-        let (len, kind) = (registration.0.len(), registration.0.kind());
-        Err(TransportError::Register {
-            agent: self.agent().into(),
-            len,
-            kind,
-            cause: Cause::Foreign,
-        })
+        self.agent.registry.check_own(self.agent(), &registration.0)
     }
 
     fn connect(&self, name: &str, metadata: &[u8]) -> Result<Peer, TransportError> {
@@ -223,32 +202,18 @@ impl Transport for LocalTransport {
     }
 
     fn prepare(&self, peer: &Peer, reads: &[ReadOp]) -> Result<LocalReads, TransportError> {
-        self.not_suspect()?;
-        let error = |cause| TransportError::Prepare {
-            agent: self.agent().into(),
-            peer: peer.name.clone(),
-            cause,
-        };
+        self.suspect.check(self.agent())?;
+        let error = |cause| TransportError::prepare(self.agent(), &peer.name, cause);
         let state = self.peers.get(&peer.name).map_err(error)?;
         check_shapes(reads, &self.options.capabilities).map_err(error)?;
-        let outside = |side, read, len| TransportError::NotRegistered {
-            peer: peer.name.clone(),
-            read,
-            side,
-            len,
-        };
         let published = state.ranges();
         for (read, op) in reads.iter().enumerate() {
             if !published.cover(op.from.kind, op.from.address, op.from.len, |_| {}) {
-                return Err(outside(Side::Remote, read, op.from.len));
+                let (name, len) = (&peer.name, op.from.len);
+                return Err(TransportError::not_registered(name, Side::Remote, read, len));
             }
         }
-        let into = reads.iter().map(|op| (op.into.kind, op.into.address, op.into.len));
-        let holds = self
-            .agent
-            .registry
-            .hold(into)
-            .map_err(|read| outside(Side::Local, read, reads[read].into.len))?;
+        let holds = self.agent.registry.hold_targets(&peer.name, reads)?;
         let written = written(&peer.name, reads)?;
         let owner = self.agent.incarnation;
         Ok(LocalReads {
@@ -270,7 +235,7 @@ impl Transport for LocalTransport {
     }
 
     unsafe fn post(&self, prepared: &mut LocalReads) -> Result<Status, TransportError> {
-        self.not_suspect()?;
+        self.suspect.check(self.agent())?;
         if prepared.owner != self.agent.incarnation {
             return Err(self.failed(prepared, Cause::Foreign));
         }
@@ -313,7 +278,7 @@ impl Transport for LocalTransport {
     }
 
     fn suspect(&self, _prepared: &LocalReads) {
-        self.suspect.store(true, Ordering::Release);
+        self.suspect.raise();
     }
 }
 

@@ -37,7 +37,7 @@
 //! use refit_transport::peer::{PeerOptions, PeerTransport};
 //!
 //! # fn publish(_: &str, _: Vec<u8>) {}
-//! # fn fetch() -> (String, Vec<u8>) { unimplemented!() }
+//! # fn fetch() -> (String, Vec<u8>) { Default::default() }
 //! fn source() -> Result<(), Box<dyn std::error::Error>> {
 //!     let device = Device::primary(Driver::load()?, 0)?;
 //!     let weights = CudaAllocator::new(device.clone()).allocate(1 << 30)?;

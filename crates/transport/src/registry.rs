@@ -7,7 +7,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use refit_pool::{MemoryKind, Region};
 
-use crate::Cause;
+use crate::{Cause, ReadOp, Side, TransportError};
 
 /// Where a registration starts.
 type Start = (MemoryKind, u64);
@@ -102,6 +102,30 @@ impl<B> Registry<B> {
         Ranges(live.inspect(|(_, entry)| visit(&entry.backend)).map(|(&s, e)| (s, e.end)).collect())
     }
 
+    /// Keeps the registrations that these reads from a peer write into.
+    pub(crate) fn hold_targets(
+        self: &Arc<Self>,
+        peer: &str,
+        reads: &[ReadOp],
+    ) -> Result<Holds<B>, TransportError> {
+        self.hold(reads.iter().map(|op| (op.into.kind, op.into.address, op.into.len))).map_err(
+            |read| TransportError::not_registered(peer, Side::Local, read, reads[read].into.len),
+        )
+    }
+
+    /// Refuses to undo a registration that another agent made.
+    pub(crate) fn check_own(
+        self: &Arc<Self>,
+        agent: &str,
+        registered: &Registered<B>,
+    ) -> Result<(), TransportError> {
+        if Arc::ptr_eq(&registered.registry, self) {
+            return Ok(());
+        }
+        let (kind, len) = (registered.start.0, registered.len);
+        Err(TransportError::register(agent, kind, len, Cause::Foreign))
+    }
+
     /// Keeps the registrations that cover these ranges; the error is the index of one that is not covered.
     pub(crate) fn hold(
         self: &Arc<Self>,
@@ -154,20 +178,6 @@ impl<B> Registry<B> {
             // Under the lock: nobody may register the range again before the backend has forgotten it.
             drop(entries.remove(&start));
         }
-    }
-}
-
-impl<B> Registered<B> {
-    pub(crate) fn belongs_to(&self, registry: &Arc<Registry<B>>) -> bool {
-        Arc::ptr_eq(&self.registry, registry)
-    }
-
-    pub(crate) fn len(&self) -> u64 {
-        self.len
-    }
-
-    pub(crate) fn kind(&self) -> MemoryKind {
-        self.start.0
     }
 }
 

@@ -2,7 +2,6 @@ use std::collections::HashMap;
 use std::mem;
 use std::slice;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use refit_planner::Capabilities;
@@ -12,6 +11,7 @@ use super::blob::{Blob, Part};
 use super::choice::{Choice, Ends, Facts, NotNear, choose};
 use crate::envelope;
 use crate::registry::Ranges;
+use crate::suspicion::Suspicion;
 use crate::{Cause, Peer, ReadOp, Status, Transport, TransportError, Written};
 
 const NEAR: &str = "peer";
@@ -28,7 +28,7 @@ pub struct Auto<N: Transport, F: Transport> {
     near: Result<N, String>,
     far: Result<F, String>,
     peers: Mutex<HashMap<String, Arc<Known>>>,
-    suspect: AtomicBool,
+    suspect: Suspicion,
 }
 
 /// Memory registered with an [`Auto`] transport.
@@ -88,7 +88,7 @@ impl<N: Transport, F: Transport> Auto<N, F> {
             }
         };
         let peers = Mutex::default();
-        Ok(Self { name, near, far, peers, suspect: AtomicBool::new(false) })
+        Ok(Self { name, near, far, peers, suspect: Suspicion::default() })
     }
 
     /// The transport for peers nearby, or why there is none.
@@ -121,15 +121,8 @@ impl<N: Transport, F: Transport> Auto<N, F> {
 
     /// Nobody sees what has become of it.
     fn lost(&self, batch: &AutoReads<N, F>, cause: Cause) -> TransportError {
-        self.suspect.store(true, Ordering::Release);
+        self.suspect.raise();
         TransportError::Lost { agent: self.name.clone(), peer: batch.peer.name.clone(), cause }
-    }
-
-    fn not_suspect(&self) -> Result<(), TransportError> {
-        if self.suspect.load(Ordering::Acquire) {
-            return Err(TransportError::Suspect { agent: self.name.clone() });
-        }
-        Ok(())
     }
 
     /// Connects to a peer by one of the two.
@@ -415,7 +408,7 @@ impl<N: Transport, F: Transport> Transport for Auto<N, F> {
     }
 
     fn prepare(&self, peer: &Peer, reads: &[ReadOp]) -> Result<AutoReads<N, F>, TransportError> {
-        self.not_suspect()?;
+        self.suspect.check(self.agent())?;
         let error = |cause| TransportError::Prepare {
             agent: self.name.clone(),
             peer: peer.name.clone(),
@@ -466,7 +459,7 @@ impl<N: Transport, F: Transport> Transport for Auto<N, F> {
         &self,
         batches: &mut [AutoReads<N, F>],
     ) -> Vec<Result<Status, TransportError>> {
-        if let Err(error) = self.not_suspect() {
+        if let Err(error) = self.suspect.check(self.agent()) {
             return vec![Err(error)];
         }
         let mut answers: Vec<_> = batches.iter().map(|_| None).collect();
@@ -516,7 +509,7 @@ impl<N: Transport, F: Transport> Transport for Auto<N, F> {
     }
 
     fn suspect(&self, prepared: &AutoReads<N, F>) {
-        self.suspect.store(true, Ordering::Release);
+        self.suspect.raise();
         match (&prepared.reads, &self.near, &self.far) {
             (Reads::Near(reads), Ok(near), _) => near.suspect(reads),
             (Reads::Far(reads), _, Ok(far)) => far.suspect(reads),

@@ -1,6 +1,6 @@
 use std::cmp::Reverse;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nixl_sys::MemType;
 use refit_planner::Capabilities;
@@ -15,6 +15,7 @@ use crate::envelope;
 use crate::peers::{PeerState, Peers};
 use crate::reads::{check_shapes, written};
 use crate::registry::{Registered, Registry};
+use crate::suspicion::Suspicion;
 use crate::{Cause, Peer, ReadOp, Side, Status, Transport, TransportError, Written};
 
 pub(super) type PeerLink = PeerState<Link>;
@@ -26,7 +27,7 @@ pub(super) type PeerLink = PeerState<Link>;
 pub struct NixlTransport {
     registry: Arc<Registry<Registration>>,
     peers: Peers<Link>,
-    suspect: AtomicBool,
+    suspect: Suspicion,
     options: NixlOptions,
     /// Device memory that peers' allocations are touched into. Goes before the agent.
     scratch: Option<Arc<Scratch>>,
@@ -54,7 +55,7 @@ impl NixlTransport {
         Ok(Self {
             registry: Registry::new(),
             peers: Peers::new(),
-            suspect: AtomicBool::new(false),
+            suspect: Suspicion::default(),
             options,
             scratch,
             touches: AtomicU64::new(0),
@@ -94,17 +95,8 @@ impl NixlTransport {
     }
 
     fn build(&self, peer: Arc<PeerLink>, reads: &[ReadOp]) -> Result<NixlReads, TransportError> {
-        let error = |cause| TransportError::Prepare {
-            agent: self.agent().into(),
-            peer: peer.name.clone(),
-            cause,
-        };
-        let outside = |side, read, len| TransportError::NotRegistered {
-            peer: peer.name.clone(),
-            read,
-            side,
-            len,
-        };
+        let error = |cause| TransportError::prepare(self.agent(), &peer.name, cause);
+        let outside = |side, read, len| TransportError::not_registered(&peer.name, side, read, len);
         check_shapes(reads, &self.options.capabilities).map_err(error)?;
         // NIXL's own check of ranges wraps; these do not, and come first.
         let (published, own) = (peer.ranges(), self.registry.ranges());
@@ -125,11 +117,7 @@ impl NixlTransport {
             }
             pieces.push(op, &mut cuts).map_err(error)?;
         }
-        let ranges = reads.iter().map(|op| (op.into.kind, op.into.address, op.into.len));
-        let holds = self
-            .registry
-            .hold(ranges)
-            .map_err(|read| outside(Side::Local, read, reads[read].into.len))?;
+        let holds = self.registry.hold_targets(&peer.name, reads)?;
         let written = written(&peer.name, reads)?;
         let (probed, lists) = pieces.in_order();
         let list = lists
@@ -150,16 +138,13 @@ impl NixlTransport {
         if settled {
             TransportError::Failed { agent, peer, cause }
         } else {
-            self.suspect.store(true, Ordering::Release);
+            self.suspect.raise();
             TransportError::Lost { agent, peer, cause }
         }
     }
 
     pub(super) fn not_suspect(&self) -> Result<(), TransportError> {
-        if self.suspect.load(Ordering::Acquire) {
-            return Err(TransportError::Suspect { agent: self.agent().into() });
-        }
-        Ok(())
+        self.suspect.check(self.agent())
     }
 }
 
@@ -187,26 +172,14 @@ impl Transport for NixlTransport {
 
     fn register(&self, region: &Region) -> Result<NixlRegistration, TransportError> {
         let registered = self.registry.register(region, |region| self.agent.register(region));
-        registered.map(NixlRegistration).map_err(|cause| TransportError::Register {
-            agent: self.agent().into(),
-            len: region.len(),
-            kind: region.kind(),
-            cause,
+        registered.map(NixlRegistration).map_err(|cause| {
+            TransportError::register(self.agent(), region.kind(), region.len(), cause)
         })
     }
 
     fn deregister(&self, registration: NixlRegistration) -> Result<(), TransportError> {
         // `nixl_sys` keeps what NIXL answers to itself, so there is nothing more to report.
-        if registration.0.belongs_to(&self.registry) {
-            return Ok(());
-        }
-        let (len, kind) = (registration.0.len(), registration.0.kind());
-        Err(TransportError::Register {
-            agent: self.agent().into(),
-            len,
-            kind,
-            cause: Cause::Foreign,
-        })
+        self.registry.check_own(self.agent(), &registration.0)
     }
 
     fn connect(&self, name: &str, metadata: &[u8]) -> Result<Peer, TransportError> {
@@ -244,11 +217,7 @@ impl Transport for NixlTransport {
 
     fn prepare(&self, peer: &Peer, reads: &[ReadOp]) -> Result<NixlReads, TransportError> {
         self.not_suspect()?;
-        let error = |cause| TransportError::Prepare {
-            agent: self.agent().into(),
-            peer: peer.name.clone(),
-            cause,
-        };
+        let error = |cause| TransportError::prepare(self.agent(), &peer.name, cause);
         let state = self.peers.get(&peer.name).map_err(error)?;
         let prepared = self.build(Arc::clone(&state), reads)?;
         self.touch(&state, reads).map_err(error)?;
@@ -278,7 +247,7 @@ impl Transport for NixlTransport {
     }
 
     fn suspect(&self, _prepared: &NixlReads) {
-        self.suspect.store(true, Ordering::Release);
+        self.suspect.raise();
     }
 }
 

@@ -1,7 +1,6 @@
 use std::collections::BTreeMap;
 use std::slice;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use refit_kernels::{Effect, Move, Mover, Table};
 use refit_planner::Capabilities;
@@ -20,6 +19,7 @@ use crate::envelope;
 use crate::peers::{PeerState, Peers};
 use crate::reads::{check_shapes, written};
 use crate::registry::Registered;
+use crate::suspicion::Suspicion;
 use crate::{Cause, Peer, ReadOp, Side, Status, Transport, TransportError, Written};
 
 /// An agent of one GPU, which reads the memory of other GPUs of its host.
@@ -30,7 +30,7 @@ pub struct PeerTransport {
     agent: Arc<Agent>,
     engine: Arc<Engine>,
     peers: Peers<Link>,
-    suspect: AtomicBool,
+    suspect: Suspicion,
     options: PeerOptions,
 }
 
@@ -52,7 +52,7 @@ impl PeerTransport {
         };
         let (agent, engine) = start()
             .map_err(|cause| TransportError::Start { agent: options.prefix.clone(), cause })?;
-        Ok(Self { agent, engine, peers: Peers::new(), suspect: AtomicBool::new(false), options })
+        Ok(Self { agent, engine, peers: Peers::new(), suspect: Suspicion::default(), options })
     }
 
     /// The device whose memory it registers and writes.
@@ -153,30 +153,14 @@ impl PeerTransport {
         TransportError::Connect { agent: self.agent().into(), peer: peer.into(), cause }
     }
 
-    fn register_error(
-        &self,
-        len: u64,
-        kind: refit_pool::MemoryKind,
-        cause: Cause,
-    ) -> TransportError {
-        TransportError::Register { agent: self.agent().into(), len, kind, cause }
-    }
-
     fn failed(&self, batch: &PeerReads, Failure { cause, settled }: Failure) -> TransportError {
         let (agent, peer) = (self.agent().into(), batch.parts().peer.name.clone());
         if settled {
             TransportError::Failed { agent, peer, cause }
         } else {
-            self.suspect.store(true, Ordering::Release);
+            self.suspect.raise();
             TransportError::Lost { agent, peer, cause }
         }
-    }
-
-    fn not_suspect(&self) -> Result<(), TransportError> {
-        if self.suspect.load(Ordering::Acquire) {
-            return Err(TransportError::Suspect { agent: self.agent().into() });
-        }
-        Ok(())
     }
 }
 
@@ -235,17 +219,13 @@ impl Transport for PeerTransport {
             _ => Err(Cause::Kind),
         };
         let registered = self.agent.registry.register(region, make);
-        registered
-            .map(PeerRegistration)
-            .map_err(|cause| self.register_error(region.len(), region.kind(), cause))
+        registered.map(PeerRegistration).map_err(|cause| {
+            TransportError::register(self.agent(), region.kind(), region.len(), cause)
+        })
     }
 
     fn deregister(&self, registration: PeerRegistration) -> Result<(), TransportError> {
-        if registration.0.belongs_to(&self.agent.registry) {
-            return Ok(());
-        }
-        let (len, kind) = (registration.0.len(), registration.0.kind());
-        Err(self.register_error(len, kind, Cause::Foreign))
+        self.agent.registry.check_own(self.agent(), &registration.0)
     }
 
     fn connect(&self, name: &str, metadata: &[u8]) -> Result<Peer, TransportError> {
@@ -258,31 +238,17 @@ impl Transport for PeerTransport {
     }
 
     fn prepare(&self, peer: &Peer, reads: &[ReadOp]) -> Result<PeerReads, TransportError> {
-        self.not_suspect()?;
-        let error = |cause| TransportError::Prepare {
-            agent: self.agent().into(),
-            peer: peer.name.clone(),
-            cause,
-        };
+        self.suspect.check(self.agent())?;
+        let error = |cause| TransportError::prepare(self.agent(), &peer.name, cause);
         let state = self.peers.get(&peer.name).map_err(error)?;
         check_shapes(reads, &self.capabilities()).map_err(error)?;
-        let outside = |side, read, len| TransportError::NotRegistered {
-            peer: peer.name.clone(),
-            read,
-            side,
-            len,
-        };
         // In this order: a peer that is learnt of again meanwhile has mapped at least what it published.
         let published = state.ranges();
         let view = state.link.view();
-        let sources = Source::list(&published, reads)
-            .map_err(|read| outside(Side::Remote, read, reads[read].from.len))?;
-        let into = reads.iter().map(|op| (op.into.kind, op.into.address, op.into.len));
-        let holds = self
-            .agent
-            .registry
-            .hold(into)
-            .map_err(|read| outside(Side::Local, read, reads[read].into.len))?;
+        let sources = Source::list(&published, reads).map_err(|read| {
+            TransportError::not_registered(&peer.name, Side::Remote, read, reads[read].from.len)
+        })?;
+        let holds = self.agent.registry.hold_targets(&peer.name, reads)?;
         let written = written(&peer.name, reads)?;
         let work = self.work(&view, reads).map_err(error)?;
         let table = (!work.moves.is_empty())
@@ -323,7 +289,7 @@ impl Transport for PeerTransport {
         let mut ready = Vec::with_capacity(batches.len());
         let mut refused = None;
         for (index, batch) in batches.iter().enumerate() {
-            let held = self.not_suspect().and_then(|()| {
+            let held = self.suspect.check(self.agent()).and_then(|()| {
                 if !Arc::ptr_eq(&batch.parts().engine, &self.engine) {
                     let cause = Cause::Foreign;
                     return Err(self.failed(batch, Failure { cause, settled: true }));
@@ -380,7 +346,7 @@ impl Transport for PeerTransport {
     }
 
     fn suspect(&self, _prepared: &PeerReads) {
-        self.suspect.store(true, Ordering::Release);
+        self.suspect.raise();
     }
 }
 
