@@ -1,19 +1,17 @@
 //! A source in another process: the same test, started again with a role.
 
-use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use refit_pool::cuda::{CudaAllocator, Device, Driver, Stream, set};
 use refit_pool::{Allocator, Memory};
+use refit_tests::link::{Link, answer, hex, unhex};
 use refit_transport::Transport;
 use refit_transport::peer::{PeerOptions, PeerTransport};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Device and bytes of a source.
 const ROLE: &str = "REFIT_PEER_SOURCE";
-/// Marks our lines among those of the test harness.
-const MARK: &str = "refit-peer:";
 
 /// What a source offers: its metadata, and the block it registered last.
 #[derive(Clone)]
@@ -28,8 +26,7 @@ pub(crate) struct Offer {
 /// The process of a source.
 pub(crate) struct Remote {
     child: Child,
-    input: ChildStdin,
-    output: BufReader<ChildStdout>,
+    link: Link,
 }
 
 impl Remote {
@@ -47,41 +44,38 @@ impl Remote {
         command.args(["--exact", test, "--nocapture", "--test-threads=1"]);
         command.env(ROLE, format!("{ordinal} {bytes}"));
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let input = child.stdin.take().unwrap();
-        let output = BufReader::new(child.stdout.take().unwrap());
-        Self { child, input, output }
+        let link = Link::of(&mut child);
+        Self { child, link }
     }
 
     /// What it offers: once after the start, and after each [`more`](Self::more).
     pub(crate) fn offer(&mut self) -> Offer {
-        let line = self.reply();
+        let line = self.link.reply();
         let mut words = line.split(' ');
         let mut word = || words.next().unwrap();
         let name = word().to_owned();
         let (address, len, ordinal) =
             (word().parse().unwrap(), word().parse().unwrap(), word().parse().unwrap());
-        let hex = word();
-        let bytes = (0..hex.len()).step_by(2);
-        let metadata = bytes.map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect();
+        let metadata = unhex(word());
         Offer { name, metadata, address, len, ordinal }
     }
 
     /// Has every byte of every block set to this.
     pub(crate) fn fill(&mut self, byte: u8) {
-        writeln!(self.input, "fill {byte}").unwrap();
-        assert_eq!(self.reply(), "filled");
+        self.link.tell(&format!("fill {byte}"));
+        assert_eq!(self.link.reply(), "filled");
     }
 
     /// Has it allocate and register another block.
     pub(crate) fn more(&mut self, bytes: usize) -> Offer {
-        writeln!(self.input, "more {bytes}").unwrap();
+        self.link.tell(&format!("more {bytes}"));
         self.offer()
     }
 
     /// Has it deregister its first block. The memory stays: others may have it mapped.
     pub(crate) fn withdraw_first(&mut self) {
-        writeln!(self.input, "withdraw 0").unwrap();
-        assert_eq!(self.reply(), "withdrawn");
+        self.link.tell("withdraw 0");
+        assert_eq!(self.link.reply(), "withdrawn");
     }
 
     pub(crate) fn stop(&self) {
@@ -92,17 +86,6 @@ impl Remote {
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
-    }
-
-    fn reply(&mut self) -> String {
-        loop {
-            let mut line = String::new();
-            assert!(self.output.read_line(&mut line).unwrap() > 0, "the source has ended");
-            // The harness may print in front of it, on the same line.
-            if let Some((_, reply)) = line.split_once(MARK) {
-                return reply.trim().to_owned();
-            }
-        }
     }
 }
 
@@ -124,8 +107,8 @@ fn serve(ordinal: u32, bytes: usize) {
         let memory: Memory = allocator.allocate(bytes).unwrap();
         let registration = transport.register(memory.allocation()).unwrap();
         let metadata = transport.metadata().unwrap();
-        let hex: String = metadata.iter().map(|byte| format!("{byte:02x}")).collect();
-        println!("{MARK}{} {} {bytes} {ordinal} {hex}", transport.agent(), memory.address());
+        let (name, address, metadata) = (transport.agent(), memory.address(), hex(&metadata));
+        answer(&format!("{name} {address} {bytes} {ordinal} {metadata}"));
         blocks.push(Some((memory, registration)));
     };
     offer(&mut blocks, bytes);
@@ -138,14 +121,14 @@ fn serve(ordinal: u32, bytes: usize) {
                 for (memory, _) in blocks.iter_mut().flatten() {
                     set(&device, memory, u8::try_from(number).unwrap()).unwrap();
                 }
-                println!("{MARK}filled");
+                answer("filled");
             }
             "more" => offer(&mut blocks, number),
             _ => {
                 let (memory, registration) = blocks[number].take().unwrap();
                 transport.deregister(registration).unwrap();
                 withdrawn.push(memory);
-                println!("{MARK}withdrawn");
+                answer("withdrawn");
             }
         }
     }

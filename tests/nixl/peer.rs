@@ -1,10 +1,10 @@
 //! A source in another process: the same test, started again with a role.
 
-use std::io::{BufRead, BufReader, Write};
-use std::process::{ChildStdin, ChildStdout, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 
 use refit_pool::{Allocator, HostAllocator};
+use refit_tests::link::{Link, answer, hex, unhex};
 use refit_transport::Transport;
 use refit_transport::conformance::Harness;
 use rustix::process::{Pid, Signal, kill_process};
@@ -13,8 +13,6 @@ use crate::Nixl;
 use crate::isolated::{Guarded, command, current};
 
 const ROLE: &str = "REFIT_NIXL_SOURCE_BYTES";
-/// Marks our lines among those of the test harness.
-const MARK: &str = "refit-peer:";
 
 /// What a source offers.
 #[derive(Clone)]
@@ -28,8 +26,7 @@ pub(crate) struct Offer {
 /// The process of a source.
 pub(crate) struct Remote {
     child: Guarded,
-    input: ChildStdin,
-    output: BufReader<ChildStdout>,
+    link: Link,
 }
 
 impl Remote {
@@ -42,29 +39,24 @@ impl Remote {
         let mut command = command(&current(), &[(ROLE, &bytes.to_string())]);
         let mut child =
             Guarded(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap());
-        let input = child.0.stdin.take().unwrap();
-        let output = BufReader::new(child.0.stdout.take().unwrap());
-        Some(Self { child, input, output })
+        let link = Link::of(&mut child.0);
+        Some(Self { child, link })
     }
 
     pub(crate) fn offer(&mut self) -> Offer {
-        let line = self.reply();
+        let line = self.link.reply();
         let mut words = line.split(' ');
         let mut word = || words.next().unwrap();
         let (name, address, len) =
             (word().to_owned(), word().parse().unwrap(), word().parse().unwrap());
-        let hex = word();
-        let metadata = (0..hex.len())
-            .step_by(2)
-            .map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap())
-            .collect();
+        let metadata = unhex(word());
         Offer { name, metadata, address, len }
     }
 
     /// Has every byte set to this.
     pub(crate) fn fill(&mut self, byte: u8) {
-        writeln!(self.input, "{byte}").unwrap();
-        assert_eq!(self.reply(), "filled");
+        self.link.tell(&format!("{byte}"));
+        assert_eq!(self.link.reply(), "filled");
     }
 
     /// Returns when every thread has stopped: the signal alone returns before that.
@@ -94,30 +86,18 @@ impl Remote {
         let pid = Pid::from_raw(i32::try_from(self.child.0.id()).unwrap()).unwrap();
         kill_process(pid, signal).unwrap();
     }
-
-    fn reply(&mut self) -> String {
-        loop {
-            let mut line = String::new();
-            assert!(self.output.read_line(&mut line).unwrap() > 0, "the source has ended");
-            // The harness may print in front of it, on the same line.
-            if let Some((_, reply)) = line.split_once(MARK) {
-                return reply.trim().to_owned();
-            }
-        }
-    }
 }
 
 fn serve(bytes: usize) {
     let mut memory = HostAllocator.allocate(bytes).unwrap();
     let transport = Nixl.agent("source").unwrap();
     let registration = transport.register(memory.allocation()).unwrap();
-    let metadata: String =
-        transport.metadata().unwrap().iter().map(|byte| format!("{byte:02x}")).collect();
-    println!("{MARK}{} {} {bytes} {metadata}", transport.agent(), memory.address());
+    let metadata = hex(&transport.metadata().unwrap());
+    answer(&format!("{} {} {bytes} {metadata}", transport.agent(), memory.address()));
     for line in std::io::stdin().lines() {
         let byte = line.unwrap().trim().parse().unwrap();
         memory.host_bytes_mut().unwrap().fill(byte);
-        println!("{MARK}filled");
+        answer("filled");
     }
     transport.deregister(registration).unwrap();
 }

@@ -9,6 +9,7 @@ pub mod floats;
 pub mod fuzz;
 pub mod golden;
 pub mod landing;
+pub mod link;
 pub mod models;
 pub mod moves;
 pub mod oracle;
