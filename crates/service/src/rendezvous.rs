@@ -1,0 +1,209 @@
+//! Where processes meet: a small map that all of them see, whose entries vanish with the process that wrote them.
+//!
+//! Nothing large or hot goes through it: who is there, which version is open, who reads it. Bytes of weights never do.
+
+mod memory;
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::time::{Duration, Instant};
+
+pub use self::memory::{InProcess, InProcessSession};
+
+/// The name of an entry, as a path of plain parts: `model/trainer/3`.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key(String);
+
+/// How far a store had come when it was asked. Later states have larger numbers; numbers of two stores do not compare.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Revision(pub u64);
+
+/// Everything under a prefix, as it was at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Which moment: what [`Rendezvous::changed`] wants to know.
+    pub revision: Revision,
+    /// The entries.
+    pub entries: BTreeMap<Key, Vec<u8>>,
+}
+
+/// What became of [`Rendezvous::create`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Created {
+    /// The entry was not there and is now as given.
+    New,
+    /// It was there, with this value, and is as it was.
+    Already(Vec<u8>),
+}
+
+/// For how long an entry stays.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Life<'a, S> {
+    /// Until it is removed.
+    Kept,
+    /// Until it is removed, or the session ends or falls silent.
+    Session(&'a S),
+}
+
+/// A map that processes share.
+///
+/// Reads are never older than what this process has written or read before, and all processes see the writes to all keys
+/// in one order: whoever writes `a` and then reads no `b` knows that whoever writes `b` and then reads finds `a`. The
+/// fence between trainer and readers stands on that.
+pub trait Rendezvous: Debug + Send + Sync + 'static {
+    /// Keeps entries while it is held; dropped, they are removed. When its process dies they vanish within its `ttl`.
+    type Session: Debug + Send + Sync + 'static;
+
+    /// The store's name, for logs and errors.
+    fn store(&self) -> &'static str;
+
+    /// Begins a session, which renews itself in the background.
+    ///
+    /// # Errors
+    /// [`RendezvousError`].
+    fn session(&self, ttl: Duration) -> Result<Self::Session, RendezvousError>;
+
+    /// Writes an entry, whatever it was before. Readers see the old value or the new, whole.
+    ///
+    /// # Errors
+    /// [`RendezvousError`]; [`RendezvousError::TooLarge`] above [`MAX_VALUE_BYTES`].
+    fn put(
+        &self,
+        key: &Key,
+        value: &[u8],
+        life: Life<'_, Self::Session>,
+    ) -> Result<(), RendezvousError>;
+
+    /// Writes an entry unless there is one. Of several processes that try, one succeeds.
+    ///
+    /// # Errors
+    /// As [`put`](Self::put).
+    fn create(
+        &self,
+        key: &Key,
+        value: &[u8],
+        life: Life<'_, Self::Session>,
+    ) -> Result<Created, RendezvousError>;
+
+    /// Removes an entry, if it is there.
+    ///
+    /// # Errors
+    /// [`RendezvousError`].
+    fn remove(&self, key: &Key) -> Result<(), RendezvousError>;
+
+    /// Everything at or under a key.
+    ///
+    /// # Errors
+    /// [`RendezvousError`].
+    fn list(&self, prefix: &Key) -> Result<Snapshot, RendezvousError>;
+
+    /// Everything at or under a key, once it is no more what it was at `since`, or `None` at the deadline. Stores that
+    /// can watch do. May return early with nothing changed.
+    ///
+    /// # Errors
+    /// [`RendezvousError`].
+    fn changed(
+        &self,
+        prefix: &Key,
+        since: Revision,
+        deadline: Instant,
+    ) -> Result<Option<Snapshot>, RendezvousError>;
+}
+
+/// No entry is larger: a publication of a million shards, and its seal.
+pub const MAX_VALUE_BYTES: usize = refit::MAX_ENCODED_BYTES + 4096;
+
+/// Most bytes of a key.
+pub const MAX_KEY_BYTES: usize = 512;
+
+impl Key {
+    /// A key of these parts, each of letters, digits, `.`, `_` and `-`.
+    ///
+    /// # Errors
+    /// [`RendezvousError::Key`] for a part that is empty, `.` or `..`, or has other characters, and for more than
+    /// [`MAX_KEY_BYTES`] in all.
+    pub fn new<P: AsRef<str>>(parts: impl IntoIterator<Item = P>) -> Result<Self, RendezvousError> {
+        let mut path = String::new();
+        for part in parts {
+            let part = part.as_ref();
+            let plain =
+                |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+            if part.is_empty() || part == "." || part == ".." || !part.bytes().all(plain) {
+                return Err(RendezvousError::Key { key: part.escape_debug().to_string() });
+            }
+            if !path.is_empty() {
+                path.push('/');
+            }
+            path.push_str(part);
+        }
+        if path.is_empty() || path.len() > MAX_KEY_BYTES {
+            return Err(RendezvousError::Key { key: path });
+        }
+        Ok(Self(path))
+    }
+
+    /// This key with one part more.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn join(&self, part: impl AsRef<str>) -> Result<Self, RendezvousError> {
+        Self::new(self.parts().chain([part.as_ref()]))
+    }
+
+    /// Its parts.
+    pub fn parts(&self) -> impl Iterator<Item = &str> {
+        self.0.split('/')
+    }
+
+    /// Whether it is this prefix or lies under it.
+    #[must_use]
+    pub fn is_under(&self, prefix: &Self) -> bool {
+        self.0.strip_prefix(&prefix.0).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    }
+
+    /// The whole path, parts between slashes.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::fmt::Display for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Why a store could not be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RendezvousError {
+    /// Not a key.
+    #[error(
+        "`{key}` cannot name an entry: parts are letters, digits, `.`, `_` and `-`, {MAX_KEY_BYTES} bytes in all"
+    )]
+    Key {
+        /// What was given.
+        key: String,
+    },
+    /// A value is larger than any entry.
+    #[error("`{key}` would be {bytes} bytes, more than an entry may have ({MAX_VALUE_BYTES})")]
+    TooLarge {
+        /// The entry.
+        key: Key,
+        /// Bytes given.
+        bytes: usize,
+    },
+    /// The session that keeps an entry has ended.
+    #[error(
+        "the session has ended: the store did not hear of it in time; begin another and publish again"
+    )]
+    SessionEnded,
+}
