@@ -77,6 +77,9 @@ pub enum Method {
     Span,
     /// Exactly the needed runs are read into staging, densely, then copied to their place locally.
     Packed,
+    /// The bytes are read into staging together with those of parameters beside it in the source's memory, then copied to
+    /// their place locally.
+    Gathered,
 }
 
 /// A choice the lowering made, with what it expects it to cost.
