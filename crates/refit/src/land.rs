@@ -41,8 +41,7 @@ impl Landings {
         match device {
             #[cfg(feature = "cuda")]
             Some(lander) if live.iter().any(|memory| memory.kind() != MemoryKind::Host) => {
-                let landings = device::Landings::new(program, lander, live)?;
-                Ok(Self::Device(Box::new(landings)))
+                Ok(Self::Device(Box::new(device::Landings::new(lander, live))))
             }
             _ => {
                 // Better now than after the bytes have moved.
@@ -57,6 +56,18 @@ impl Landings {
                     }
                 }
             }
+        }
+    }
+
+    /// Prepares what takes a while, at a time when reads are under way.
+    pub(crate) fn make_ready(&mut self, program: &Program) -> Result<(), RefitError> {
+        match self {
+            Self::Host => {
+                let _ = program;
+                Ok(())
+            }
+            #[cfg(feature = "cuda")]
+            Self::Device(landings) => landings.make_ready(program),
         }
     }
 
@@ -76,7 +87,7 @@ impl Landings {
                 host::land(program.wave(wave).landings, staging, program.targets(), live)
             }
             #[cfg(feature = "cuda")]
-            Self::Device(landings) => landings.start(wave, staging),
+            Self::Device(landings) => landings.start(program, wave, staging),
         }
     }
 
@@ -117,7 +128,7 @@ impl Landings {
         match self {
             Self::Host => host::fill(program.fills(), program.targets(), live),
             #[cfg(feature = "cuda")]
-            Self::Device(landings) => landings.fill(),
+            Self::Device(landings) => landings.fill(program),
         }
     }
 }
