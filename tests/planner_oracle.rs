@@ -152,7 +152,9 @@ proptest! {
             }
             let choices = program.choices();
             prop_assert_eq!(choices.iter().map(|choice| choice.reads).sum::<u64>(), program.reads().len() as u64);
-            prop_assert_eq!(choices.iter().map(|choice| choice.wire_bytes).sum::<u64>(), program.wire_bytes());
+            let gaps: u64 = program.reads().iter().map(|read| read.gap).sum();
+            prop_assert_eq!(choices.iter().map(|choice| choice.wire_bytes).sum::<u64>() + gaps, program.wire_bytes());
+            prop_assert!(gaps * 64 <= program.needed_bytes(), "{} bytes of gaps", gaps);
             if options.mode == Mode::Staged {
                 prop_assert_eq!(program.waves().len(), 1);
             }
@@ -317,27 +319,33 @@ fn neighbours_are_read_in_few_reads_where_landing_goes_on_beside_them() {
         let positions: Vec<_> = (0..100).map(|nth| at(nth, gap)).collect();
         lower_placed(&plan, |_| CAPABILITIES, &positions, options).unwrap()
     };
-    let staged = |program: &refit::planner::Program| {
+    let staged = |program: &refit::planner::Program, gap: u64| {
         let mut reads = 0;
         for wave in program.waves() {
             let mut end = None;
             for read in wave.reads {
                 let Destination::Staging { offset } = read.destination else { return None };
-                let from = u64::from(read.source) * 4_000 + read.offset;
+                let from = u64::from(read.source) * (4_000 + gap) + read.offset;
                 // What binding joins.
                 reads += usize::from(end != Some((from, offset)));
-                end = Some((from + read.run, offset + read.run));
+                let read_along = read.run + read.gap;
+                end = Some((from + read_along, offset + read_along));
             }
         }
         Some(reads)
     };
     let gathered = lowered(0, &options);
     assert!(gathered.choices().iter().all(|choice| choice.method == Method::Gathered));
-    assert_eq!(staged(&gathered), Some(5), "one for each wave: {}", gathered.waves().len());
+    assert_eq!(staged(&gathered, 0), Some(5), "one for each wave: {}", gathered.waves().len());
     assert_eq!(gathered.wire_bytes(), 400_000);
     assert!(gathered.staging_bytes() <= 200_192);
+    // Small gaps are read along, as far as that does not show in the bytes on the wire.
+    let loose = lowered(16, &options);
+    assert_eq!(staged(&loose, 16), Some(5));
+    assert_eq!(loose.wire_bytes(), 400_000 + 16 * 95);
 
-    for (gap, options) in [(1, options), (0, options.with_slots(1))] {
+    let exact = options.with_policy(Policy::ExactWire);
+    for (gap, options) in [(70, options), (16, exact), (0, options.with_slots(1))] {
         let apart = lowered(gap, &options);
         assert!(apart.choices().iter().all(|choice| choice.method == Method::Direct));
         assert_eq!(apart, lower(&plan, &CAPABILITIES, &options).unwrap());

@@ -275,7 +275,9 @@ fn lower_links(plan: &Plan, links: &Links, options: &LowerOptions) -> Result<Pro
         plan_hash: plan.hash(),
         sources: plan.sources().clone(),
         targets: plan.targets().clone(),
-        wire_bytes: reads.iter().fold(0, |sum: u64, read| sum.saturating_add(read.bytes())),
+        wire_bytes: reads
+            .iter()
+            .fold(0, |sum: u64, read| sum.saturating_add(read.bytes()).saturating_add(read.gap)),
         needed_bytes: plan.coverage().needed_bytes,
         reads,
         landings,
@@ -324,6 +326,8 @@ struct Group<'a> {
     segments: Vec<&'a Segment>,
     /// What [`Method::Span`] or [`Method::Gathered`] reads, cut to waves.
     spans: Vec<Piece>,
+    /// The gap in front of it, if it is read together with the neighbour before it.
+    neighbour: Option<u64>,
     forms: Vec<Choice>,
 }
 
@@ -398,7 +402,7 @@ fn forms<'a>(
         && direct.reads == 1
     {
         // No other form has fewer reads or costs less, and most parameters are such.
-        return Ok(Group { segments, spans: Vec::new(), forms: vec![direct] });
+        return Ok(Group { segments, spans: Vec::new(), neighbour: None, forms: vec![direct] });
     }
     let spans = spans(&segments, capabilities, room)?;
     let spanned = spans.iter().fold(0, |sum: u64, span| sum.saturating_add(Form::Span.bytes(span)));
@@ -424,7 +428,7 @@ fn forms<'a>(
             param: plan.targets()[target as usize].name.clone(),
         });
     }
-    Ok(Group { segments, spans, forms })
+    Ok(Group { segments, spans, neighbour: None, forms })
 }
 
 /// The source ranges that cover all segments, neighbours joined where reading the gap costs less than another read,
@@ -561,7 +565,7 @@ impl Emitter<'_> {
             self.waves.push(WaveParts::default());
         }
         match form {
-            Form::Span => self.span(wave, base, piece),
+            Form::Span => self.span(wave, base, piece, 0),
             Form::Packed => {
                 for segment in piece {
                     // The runs lie in staging in order: the destination strides are those of a dense pattern.
@@ -585,8 +589,8 @@ impl Emitter<'_> {
         Ok(())
     }
 
-    /// Reads a piece as it lies in the source.
-    fn span(&mut self, wave: usize, base: u64, piece: &[Segment]) {
+    /// Reads a piece as it lies in the source, and the gap behind it if it may.
+    fn span(&mut self, wave: usize, base: u64, piece: &[Segment], gap: u64) {
         let (start, end) = stage::range(piece);
         let (source, run) = (piece[0].source, end - start);
         let link = self.links.of(source);
@@ -598,6 +602,7 @@ impl Emitter<'_> {
             dims: Dims::none(),
             transform: Transform::Copy,
             bulk: link.bulk_cost(link.cost(1, run), 1, run).is_some(),
+            gap,
         });
         for segment in piece {
             let from = base + (segment.source_offset - start);
@@ -606,11 +611,11 @@ impl Emitter<'_> {
     }
 
     /// Emits a wave of what is read together with its neighbours.
-    fn gathered(&mut self, pieces: &[(u64, Piece)]) {
+    fn gathered(&mut self, pieces: &[gather::Placed]) {
         let wave = self.waves.len();
         self.waves.push(WaveParts::default());
-        for (base, piece) in pieces {
-            self.span(wave, *base, piece);
+        for gather::Placed { base, piece, gap } in pieces {
+            self.span(wave, *base, piece, *gap);
         }
         self.waves[wave].landings.sort_by_key(|landing| (landing.target, landing.offset));
     }
@@ -646,6 +651,7 @@ fn read(
         dims,
         transform,
         bulk,
+        gap: 0,
     };
     if strided && !bulk {
         reads.push(read(source_offset, to(0), dims.clone()));
