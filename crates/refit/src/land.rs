@@ -14,6 +14,9 @@ use refit_pool::{Memory, MemoryKind};
 use crate::error::RefitError;
 
 #[cfg(feature = "cuda")]
+use refit_kernels::Pace;
+
+#[cfg(feature = "cuda")]
 pub use self::device::DeviceLander;
 
 /// A build without devices has none that could land.
@@ -87,7 +90,12 @@ impl Landings {
                 host::land(program.wave(wave).landings, staging, program.targets(), live)
             }
             #[cfg(feature = "cuda")]
-            Self::Device(landings) => landings.start(program, wave, staging),
+            Self::Device(landings) => {
+                // Of the last wave all has arrived, and none comes behind it.
+                let last = wave + 1 == program.waves().len();
+                let pace = if last { Pace::Alone } else { Pace::BesideCopies };
+                landings.start(program, wave, pace, staging)
+            }
         }
     }
 

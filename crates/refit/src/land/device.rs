@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use refit_kernels::{Effect, Landing, Move, Mover};
+use refit_kernels::{Effect, Landing, Move, Mover, Pace};
 use refit_planner::Program;
 use refit_pool::cuda::Stream;
 use refit_pool::{Memory, Region};
@@ -79,11 +79,12 @@ impl Landings {
         &mut self,
         program: &Program,
         wave: usize,
+        pace: Pace,
         staging: Option<&Memory>,
     ) -> Result<(), RefitError> {
         let Some(landing) = &mut self.ready(program)?.waves[wave] else { return Ok(()) };
         let staging = staging.ok_or(RefitError::NoStaging)?;
-        landing.start(Some(staging)).map_err(RefitError::device)
+        landing.start_at(pace, Some(staging)).map_err(RefitError::device)
     }
 
     /// Whether what was begun of a wave has ended.
