@@ -367,7 +367,10 @@ impl<T: Transport> Prepared<T> {
         refit.report.ready = posted.saturating_sub(refit.report.posting);
         match reading {
             Reading::Stopped(stop) => Err(refit.stopped(stop)),
-            reading => Ok(Pulling { reading: Some(reading), refit }),
+            reading => {
+                refit.make_ready_to_land();
+                Ok(Pulling { reading: Some(reading), refit })
+            }
         }
     }
 }
