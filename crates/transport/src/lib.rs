@@ -62,7 +62,6 @@ mod patterns;
 mod peers;
 mod pool;
 mod pull;
-#[cfg(any(feature = "cuda", feature = "nixl"))]
 mod random;
 mod reads;
 mod registry;
@@ -87,5 +86,6 @@ pub use cause::Cause;
 pub use error::{Side, TransportError};
 pub use patterns::Written;
 pub use pool::{TransportLease, TransportPool, TransportRegistrar};
+pub use random::draw_incarnation;
 pub use pull::{Patience, Progress, Pull, PullError, PullStats, Refusal, Settled};
 pub use transport::{LocalRange, Peer, ReadOp, RemoteRange, Status, Transport};
