@@ -236,8 +236,7 @@ fn decoding_publications_takes_what_it_says() {
         let places = layout.params().iter().map(|_| Place { address: 1, cuda: None }).collect();
         let region = PublishedRegion { address: 0, len: 2, cuda: None };
         let own = PublishedRegion { address: 64, len: 64, cuda: None };
-        let header =
-            PublishedHeader { incarnation: 0, place: Place { address: 64, cuda: None } };
+        let header = PublishedHeader { incarnation: 0, place: Place { address: 64, cuda: None } };
         let regions = vec![region, own];
         let publication = Publication::new("a".into(), vec![], layout, header, places, regions);
         let bytes = publication.unwrap().encode();

@@ -147,7 +147,10 @@ impl Header {
             if cells.len() < words.len() {
                 return Err(RefitError::NotHost { param: NAME.to_owned() });
             }
-            cells.iter().zip(words).for_each(|(cell, word)| cell.store(word.to_le(), Ordering::Release));
+            cells
+                .iter()
+                .zip(words)
+                .for_each(|(cell, word)| cell.store(word.to_le(), Ordering::Release));
         } else {
             reach.write(memory, &bytes(&words), device, NAME)?;
         }
@@ -197,7 +200,10 @@ mod tests {
         assert_eq!(Header::decode(&OLD.encode()), Read::Whole(OLD));
         assert_eq!(Header::decode(&[0; 64]), Read::Other);
         let offered = OLD.offered_by(5).unwrap();
-        assert_eq!((offered.rank, offered.incarnation, offered.stamp()), (5, OLD.incarnation, OLD.stamp));
+        assert_eq!(
+            (offered.rank, offered.incarnation, offered.stamp()),
+            (5, OLD.incarnation, OLD.stamp)
+        );
         let odd = Header { stamp: Stamp { epoch: 5, ..OLD.stamp }, ..OLD };
         assert_eq!(odd.offered_by(5), None);
         assert_eq!(odd.stamp.to_string(), "version 9 (epoch 5, being written)");

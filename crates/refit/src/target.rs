@@ -484,7 +484,8 @@ impl<T: Transport> Refit<T> {
         }
         self.end_landings();
         // Earlier waves have landed; in staged mode there are none.
-        let wrote_live = ((touched && self.phase != Phase::Before) || self.wave > 0) && self.inner.options.lower.mode == Mode::Direct;
+        let wrote_live = ((touched && self.phase != Phase::Before) || self.wave > 0)
+            && self.inner.options.lower.mode == Mode::Direct;
         let state = if wrote_live || self.invalid {
             Unfinished::Invalid(InvalidTarget(self.inner))
         } else {

@@ -86,6 +86,6 @@ pub use cause::Cause;
 pub use error::{Side, TransportError};
 pub use patterns::Written;
 pub use pool::{TransportLease, TransportPool, TransportRegistrar};
-pub use random::draw_incarnation;
 pub use pull::{Patience, Progress, Pull, PullError, PullStats, Refusal, Settled};
+pub use random::draw_incarnation;
 pub use transport::{LocalRange, Peer, ReadOp, RemoteRange, Status, Transport};

@@ -96,7 +96,9 @@ pub(crate) fn source<T: Transport>(
     directory.publish(&source.publication()?).map_err(RefitError::from)?;
     let mut held = Held::Plain(Box::new(source));
     let fill = |held: &mut Held<T>, cycle| {
-        held.update(cycle, |params| values.fill(home, &layout, params.into_iter(), cycle, setup.threads))
+        held.update(cycle, |params| {
+            values.fill(home, &layout, params.into_iter(), cycle, setup.threads)
+        })
     };
     fill(&mut held, 0)?;
     answer(Reply::Ready);

@@ -7,8 +7,8 @@ use refit_planner::{PackSlot, Packed, Param, RankLayout, pack};
 use refit_pool::{ArenaPlan, Memory};
 use refit_transport::{Transport, TransportLease, TransportPool};
 
-use super::{ParamsMut, Source};
 use super::repack::{self, Copies, Placed};
+use super::{ParamsMut, Source};
 use crate::error::RefitError;
 use crate::header::{Expected, Header};
 use crate::memory::PARAM_ALIGN;

@@ -6,8 +6,8 @@ use refit_planner::Param;
 use refit_pool::Memory;
 use refit_transport::Transport;
 
-use super::packed::PackedSource;
 use super::Source;
+use super::packed::PackedSource;
 use crate::error::RefitError;
 use crate::header::{Expected, Header, Stamp};
 

@@ -94,7 +94,9 @@ impl<T: Transport> Inner<T> {
             let started = Instant::now();
             let (arena, registered) = (arena.as_ref(), build.registered());
             let mut batches = bind::bind(&program, publications, live, arena, registered)?;
-            let of_data = |batches: &[Batch]| batches.iter().map(|batch| batch.reads.len() as u64).sum::<u64>();
+            let of_data = |batches: &[Batch]| {
+                batches.iter().map(|batch| batch.reads.len() as u64).sum::<u64>()
+            };
             report.prepared_reads += of_data(&batches);
             batches.extend(bind::bind_headers(&program, publications, arena, registered)?);
             let mut prepared = Vec::with_capacity(batches.len());

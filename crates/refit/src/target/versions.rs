@@ -71,7 +71,8 @@ impl Watched {
 
 /// Whether all ranks hold one version, as far as that is known.
 fn one_version(watched: &[Watched]) -> Result<(), RefitError> {
-    let mut known = watched.iter().filter_map(|watched| Some((watched.rank, watched.stamp?.version)));
+    let mut known =
+        watched.iter().filter_map(|watched| Some((watched.rank, watched.stamp?.version)));
     let Some((other, other_version)) = known.next() else { return Ok(()) };
     match known.find(|(_, version)| *version != other_version) {
         Some((rank, version)) => {
@@ -135,7 +136,8 @@ impl<T: Transport> Refit<T> {
             at += HEADER_BYTES as u64;
         }
         one_version(watched)?;
-        report.version = watched.first().and_then(|watched| watched.stamp).map(|stamp| stamp.version);
+        report.version =
+            watched.first().and_then(|watched| watched.stamp).map(|stamp| stamp.version);
         Ok(())
     }
 }

@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use refit::planner::{Band, Dtype, LayoutBuilder, Param};
 use refit::pool::{Allocator, Memory};
-use refit::transport::{Transport, draw_incarnation};
 use refit::transport::peer::{PeerRegistration, PeerTransport};
+use refit::transport::{Transport, draw_incarnation};
 use refit::{
-    Directory, HEADER_BYTES, Header, Place, Publication, PublishedHeader, PublishedRegion, RefitError,
-    Stamp,
+    Directory, HEADER_BYTES, Header, Place, Publication, PublishedHeader, PublishedRegion,
+    RefitError, Stamp,
 };
 
 use super::super::ceiling::Ceiling;
@@ -60,8 +60,11 @@ impl Published {
             .map_err(RefitError::from)?;
         let (address, cuda) = (region.address(), setup.gpu);
         let header = Place::new(memory.address(), memory.kind());
-        let header_region =
-            PublishedRegion { address: header.address, len: HEADER_BYTES as u64, cuda: header.cuda };
+        let header_region = PublishedRegion {
+            address: header.address,
+            len: HEADER_BYTES as u64,
+            cuda: header.cuda,
+        };
         let publication = Publication::new(
             transport.agent().to_owned(),
             transport.metadata().map_err(RefitError::from)?,
