@@ -212,6 +212,7 @@ fn a_change_during_a_pull_is_torn_wherever_it_falls() {
 
 #[test]
 fn what_was_announced_has_to_be_what_is_there() {
+    type Is = fn(&RefitError) -> bool;
     for mode in [Mode::Direct, Mode::Staged] {
         let mut world = World::new(2, 1 << 20);
         world.commit(5);
@@ -221,7 +222,7 @@ fn what_was_announced_has_to_be_what_is_there() {
         // What can be seen without reading.
         let other = Expected { incarnation: offered[1].incarnation ^ 1, ..offered[1] };
         let newer = Expected { version: 6, ..offered[1] };
-        let cases: [(&[Expected], fn(&RefitError) -> bool); 4] = [
+        let cases: [(&[Expected], Is); 4] = [
             (&offered[..1], |error| matches!(error, RefitError::NotExpected { rank: 1, times: 0 })),
             (&[offered[0], offered[1], offered[1]], |error| {
                 matches!(error, RefitError::NotExpected { rank: 1, times: 2 })
@@ -313,7 +314,7 @@ fn a_restarted_source_is_not_read_as_the_old_one() {
         let failed = pulling.wait(ranks::soon()).unwrap_err();
         match (name, &failed.error) {
             ("restarted", RefitError::StaleIncarnation { rank: 0, expected, found }) => {
-                assert_eq!((*expected, *found), (old, old ^ 1));
+                assert_eq!((u128::from(*expected), u128::from(*found)), (old, old ^ 1));
             }
             ("gone", RefitError::NoHeader { rank: 0 }) => {}
             (name, error) => panic!("{name}: {error}"),

@@ -6,7 +6,7 @@ use refit_translate::host::LandError;
 use refit_transport::TransportError;
 
 use crate::directory::DirectoryError;
-use crate::header::Stamp;
+use crate::header::{Incarnation, Stamp};
 use crate::publication::PublicationError;
 
 /// What can go wrong in a refit.
@@ -54,16 +54,16 @@ pub enum RefitError {
     },
     /// A source is not the one that was announced or has published: it has restarted.
     #[error(
-        "source rank {rank} is not the one it was: incarnation {expected:032x} was to be read, {found:032x} is there; \
+        "source rank {rank} is not the one it was: incarnation {expected} was to be read, {found} is there; \
          take its new publication"
     )]
     StaleIncarnation {
         /// The source rank.
         rank: u32,
         /// The incarnation that was to be read.
-        expected: u128,
+        expected: Incarnation,
         /// The incarnation found.
-        found: u128,
+        found: Incarnation,
     },
     /// There is no header where one was published: the source has gone, and its memory is somebody else's.
     #[error(

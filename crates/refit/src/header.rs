@@ -42,6 +42,28 @@ impl fmt::Display for Stamp {
     }
 }
 
+/// An incarnation as errors say it: 32 hexadecimal digits. In two words, so that it does not make errors large.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Incarnation([u64; 2]);
+
+impl From<u128> for Incarnation {
+    fn from(incarnation: u128) -> Self {
+        Self(halves(incarnation))
+    }
+}
+
+impl From<Incarnation> for u128 {
+    fn from(Incarnation([low, high]): Incarnation) -> Self {
+        Self::from(low) | Self::from(high) << 64
+    }
+}
+
+impl fmt::Display for Incarnation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", u128::from(*self))
+    }
+}
+
 /// What the header of a source says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Header {
@@ -117,7 +139,7 @@ impl Header {
         if magic != MAGIC {
             return Read::Other;
         }
-        let incarnation = u128::from(low) | u128::from(high) << 64;
+        let incarnation = Incarnation([low, high]).into();
         let header = Self { incarnation, stamp: Stamp { epoch, version } };
         if check(&words) == sum { Read::Whole(header) } else { Read::Mixed(header) }
     }

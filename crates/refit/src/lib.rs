@@ -89,7 +89,7 @@ pub use refit_transport as transport;
 
 pub use directory::{Directory, DirectoryError};
 pub use error::RefitError;
-pub use header::{Expected, HEADER_BYTES, Header, Read as HeaderRead, Stamp};
+pub use header::{Expected, HEADER_BYTES, Header, Incarnation, Read as HeaderRead, Stamp};
 #[cfg(feature = "cuda")]
 #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
 pub use land::DeviceLander;

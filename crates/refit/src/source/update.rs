@@ -86,7 +86,7 @@ impl<T: Transport> Source<T> {
         header.store_by(&mut self.lease.arenas_mut()[0], self.device.as_ref(), &self.reach)
     }
 
-    fn to_write(&mut self) -> ParamsMut<'_> {
+    fn writable(&mut self) -> ParamsMut<'_> {
         ParamsMut { params: self.layout.params().iter(), memory: self.params.iter_mut() }
     }
 }
@@ -106,8 +106,8 @@ impl<T: Transport> Updating<'_, T> {
     /// Every parameter's memory, for the trainer to change.
     pub fn params_mut(&mut self) -> ParamsMut<'_> {
         match &mut self.0 {
-            Held::Plain(source) => source.to_write(),
-            Held::Packed(packed) => packed.source.to_write(),
+            Held::Plain(source) => source.writable(),
+            Held::Packed(packed) => packed.source.writable(),
         }
     }
 

@@ -48,6 +48,7 @@ impl Watched {
         if found == expected {
             return Ok(());
         }
+        let (expected, found) = (expected.into(), found.into());
         Err(RefitError::StaleIncarnation { rank, expected, found })
     }
 

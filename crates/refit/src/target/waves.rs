@@ -4,7 +4,7 @@
 //! lands while reads go on, so that as many waves are under way as have staging memory of their own, and the wire has
 //! always something to do.
 
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::time::{Duration, Instant};
 
 use refit_transport::{Progress, Pull, PullError, Refusal, Settled, Transport, TransportLease};
@@ -129,22 +129,22 @@ impl<T: Transport> Refit<T> {
     fn settled(
         &mut self,
         ended: Result<Settled<T>, PullError<T>>,
-    ) -> Result<TransportLease<T>, Reading<T>> {
+    ) -> ControlFlow<Reading<T>, TransportLease<T>> {
         match ended {
             Ok(Settled { lease, live, .. }) => {
                 self.inner.live = live;
-                Ok(lease)
+                ControlFlow::Continue(lease)
             }
-            Err(PullError::Deadline { pull }) => Err(Reading::UnderWay(*pull)),
-            Err(error) => Err(Reading::Stopped(Stop::Pull(error))),
+            Err(PullError::Deadline { pull }) => ControlFlow::Break(Reading::UnderWay(*pull)),
+            Err(error) => ControlFlow::Break(Reading::Stopped(Stop::Pull(error))),
         }
     }
 
     /// Goes on after the headers have been read.
     fn headers_ended(&mut self, ended: Result<Settled<T>, PullError<T>>) -> Reading<T> {
         let lease = match self.settled(ended) {
-            Ok(lease) => lease,
-            Err(reading) => return reading,
+            ControlFlow::Continue(lease) => lease,
+            ControlFlow::Break(reading) => return reading,
         };
         match self.look(&lease) {
             Err(error) => Reading::Stopped(Stop::Version(error)),
@@ -162,8 +162,8 @@ impl<T: Transport> Refit<T> {
     /// Goes on after data has been read.
     fn ended(&mut self, ended: Result<Settled<T>, PullError<T>>) -> Reading<T> {
         let lease = match self.settled(ended) {
-            Ok(lease) => lease,
-            Err(reading) => return reading,
+            ControlFlow::Continue(lease) => lease,
+            ControlFlow::Break(reading) => return reading,
         };
         if let Some(error) = self.failed.take() {
             return Reading::Stopped(Stop::Landing(error));
