@@ -6,6 +6,7 @@ mod request;
 pub(crate) mod verify;
 
 use refit_planner::RankLayout;
+use serde::{Deserialize, Serialize};
 
 use crate::error::RefitError;
 use crate::header::Stamp;
@@ -20,7 +21,7 @@ const MOST_TIMES: u64 = 8;
 /// A source rank's answer to a [`DigestRequest`]: of one version, to be compared by [`Landed::verify`].
 ///
 /// [`Landed::verify`]: crate::Landed::verify
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Digests {
     /// The source rank.
     pub rank: u32,
