@@ -35,7 +35,7 @@ fn hashing(criterion: &mut Criterion) {
     let held = columns(COLS);
     let mut params = allocate(&held, &HostAllocator).unwrap();
     let bytes = params[0].1.host_bytes_mut().unwrap();
-    bytes.iter_mut().zip(0_u64..).for_each(|(byte, at)| *byte = (at * 31 >> 3).to_le_bytes()[0]);
+    bytes.iter_mut().zip(0_u64..).for_each(|(byte, at)| *byte = ((at * 31) >> 3).to_le_bytes()[0]);
     let (from, mut into) = (bytes.to_vec(), vec![1_u8; bytes.len()]);
     let source = Source::new(trainer, &pool, held.clone(), params).unwrap();
     let sources = SourceLayout::new([held]).unwrap();
