@@ -5,7 +5,9 @@ use refit_pool::{CarveError, LeaseError, PoolError};
 use refit_translate::host::LandError;
 use refit_transport::TransportError;
 
+use crate::digest::DigestRequestError;
 use crate::directory::DirectoryError;
+use crate::header::{Incarnation, Stamp};
 use crate::publication::PublicationError;
 
 /// What can go wrong in a refit.
@@ -37,6 +39,146 @@ pub enum RefitError {
         /// Bytes it may give.
         budget: u64,
     },
+    /// The parameters were written while they were read. Nothing of them may be used.
+    #[error(
+        "source rank {rank}: its parameters changed while they were read: {} was to be read, and it holds {found}; \
+         pull again",
+        expected.map_or_else(|| "what is not being written".to_owned(), |stamp| stamp.to_string())
+    )]
+    Torn {
+        /// The source rank.
+        rank: u32,
+        /// What was to be read; nothing where that was for the header to say.
+        expected: Option<Stamp>,
+        /// What its header says, as far as it can be read.
+        found: Stamp,
+    },
+    /// A source is not the one that was announced or has published: it has restarted.
+    #[error(
+        "source rank {rank} is not the one it was: incarnation {expected} was to be read, {found} is there; \
+         take its new publication"
+    )]
+    StaleIncarnation {
+        /// The source rank.
+        rank: u32,
+        /// The incarnation that was to be read.
+        expected: Incarnation,
+        /// The incarnation found.
+        found: Incarnation,
+    },
+    /// There is no header where one was published: the source has gone, and its memory is somebody else's.
+    #[error(
+        "source rank {rank} has no version header where it published one: its memory is another's by now; wait for it \
+         to publish anew"
+    )]
+    NoHeader {
+        /// The source rank.
+        rank: u32,
+    },
+    /// Source ranks hold different versions.
+    #[error(
+        "source rank {rank} holds version {version} while rank {other} holds {other_version}; wait until all of them \
+         hold one"
+    )]
+    MixedVersions {
+        /// A source rank.
+        rank: u32,
+        /// Its version.
+        version: u64,
+        /// Another one.
+        other: u32,
+        /// Its version.
+        other_version: u64,
+    },
+    /// A rank is read of which nothing is expected, or that is expected twice.
+    #[error(
+        "what to expect of source rank {rank} was said {times} times; say it once for every rank of the publications"
+    )]
+    NotExpected {
+        /// The source rank.
+        rank: u32,
+        /// How often it was said.
+        times: usize,
+    },
+    /// What has landed is not what the source holds.
+    #[error(
+        "bytes {start} to {end} of `{param}` are not {}: they were changed on the way or landed elsewhere; pull again, \
+         and look for failing hardware if it comes again",
+        rank.map_or_else(|| "zero, as they have to be".to_owned(), |rank| format!("those of source rank {rank}"))
+    )]
+    Corrupt {
+        /// The source rank that they are of; nothing where zeros were due.
+        rank: Option<u32>,
+        /// The target's parameter.
+        param: String,
+        /// The first byte of the segment that differs.
+        start: u64,
+        /// One past its last.
+        end: u64,
+    },
+    /// No answer of a rank that was read from.
+    #[error(
+        "source rank {rank} has not answered the request for digests; wait for every rank that it asks"
+    )]
+    NoDigests {
+        /// The rank.
+        rank: u32,
+    },
+    /// An answer to another request.
+    #[error(
+        "source rank {rank} has answered another request for digests than this plan's; ask again after every change of \
+         plans"
+    )]
+    OtherDigests {
+        /// The rank.
+        rank: u32,
+    },
+    /// A request for digests of bytes that a parameter does not have.
+    #[error("source rank {rank} was asked for digests of bytes beyond the {bytes} of `{param}`")]
+    AskedOutside {
+        /// The rank.
+        rank: u32,
+        /// The parameter.
+        param: String,
+        /// Its bytes.
+        bytes: u64,
+    },
+    /// A request for digests of more bytes than any plan reads.
+    #[error(
+        "source rank {rank} was asked for digests of more than {most} bytes, which no plan reads"
+    )]
+    AskedTooMuch {
+        /// The rank.
+        rank: u32,
+        /// Most bytes that it hashes for a request.
+        most: u64,
+    },
+    /// Parameters that are being written have no digests.
+    #[error("source rank {rank} is being updated; ask for digests after the commit")]
+    BeingWritten {
+        /// The rank.
+        rank: u32,
+    },
+    /// A target that holds no version cannot be a source of one.
+    #[error(
+        "this target holds no version that was refitted as a whole and left as it was; refit it before lending it"
+    )]
+    NothingInstalled,
+    /// None of a target's parameters is as its sources held it.
+    #[error(
+        "none of the {params} parameters of this target is what the trainer holds, byte for byte: all are converted on \
+         the way; its peers have to read from the trainer"
+    )]
+    NothingToLend {
+        /// Parameters of the target.
+        params: usize,
+    },
+    /// More changes than there are epochs.
+    #[error("source rank {rank} has used all of its epochs; make a new source of its parameters")]
+    Epochs {
+        /// The source rank.
+        rank: u32,
+    },
     /// The parameters were changed, and the slots do not hold the change.
     #[error(
         "source rank {rank}: the slots are older than the parameters; repack before publishing"
@@ -60,6 +202,9 @@ pub enum RefitError {
     /// A publication is not one.
     #[error(transparent)]
     Publication(#[from] PublicationError),
+    /// A request for digests is not one.
+    #[error(transparent)]
+    DigestRequest(#[from] DigestRequestError),
     /// Meeting in a directory failed.
     #[error(transparent)]
     Directory(#[from] DirectoryError),

@@ -21,7 +21,7 @@ pub use self::device::DeviceLander;
 
 /// A build without devices has none that could land.
 #[cfg(not(feature = "cuda"))]
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum DeviceLander {}
 
 /// How the waves of a program are landed.
