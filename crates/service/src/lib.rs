@@ -5,4 +5,5 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod random;
 pub mod rendezvous;

@@ -2,16 +2,24 @@
 //!
 //! Nothing large or hot goes through it: who is there, which version is open, who reads it. Bytes of weights never do.
 
+mod directory;
 mod memory;
+mod removals;
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
+use std::io;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
+pub use self::directory::{Directory, DirectorySession};
 pub use self::memory::{InProcess, InProcessSession};
 
 /// The name of an entry, as a path of plain parts: `model/trainer/3`.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Key(String);
 
 /// How far a store had come when it was asked. Later states have larger numbers; numbers of two stores do not compare.
@@ -114,6 +122,12 @@ pub trait Rendezvous: Debug + Send + Sync + 'static {
 /// No entry is larger: a publication of a million shards, and its seal.
 pub const MAX_VALUE_BYTES: usize = refit::MAX_ENCODED_BYTES + 4096;
 
+/// A session that is renewed more often would be a load.
+pub const MIN_TTL: Duration = Duration::from_millis(100);
+
+/// A death that is noticed later might as well not be.
+pub const MAX_TTL: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// Most bytes of a key.
 pub const MAX_KEY_BYTES: usize = 512;
 
@@ -169,6 +183,20 @@ impl Key {
     }
 }
 
+impl TryFrom<String> for Key {
+    type Error = RendezvousError;
+
+    fn try_from(path: String) -> Result<Self, RendezvousError> {
+        Self::new(path.split('/'))
+    }
+}
+
+impl From<Key> for String {
+    fn from(key: Key) -> Self {
+        key.0
+    }
+}
+
 impl Debug for Key {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.0)
@@ -179,6 +207,19 @@ impl std::fmt::Display for Key {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.0)
     }
+}
+
+/// Whether a value may be an entry.
+fn check_value(key: &Key, value: &[u8]) -> Result<(), RendezvousError> {
+    if value.len() > MAX_VALUE_BYTES {
+        return Err(RendezvousError::TooLarge { key: key.clone(), bytes: value.len() });
+    }
+    Ok(())
+}
+
+/// Whether a session may live so long unheard.
+fn check_ttl(ttl: Duration) -> Result<(), RendezvousError> {
+    if (MIN_TTL..=MAX_TTL).contains(&ttl) { Ok(()) } else { Err(RendezvousError::Ttl { ttl }) }
 }
 
 /// Why a store could not be used.
@@ -206,4 +247,58 @@ pub enum RendezvousError {
         "the session has ended: the store did not hear of it in time; begin another and publish again"
     )]
     SessionEnded,
+    /// A session of another store was to keep an entry.
+    #[error("the session is not one of this {store} store; begin one there")]
+    ForeignSession {
+        /// The store that was to hold the entry.
+        store: &'static str,
+    },
+    /// A session would be renewed too often, or its death be noticed too late.
+    #[error("a session cannot have a ttl of {ttl:?}: from {MIN_TTL:?} to {MAX_TTL:?}")]
+    Ttl {
+        /// What was asked.
+        ttl: Duration,
+    },
+    /// The file system refused.
+    #[error(
+        "cannot {action} {path}: {source}; every process that meets here must be able to read and write this directory"
+    )]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which path.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file of the store was written by something else, or cut short by a crash of the host.
+    #[error("{path} is damaged: {why}; end every process that meets here and remove the directory")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// Others wrote all the time, so that a write never had its turn.
+    #[error(
+        "the {store} store was too busy to {action} within {waited:?}; fewer processes, or etcd, may do"
+    )]
+    Busy {
+        /// The store.
+        store: &'static str,
+        /// What was tried.
+        action: &'static str,
+        /// For how long.
+        waited: Duration,
+    },
+    /// It is not known whether a write took effect.
+    #[error(
+        "the {store} store did not say whether it could {action}; it may have: look before trying again"
+    )]
+    Unknown {
+        /// The store.
+        store: &'static str,
+        /// What was tried.
+        action: &'static str,
+    },
 }
