@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::{Created, Key, Life, MAX_VALUE_BYTES, Rendezvous, RendezvousError, Revision, Snapshot};
+use super::{
+    Created, Key, Life, MAX_VALUE_BYTES, Reach, Rendezvous, RendezvousError, Revision, Snapshot,
+};
 
 /// A rendezvous inside one process: all clones are one store.
 #[derive(Clone, Debug, Default)]
@@ -71,6 +73,7 @@ impl State {
         Snapshot {
             revision: Revision(self.revision),
             entries: entries.map(|(key, (value, _))| (key.clone(), value.clone())).collect(),
+            ..Snapshot::default()
         }
     }
 }
@@ -80,6 +83,10 @@ impl Rendezvous for InProcess {
 
     fn store(&self) -> &'static str {
         "in-process"
+    }
+
+    fn reach(&self) -> Reach {
+        Reach::Process
     }
 
     fn session(&self, _ttl: Duration) -> Result<InProcessSession, RendezvousError> {
