@@ -5,6 +5,7 @@
 mod directory;
 mod memory;
 mod removals;
+mod sealed;
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::directory::{Directory, DirectorySession};
 pub use self::memory::{InProcess, InProcessSession};
+pub use self::sealed::{JobKey, SealError, Sealed, SecretError, Writer};
 
 /// The name of an entry, as a path of plain parts: `model/trainer/3`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -33,6 +35,20 @@ pub struct Snapshot {
     pub revision: Revision,
     /// The entries.
     pub entries: BTreeMap<Key, Vec<u8>>,
+    /// Entries that are there and were refused by [`Sealed`]; every other store leaves this empty. To be treated as if
+    /// they were not there, and named where they were wanted: one bad entry must not stop those who do not need it.
+    pub refused: BTreeMap<Key, SealError>,
+}
+
+/// Who can reach a store, and with it write into it what it likes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Reach {
+    /// This process.
+    Process,
+    /// Processes of this host, as far as the operating system lets them.
+    Host,
+    /// Whoever can open a connection.
+    Network,
 }
 
 /// What became of [`Rendezvous::create`].
@@ -65,6 +81,12 @@ pub trait Rendezvous: Debug + Send + Sync + 'static {
 
     /// The store's name, for logs and errors.
     fn store(&self) -> &'static str;
+
+    /// Who can write into it. Stores beyond this host are used under a job's key only ([`Sealed::new`]), so a store that
+    /// does not say is taken for one.
+    fn reach(&self) -> Reach {
+        Reach::Network
+    }
 
     /// Begins a session, which renews itself in the background.
     ///
@@ -241,6 +263,33 @@ pub enum RendezvousError {
         key: Key,
         /// Bytes given.
         bytes: usize,
+    },
+    /// What lies at a key was not written by this job as it is.
+    #[error("`{key}`: {source}")]
+    Seal {
+        /// The entry.
+        key: Key,
+        /// What is wrong with it.
+        source: SealError,
+    },
+    /// A store beyond this host, and no key.
+    #[error(
+        "{store} can be written by whoever reaches it over the network, so it is used under a job's key only: give every \
+         process of the job the same one (`openssl rand -hex 32 > FILE && chmod 600 FILE`)"
+    )]
+    KeyRequired {
+        /// The store.
+        store: &'static str,
+    },
+    /// The name of a job or of one of its processes.
+    #[error("`{name}` cannot name a {what}: 1 to {max} letters, digits, `.`, `_` and `-`")]
+    Name {
+        /// `job` or `writer`.
+        what: &'static str,
+        /// What was given.
+        name: String,
+        /// Most characters.
+        max: usize,
     },
     /// The session that keeps an entry has ended.
     #[error(

@@ -24,7 +24,8 @@ use self::chain::{Chain, Head, failed};
 use self::heartbeat::Observer;
 use self::state::{Entry, INLINE, State, Value};
 use super::{
-    Created, Key, Life, Rendezvous, RendezvousError, Revision, Snapshot, check_ttl, check_value,
+    Created, Key, Life, Reach, Rendezvous, RendezvousError, Revision, Snapshot, check_ttl,
+    check_value,
 };
 use crate::random::random;
 
@@ -194,7 +195,8 @@ impl Shared {
             let Some(value) = self.value(entry)? else { return Ok(None) };
             entries.insert(key.clone(), value);
         }
-        Ok(Some(Snapshot { revision: Revision(head.number), entries }))
+        let revision = Revision(head.number);
+        Ok(Some(Snapshot { revision, entries, ..Snapshot::default() }))
     }
 
     fn end(&self, session: u128) -> Result<(), RendezvousError> {
@@ -247,6 +249,10 @@ impl Rendezvous for Directory {
 
     fn store(&self) -> &'static str {
         STORE
+    }
+
+    fn reach(&self) -> Reach {
+        Reach::Host
     }
 
     fn session(&self, ttl: Duration) -> Result<DirectorySession, RendezvousError> {

@@ -8,7 +8,8 @@ use parking_lot::{Condvar, Mutex};
 
 use super::removals::Removals;
 use super::{
-    Created, Key, Life, Rendezvous, RendezvousError, Revision, Snapshot, check_ttl, check_value,
+    Created, Key, Life, Reach, Rendezvous, RendezvousError, Revision, Snapshot, check_ttl,
+    check_value,
 };
 
 const STORE: &str = "in-process";
@@ -87,6 +88,7 @@ impl State {
         Snapshot {
             revision: Revision(self.revision),
             entries: entries.map(|(key, entry)| (key.clone(), entry.value.clone())).collect(),
+            ..Snapshot::default()
         }
     }
 
@@ -108,6 +110,10 @@ impl Rendezvous for InProcess {
 
     fn store(&self) -> &'static str {
         STORE
+    }
+
+    fn reach(&self) -> Reach {
+        Reach::Process
     }
 
     fn session(&self, ttl: Duration) -> Result<InProcessSession, RendezvousError> {
