@@ -3,6 +3,8 @@
 //! Nothing large or hot goes through it: who is there, which version is open, who reads it. Bytes of weights never do.
 
 mod directory;
+#[cfg(feature = "etcd")]
+mod etcd;
 mod memory;
 mod removals;
 mod sealed;
@@ -16,6 +18,9 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 pub use self::directory::{Directory, DirectorySession};
+#[cfg(feature = "etcd")]
+#[cfg_attr(docsrs, doc(cfg(feature = "etcd")))]
+pub use self::etcd::{Etcd, EtcdOptions, EtcdSession};
 pub use self::memory::{InProcess, InProcessSession};
 pub use self::sealed::{JobKey, SealError, Sealed, SecretError, Writer};
 
@@ -339,6 +344,50 @@ pub enum RendezvousError {
         action: &'static str,
         /// For how long.
         waited: Duration,
+    },
+    /// A server cannot be meant as it is described.
+    #[error("{store}: {why}")]
+    Options {
+        /// The store.
+        store: &'static str,
+        /// What is wrong.
+        why: &'static str,
+    },
+    /// There is no server, or none that answers. A write may have taken effect.
+    #[error(
+        "could not {action}: {store} at {at} did not do it within {within:?} ({why}); does it run, and can this process reach it?"
+    )]
+    Unreachable {
+        /// The store.
+        store: &'static str,
+        /// Its addresses.
+        at: String,
+        /// What was tried.
+        action: &'static str,
+        /// What a call may take.
+        within: Duration,
+        /// What is known.
+        why: String,
+    },
+    /// The server said no.
+    #[error("{store} refused to {action}: {why}")]
+    Refused {
+        /// The store.
+        store: &'static str,
+        /// What was tried.
+        action: &'static str,
+        /// What it said.
+        why: String,
+    },
+    /// An entry was not written by a rendezvous, or not whole.
+    #[error("`{key}` in {store}: {why}; remove it, and have its process publish again")]
+    Foreign {
+        /// The store.
+        store: &'static str,
+        /// The entry.
+        key: Key,
+        /// What is wrong with it.
+        why: &'static str,
     },
     /// It is not known whether a write took effect.
     #[error(

@@ -238,7 +238,7 @@ impl Chain {
                 if !self.is_there(&head)? {
                     return Err(RendezvousError::Unknown { store: super::STORE, action });
                 }
-                if number % SURPLUS == 0 {
+                if number.is_multiple_of(SURPLUS) {
                     self.forget(number, file);
                 }
                 return Ok(Head { number, state: Arc::new(state), file });
