@@ -5,5 +5,8 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod meeting;
 mod random;
 pub mod rendezvous;
+
+pub use meeting::{Meeting, MeetingError};
