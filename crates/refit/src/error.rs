@@ -5,7 +5,6 @@ use refit_pool::{CarveError, LeaseError, PoolError};
 use refit_translate::host::LandError;
 use refit_transport::TransportError;
 
-use crate::directory::DirectoryError;
 use crate::publication::PublicationError;
 
 /// What can go wrong in a refit.
@@ -60,9 +59,6 @@ pub enum RefitError {
     /// A publication is not one.
     #[error(transparent)]
     Publication(#[from] PublicationError),
-    /// Meeting in a directory failed.
-    #[error(transparent)]
-    Directory(#[from] DirectoryError),
     /// Memory and layout disagree.
     #[error(
         "rank {rank}: parameter `{param}` has {memory} bytes of memory but its layout says {layout}; \

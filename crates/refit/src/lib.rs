@@ -7,8 +7,8 @@
 //! - [`pool`]: memory that stays allocated and registered between refits;
 //! - [`transport`]: one-sided reads: in-process, over NIXL, or between GPUs that map each other's memory.
 //!
-//! A source rank makes a [`Source`] of its parameters and publishes it, in a [`Directory`] or by any other means. A
-//! target rank makes a [`Target`] of its live parameters and, for every version, goes through
+//! A source rank makes a [`Source`] of its parameters and publishes it, by whatever carries bytes; `refit-service` has a
+//! `Meeting` for that. A target rank makes a [`Target`] of its live parameters and, for every version, goes through
 //! prepare → pull → land → install → refreshed. The first refit plans, allocates and registers; every later one only moves bytes.
 //!
 //! # Example
@@ -65,7 +65,6 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod bind;
-mod directory;
 mod error;
 mod land;
 mod memory;
@@ -83,7 +82,6 @@ pub use refit_pool as pool;
 pub use refit_translate as translate;
 pub use refit_transport as transport;
 
-pub use directory::{Directory, DirectoryError};
 pub use error::RefitError;
 #[cfg(feature = "cuda")]
 #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
