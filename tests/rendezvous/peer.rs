@@ -2,7 +2,7 @@
 
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use refit_service::rendezvous::{Created, Key, Life, Rendezvous};
 use refit_tests::link::{Link, answer};
@@ -57,7 +57,7 @@ impl Peer {
 
     pub(crate) fn signal(&self, signal: Signal) {
         let Self::Process { child, .. } = self else { panic!("it has no process") };
-        kill_process(Pid::from_child(child), signal).unwrap();
+        signal_process(child, signal);
     }
 }
 
@@ -67,6 +67,25 @@ impl Drop for Peer {
             let _ = child.kill();
             let _ = child.wait();
         }
+    }
+}
+
+/// Sends a signal; one that stops has done so on return, with every thread.
+pub(crate) fn signal_process(child: &Child, signal: Signal) {
+    kill_process(Pid::from_child(child), signal).unwrap();
+    if signal != Signal::STOP {
+        return;
+    }
+    let stopped = |task: std::io::Result<std::fs::DirEntry>| {
+        let stat = std::fs::read_to_string(task.unwrap().path().join("stat"));
+        // A thread that is no more does nothing either.
+        stat.map_or(true, |stat| stat.rsplit(')').next().unwrap().trim().starts_with('T'))
+    };
+    let tasks = format!("/proc/{}/task", child.id());
+    let started = Instant::now();
+    while !std::fs::read_dir(&tasks).unwrap().all(stopped) {
+        assert!(started.elapsed() < Duration::from_secs(30), "it does not stop");
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use refit_service::rendezvous::{Etcd, EtcdOptions};
 use refit_tests::skip;
-use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
+use rustix::process::{Signal, set_parent_process_death_signal};
 use tempfile::TempDir;
 
-use super::peer::Peer;
+use super::peer::{Peer, signal_process};
 use super::place::Place;
 
 /// What calls may take: long enough for a busy machine.
@@ -80,7 +80,7 @@ impl Server {
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).unwrap();
+        signal_process(&self.child, signal);
     }
 
     /// Starts it again where it was.
