@@ -6,7 +6,7 @@ use refit_service::rendezvous::{Etcd, EtcdOptions, Key, Life, Rendezvous, Rendez
 use rustix::process::Signal;
 
 use super::place::Place;
-use super::server::Server;
+use super::server::{Certificates, Server};
 
 const SHORT: Duration = Duration::from_secs(1);
 
@@ -86,6 +86,10 @@ fn a_server_that_restarts_is_met_again() {
     let large = vec![5; 2 << 20];
     store.put(&key("r/large"), &large, Life::Kept).unwrap();
     let seen = store.list(&key("r")).unwrap();
+    // Longer than the timeout, with the restart in it: nothing changes there, which is no error.
+    let (quiet, calm) = (server.open(), Instant::now() + Duration::from_secs(14));
+    let revision = seen.revision;
+    let quiet = std::thread::spawn(move || quiet.changed(&key("quiet"), revision, calm));
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| {
             store.changed(&key("r"), seen.revision, Instant::now() + Duration::from_secs(60))
@@ -111,6 +115,7 @@ fn a_server_that_restarts_is_met_again() {
     store.put(&key("r/a"), b"3", Life::Session(&session)).unwrap();
     // Still renewed.
     std::thread::sleep(Duration::from_secs(11));
+    assert!(quiet.join().unwrap().unwrap().is_none());
     assert!(store.list(&key("r/a")).unwrap().entries.contains_key(&key("r/a")));
 }
 
@@ -218,6 +223,48 @@ fn who_has_no_password_is_refused() {
     let deadline = Instant::now() + Duration::from_secs(30);
     let changed = store.changed(&key("u"), seen.revision, deadline).unwrap().unwrap();
     assert_eq!(changed.entries[&key("u/x")], b"2");
+}
+
+/// Over TLS, both sides known to one authority; and what is refused.
+#[test]
+fn tls_and_its_authority() {
+    let Some(server) = Server::with_tls() else { return };
+    let tls = server.certificates();
+    let identity = |options: EtcdOptions, of: &Certificates| {
+        options.with_identity(&*of.client.0, &*of.client.1)
+    };
+    let options = || server.options().with_authority(&*tls.authority);
+    let store = Etcd::new(identity(options(), tls)).unwrap();
+    let session = store.session(Server::TTL).unwrap();
+    store.put(&key("t/x"), &[7; 100_000], Life::Session(&session)).unwrap();
+    let seen = store.list(&key("t")).unwrap();
+    assert_eq!(seen.entries[&key("t/x")], [7; 100_000]);
+    store.remove(&key("t/x")).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    assert!(store.changed(&key("t"), seen.revision, deadline).unwrap().is_some());
+
+    let stranger = Certificates::new();
+    let short = || server.options().with_timeout(SHORT);
+    let plain = EtcdOptions::new([server.address().replace("https", "http")]);
+    let ours = || short().with_authority(&*tls.authority);
+    for (what, options) in [
+        ("another authority", identity(short().with_authority(&*stranger.authority), tls)),
+        ("no certificate of ours", ours()),
+        ("one of another authority", identity(ours(), &stranger)),
+        ("another name", identity(ours().with_domain("etcd.example"), tls)),
+        ("no TLS", plain.with_timeout(SHORT)),
+    ] {
+        let started = Instant::now();
+        let error = Etcd::new(options).unwrap_err();
+        assert!(matches!(error, RendezvousError::Unreachable { .. }), "{what}: {error}");
+        assert!(!error.to_string().contains("PRIVATE"), "{what}: {error}");
+        assert!(started.elapsed() < (SHORT + SLACK) * 2, "{what}");
+    }
+    let error = Etcd::new(short().with_authority("no PEM")).unwrap_err();
+    assert!(
+        matches!(error, RendezvousError::Unreachable { .. } | RendezvousError::Refused { .. }),
+        "{error}"
+    );
 }
 
 /// One cluster may serve many jobs.

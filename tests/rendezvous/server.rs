@@ -1,11 +1,13 @@
 //! An etcd of a test's own.
 
+use std::fs;
 use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use refit_service::rendezvous::{Etcd, EtcdOptions};
 use refit_tests::skip;
 use rustix::process::{Signal, set_parent_process_death_signal};
@@ -21,12 +23,22 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) struct Server {
     child: Child,
     folder: TempDir,
-    pub(crate) ports: [u16; 2],
+    ports: [u16; 2],
+    tls: Option<Certificates>,
 }
 
 impl Server {
     /// A server, unless there is none here, which the test says then.
     pub(crate) fn new() -> Option<Self> {
+        Self::begin(|| None)
+    }
+
+    /// One that speaks TLS to its clients, and to those only that its authority knows.
+    pub(crate) fn with_tls() -> Option<Self> {
+        Self::begin(|| Some(Certificates::new()))
+    }
+
+    fn begin(certificates: impl Fn() -> Option<Certificates>) -> Option<Self> {
         let program = match program() {
             Ok(program) => program,
             Err(why) => {
@@ -42,8 +54,9 @@ impl Server {
         // Another process may take a port before the server does.
         for _ in 0..5 {
             let (folder, ports) = (tempfile::tempdir().unwrap(), [free_port(), free_port()]);
-            let child = start(&program, folder.path(), ports);
-            let mut server = Self { child, folder, ports };
+            let tls = certificates();
+            let child = start(&program, folder.path(), ports, tls.as_ref());
+            let mut server = Self { child, folder, ports, tls };
             if server.answers() {
                 return Some(server);
             }
@@ -52,7 +65,16 @@ impl Server {
     }
 
     pub(crate) fn address(&self) -> String {
-        format!("http://127.0.0.1:{}", self.ports[0])
+        format!(
+            "{}://127.0.0.1:{}",
+            if self.tls.is_some() { "https" } else { "http" },
+            self.ports[0]
+        )
+    }
+
+    /// Those of a server with TLS.
+    pub(crate) fn certificates(&self) -> &Certificates {
+        self.tls.as_ref().unwrap()
     }
 
     pub(crate) fn options(&self) -> EtcdOptions {
@@ -66,7 +88,12 @@ impl Server {
             if self.child.try_wait().unwrap().is_some() {
                 return false;
             }
-            if Etcd::new(self.options().with_timeout(Duration::from_secs(2))).is_ok() {
+            let mut options = self.options().with_timeout(Duration::from_secs(2));
+            if let Some(tls) = &self.tls {
+                options = options.with_authority(&*tls.authority);
+                options = options.with_identity(&*tls.client.0, &*tls.client.1);
+            }
+            if Etcd::new(options).is_ok() {
                 return true;
             }
             std::thread::sleep(Duration::from_millis(20));
@@ -85,7 +112,7 @@ impl Server {
 
     /// Starts it again where it was.
     pub(crate) fn restart(&mut self) {
-        self.child = start(&program().unwrap(), self.folder.path(), self.ports);
+        self.child = start(&program().unwrap(), self.folder.path(), self.ports, self.tls.as_ref());
     }
 
     /// Runs `etcdctl`, which comes with it.
@@ -126,8 +153,15 @@ pub(crate) fn open(address: &str) -> Etcd {
     Etcd::new(options).unwrap()
 }
 
-fn start(program: &Path, folder: &Path, [client, peer]: [u16; 2]) -> Child {
-    let (client, peer) = (format!("http://127.0.0.1:{client}"), format!("http://127.0.0.1:{peer}"));
+fn start(
+    program: &Path,
+    folder: &Path,
+    [client, peer]: [u16; 2],
+    tls: Option<&Certificates>,
+) -> Child {
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    let (client, peer) =
+        (format!("{scheme}://127.0.0.1:{client}"), format!("http://127.0.0.1:{peer}"));
     let mut command = Command::new(program);
     command.arg("--data-dir").arg(folder.join("data")).args([
         "--listen-client-urls",
@@ -143,6 +177,17 @@ fn start(program: &Path, folder: &Path, [client, peer]: [u16; 2]) -> Child {
         "--log-level",
         "fatal",
     ]);
+    if let Some(tls) = tls {
+        for (argument, file, pem) in [
+            ("--trusted-ca-file", "authority.pem", &tls.authority),
+            ("--cert-file", "server.pem", &tls.server.0),
+            ("--key-file", "server.key", &tls.server.1),
+        ] {
+            fs::write(folder.join(file), pem).unwrap();
+            command.arg(argument).arg(folder.join(file));
+        }
+        command.arg("--client-cert-auth");
+    }
     // What the server lives on is gone with the test.
     command.args(["--unsafe-no-fsync", "--heartbeat-interval=50", "--election-timeout=500"]);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -153,6 +198,31 @@ fn start(program: &Path, folder: &Path, [client, peer]: [u16; 2]) -> Child {
         });
     }
     command.spawn().unwrap()
+}
+
+/// An authority, and what it has signed: a server and a client, each a certificate and its key. All as PEM.
+pub(crate) struct Certificates {
+    pub(crate) authority: String,
+    server: (String, String),
+    pub(crate) client: (String, String),
+}
+
+impl Certificates {
+    pub(crate) fn new() -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new([]).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let authority = params.self_signed(&key).unwrap().pem();
+        let issuer = Issuer::new(params, key);
+        let signed = |name: &str| {
+            let key = KeyPair::generate().unwrap();
+            let mut params = CertificateParams::new([name.to_owned()]).unwrap();
+            params.extended_key_usages =
+                vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+            (params.signed_by(&key, &issuer).unwrap().pem(), key.serialize_pem())
+        };
+        Self { authority, server: signed("127.0.0.1"), client: signed("rank-0") }
+    }
 }
 
 fn program() -> Result<PathBuf, String> {

@@ -7,9 +7,11 @@
 //!
 //! Entry and chunks have one lease, so they go together. Everything is read at one revision.
 
+mod cache;
 mod options;
 mod runtime;
 mod value;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -20,9 +22,12 @@ use std::time::{Duration, Instant};
 
 use etcd_client::{
     Client, Compare, CompareOp, DeleteOptions, Error, GetOptions, KvClient, LeaseClient,
-    PutOptions, Txn, TxnOp, TxnOpResponse, WatchClient, WatchOptions,
+    PutOptions, Txn, TxnOp, TxnOpResponse, WatchClient,
 };
 
+use parking_lot::Mutex;
+
+use self::cache::Cache;
 pub use self::options::EtcdOptions;
 use self::runtime::{Guard, Runtime};
 use self::value::{CHUNK, Cut, INLINE, Value};
@@ -60,6 +65,7 @@ struct Shared {
     lease: LeaseClient,
     watch: WatchClient,
     options: EtcdOptions,
+    cache: Mutex<Cache>,
     // Last, so that nothing is left that would need it.
     runtime: Runtime,
 }
@@ -123,6 +129,7 @@ impl Etcd {
             lease: client.lease_client(),
             watch: client.watch_client().max_decoding_message_size(MAX_ANSWER),
             options,
+            cache: Mutex::default(),
             runtime,
         }));
         etcd.list(&Key::new(["refit"])?)?;
@@ -262,6 +269,9 @@ impl Shared {
             Some(Value::Cut(cut)) => cut,
             None => return Err(foreign("it was not written by a process of this release").into()),
         };
+        if let Some(value) = self.cache.lock().get(&cut) {
+            return Ok(value);
+        }
         let mut value = Vec::new();
         let mut number = 0;
         while number < cut.chunks() {
@@ -289,6 +299,7 @@ impl Shared {
         if Cut::new(cut.id, &value) != cut {
             return Err(foreign("its chunks are not what was written").into());
         }
+        self.cache.lock().put(cut, &value);
         Ok(value)
     }
 
@@ -385,73 +396,6 @@ impl Shared {
             async move { kv.delete(prefix, Some(DeleteOptions::new().with_prefix())).await };
         if let Err(error) = self.call("remove a value", delete) {
             tracing::warn!(%key, %error, "chunks of a value are left over");
-        }
-    }
-
-    /// Whether something at or under a key was written or removed after a revision, or the deadline came.
-    fn watch(
-        &self,
-        prefix: &Key,
-        since: Revision,
-        deadline: Instant,
-    ) -> Result<bool, RendezvousError> {
-        let action = "watch entries";
-        let since = i64::try_from(since.0).unwrap_or(i64::MAX - 1);
-        let mut failing: Option<Instant> = None;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let (mut client, key) = (self.watch.clone(), self.entry(prefix));
-            let options = WatchOptions::new()
-                .with_range(format!("{key}0"))
-                .with_start_revision(since + 1)
-                // Or a burst of events may be larger than a message.
-                .with_fragment();
-            let wanted = prefix.clone();
-            let root = self.options.root.len() + "/e/".len();
-            let watching = async move {
-                let mut stream = client.watch(key, Some(options)).await?;
-                while let Some(news) = stream.message().await? {
-                    // It has forgotten how things were then: they may be otherwise.
-                    if news.canceled() || news.compact_revision() > 0 {
-                        return Ok(news.compact_revision() > 0);
-                    }
-                    let touched =
-                        news.events().iter().filter_map(etcd_client::Event::kv).any(|pair| {
-                            let path = pair
-                                .key()
-                                .get(root..)
-                                .and_then(|path| std::str::from_utf8(path).ok());
-                            path.and_then(|path| Key::try_from(path.to_owned()).ok())
-                                .is_some_and(|key| key.is_under(&wanted))
-                        });
-                    if touched {
-                        return Ok(true);
-                    }
-                }
-                Ok::<bool, Error>(false)
-            };
-            let error = match self.runtime.run(left, watching) {
-                None => match failing {
-                    // Nothing was heard since it failed, so there is nothing that could be said of entries.
-                    Some(since) if since.elapsed() > self.options.timeout => {
-                        unreachable(&self.options, action, "no answer".to_owned())
-                    }
-                    _ => return Ok(false),
-                },
-                Some(Ok(true)) => return Ok(true),
-                Some(Ok(false)) => {
-                    unreachable(&self.options, action, "the watch was ended".to_owned())
-                }
-                Some(Err(error)) => refused(&self.options, action, &error),
-            };
-            if !matches!(error, RendezvousError::Unreachable { .. }) {
-                return Err(error);
-            }
-            let since = *failing.get_or_insert_with(Instant::now);
-            if since.elapsed() > self.options.timeout || Instant::now() + PAUSE >= deadline {
-                return Err(error);
-            }
-            std::thread::sleep(PAUSE);
         }
     }
 }
