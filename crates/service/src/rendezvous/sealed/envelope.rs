@@ -83,14 +83,14 @@ pub(super) fn seal(key: Option<&JobKey>, header: &Header<'_>, body: &[u8]) -> Ve
 ///
 /// Nothing but the first ten bytes is looked at before the tag has been found right.
 pub(super) fn open<'a>(key: Option<&JobKey>, bytes: &'a [u8]) -> Result<Opened<'a>, SealError> {
-    let not_sealed = SealError::NotSealed { bytes: bytes.len() };
-    let rest = bytes.strip_prefix(MAGIC).ok_or(not_sealed.clone())?;
-    let (&[format, way], _) = rest.split_first_chunk::<2>().ok_or(not_sealed.clone())?;
+    let not_sealed = || SealError::NotSealed { bytes: bytes.len() };
+    let rest = bytes.strip_prefix(MAGIC).ok_or_else(not_sealed)?;
+    let (&[format, way], _) = rest.split_first_chunk::<2>().ok_or_else(not_sealed)?;
     if format != FORMAT {
         return Err(SealError::Format { found: format, expected: FORMAT });
     }
-    let (sealed, tag) = bytes.split_last_chunk::<TAG>().ok_or(not_sealed.clone())?;
-    let parts = sealed.get(MAGIC.len() + 2..).ok_or(not_sealed)?;
+    let (sealed, tag) = bytes.split_last_chunk::<TAG>().ok_or_else(not_sealed)?;
+    let parts = sealed.get(MAGIC.len() + 2..).ok_or_else(not_sealed)?;
     match (way, key) {
         (MAC, Some(key)) => {
             // In constant time: how long it takes says nothing of the right tag.
