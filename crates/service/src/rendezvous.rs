@@ -93,10 +93,10 @@ pub trait Rendezvous: Debug + Send + Sync + 'static {
         Reach::Network
     }
 
-    /// Begins a session, which renews itself in the background.
+    /// Begins a session, which renews itself in the background. A store may prolong the ttl to the shortest that it keeps.
     ///
     /// # Errors
-    /// [`RendezvousError`].
+    /// [`RendezvousError`]; [`RendezvousError::Ttl`] unless it is from [`MIN_TTL`] to [`MAX_TTL`].
     fn session(&self, ttl: Duration) -> Result<Self::Session, RendezvousError>;
 
     /// Writes an entry, whatever it was before. Readers see the old value or the new, whole.

@@ -45,6 +45,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// file system without hard links is refused when something is written. What was written is not forced to the disk: when
 /// a host crashes, end all processes and remove the directory.
 ///
+/// Who may read and write there is up to the file system. Where hosts share it, let a [`Sealed`](super::Sealed) with a key say
+/// whose entries count.
+///
 /// Every change writes all small values again, so this is for some hundreds of entries; for more there is etcd.
 #[derive(Clone, Debug)]
 pub struct Directory(Arc<Shared>);
