@@ -1,8 +1,7 @@
-//! Publications, requests and the directory they meet in: what comes from outside is checked, whole or refused.
+//! Publications, requests and where they meet: what comes from outside is checked, whole or refused.
 
 #![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
 
-use std::fs;
 use std::time::{Duration, Instant};
 
 use refit::planner::{
@@ -10,9 +9,13 @@ use refit::planner::{
     SourceLayout, lower, plan,
 };
 use refit::{
-    Directory, DirectoryError, HEADER_BYTES, MAX_REQUEST_BYTES, PackRequest, Place, Publication,
-    PublicationError, PublishedHeader, PublishedRegion, RefitError, RequestError,
+    HEADER_BYTES, MAX_REQUEST_BYTES, PackRequest, Place, Publication, PublicationError,
+    PublishedHeader, PublishedRegion, RequestError,
 };
+use refit_service::rendezvous::{
+    Directory, InProcess, JobKey, Key, Life, Rendezvous, SealError, Sealed, Writer,
+};
+use refit_service::{Meeting, MeetingError};
 
 fn layout(rank: u32) -> RankLayout {
     let mut layout = LayoutBuilder::new(rank);
@@ -51,9 +54,13 @@ fn header_region() -> PublishedRegion {
 }
 
 fn publication(rank: u32) -> Publication {
+    publication_of("agent", rank)
+}
+
+fn publication_of(agent: &str, rank: u32) -> Publication {
     let places = vec![place(4096), place(8192)];
     Publication::new(
-        "agent".to_owned(),
+        agent.to_owned(),
         vec![9; 40],
         layout(rank),
         header(),
@@ -137,63 +144,146 @@ fn every_cut_and_every_flip_is_refused() {
     }
 }
 
+const TTL: Duration = Duration::from_secs(30);
+
+fn key(path: &str) -> Key {
+    Key::try_from(path.to_owned()).unwrap()
+}
+
+fn meet<R: Rendezvous>(store: R) -> Meeting<R> {
+    Meeting::new(store, key("job/model"), TTL).unwrap()
+}
+
+fn within(millis: u64) -> Instant {
+    Instant::now() + Duration::from_millis(millis)
+}
+
+fn soon() -> Instant {
+    within(30_000)
+}
+
+/// Puts an entry of one rank where that of another belongs.
+fn misplace<R: Rendezvous>(store: &R, from: &str, to: &str) {
+    let value = store.list(&key(from)).unwrap().entries.remove(&key(from)).unwrap();
+    store.put(&key(to), &value, Life::Kept).unwrap();
+}
+
+/// Cuts an entry short.
+fn cut<R: Rendezvous>(store: &R, at: &str, bytes: usize) {
+    let value = store.list(&key(at)).unwrap().entries.remove(&key(at)).unwrap();
+    store.put(&key(at), &value[..bytes], Life::Kept).unwrap();
+}
+
 #[test]
 fn a_target_waits_for_every_rank() {
     let folder = tempfile::tempdir().unwrap();
-    let directory = Directory::new(folder.path().join("made/when/missing")).unwrap();
-    directory.publish(&publication(0)).unwrap();
+    let store = || Directory::new(folder.path()).unwrap();
+    let (sources, targets) = (meet(store()), meet(store()));
+    sources.publish(&publication(0)).unwrap();
     let started = Instant::now();
-    let error = directory.wait([0, 1, 2], Duration::from_millis(50)).unwrap_err();
+    let error = targets.wait([0, 1, 2], within(50)).unwrap_err();
     assert!(
-        matches!(&error, DirectoryError::Deadline { missing, .. } if *missing == [1, 2]),
+        matches!(&error, MeetingError::NotPublished { missing, .. } if *missing == [1, 2]),
         "{error}"
     );
     assert!(started.elapsed() >= Duration::from_millis(50));
 
-    let later = directory.clone();
+    let later = sources.clone();
     let publisher = std::thread::spawn(move || {
         for rank in [2, 1] {
             std::thread::sleep(Duration::from_millis(20));
             later.publish(&publication(rank)).unwrap();
         }
     });
-    let found = directory.wait([2, 1, 0], Duration::from_secs(30)).unwrap();
+    let found = targets.wait([2, 1, 0], soon()).unwrap();
     publisher.join().unwrap();
     assert_eq!(found.iter().map(Publication::rank).collect::<Vec<_>>(), [0, 1, 2]);
+    // Ranks of a name only; and nobody is nobody to wait for.
+    assert!(targets.wait([], within(0)).unwrap().is_empty());
+    let elsewhere = Meeting::new(store(), key("job/other"), TTL).unwrap();
+    assert!(elsewhere.read(0).unwrap().is_none());
 
-    directory.withdraw(1).unwrap();
-    directory.withdraw(1).unwrap();
-    assert!(directory.read(1).unwrap().is_none());
+    targets.withdraw(1).unwrap();
+    targets.withdraw(1).unwrap();
+    assert!(targets.read(1).unwrap().is_none());
+    // What a source said goes with it.
+    assert!(targets.read(0).unwrap().is_some());
+    drop(sources);
+    let error = targets.wait([0, 2], within(0)).unwrap_err();
+    assert!(
+        matches!(&error, MeetingError::NotPublished { missing, .. } if *missing == [0, 2]),
+        "{error}"
+    );
+}
+
+/// A rank that vanishes while others are waited for is waited for again, and one that publishes anew counts as it is.
+#[test]
+fn what_is_waited_for_is_of_one_moment() {
+    let store = InProcess::new();
+    let (first, meeting) = (meet(store.clone()), meet(store));
+    first.publish(&publication(0)).unwrap();
+    let waiting = meeting.clone();
+    let waiter = std::thread::spawn(move || waiting.wait([0, 1], soon()).unwrap());
+    std::thread::sleep(Duration::from_millis(30));
+    drop(first);
+    std::thread::sleep(Duration::from_millis(30));
+    meeting.publish(&publication(1)).unwrap();
+    std::thread::sleep(Duration::from_millis(30));
+    assert!(!waiter.is_finished(), "rank 0 is gone");
+    let again = publication_of("again", 0);
+    meeting.publish(&again).unwrap();
+    let found = waiter.join().unwrap();
+    assert_eq!((found[0].agent(), found[1].agent()), ("again", "agent"));
 }
 
 #[test]
-fn a_bad_file_is_named() {
-    let folder = tempfile::tempdir().unwrap();
-    let directory = Directory::new(folder.path()).unwrap();
-    directory.publish(&publication(0)).unwrap();
-    let file = folder.path().join("source-0.refit");
-    fs::rename(&file, folder.path().join("source-1.refit")).unwrap();
-    let error = directory.read(1).unwrap_err();
-    assert!(matches!(error, DirectoryError::WrongRank { expected: 1, found: 0, .. }), "{error}");
-    fs::write(&file, &publication(0).encode()[..50]).unwrap();
-    let error = directory.read(0).unwrap_err();
-    assert!(error.to_string().contains("source-0.refit"), "{error}");
-    assert!(
-        matches!(error, DirectoryError::Publication { source: PublicationError::Damaged, .. }),
-        "{error}"
-    );
+fn a_bad_entry_is_named() {
+    let store = InProcess::new();
+    let meeting = meet(store.clone());
+    meeting.publish(&publication(0)).unwrap();
+    misplace(&store, "job/model/source/0", "job/model/source/1");
+    let error = meeting.read(1).unwrap_err();
+    assert!(matches!(error, MeetingError::WrongRank { expected: 1, found: 0, .. }), "{error}");
+    cut(&store, "job/model/source/0", 50);
+    for error in [meeting.read(0).unwrap_err(), meeting.wait([0], soon()).unwrap_err()] {
+        assert!(error.to_string().contains("job/model/source/0"), "{error}");
+        assert!(
+            matches!(error, MeetingError::Publication { source: PublicationError::Damaged, .. }),
+            "{error}"
+        );
+    }
+}
+
+/// What another job wrote is not there, and is named when it was wanted.
+#[test]
+fn what_is_forged_is_named() {
+    let store = InProcess::new();
+    let sealed = |key: &[u8; 32], name: &str| {
+        let job = JobKey::from_secret(key).unwrap();
+        Sealed::new(store.clone(), Writer::new("job", name, 1).unwrap(), Some(job)).unwrap()
+    };
+    let (ours, theirs) = (meet(sealed(&[1; 32], "us")), meet(sealed(&[2; 32], "them")));
+    ours.publish(&publication(0)).unwrap();
+    theirs.publish(&publication(1)).unwrap();
+    let error = ours.wait([0, 1, 2], within(20)).unwrap_err();
+    let MeetingError::NotPublished { missing, refused, .. } = &error else { panic!("{error}") };
+    assert_eq!(missing, &[1, 2]);
+    let why: Vec<(&u32, &SealError)> = refused.iter().collect();
+    assert!(matches!(why[..], [(1, _)]), "{error}");
+    assert!(ours.read(1).is_err());
+    assert_eq!(ours.wait([0], soon()).unwrap().len(), 1);
 }
 
 #[test]
 fn readers_never_see_half_a_publication() {
     let folder = tempfile::tempdir().unwrap();
-    let directory = Directory::new(folder.path()).unwrap();
-    directory.publish(&publication(0)).unwrap();
-    let writer = directory.clone();
+    let meeting = meet(Directory::new(folder.path()).unwrap());
+    meeting.publish(&publication(0)).unwrap();
+    let writer = meeting.clone();
     let publisher =
         std::thread::spawn(move || (0..300).for_each(|_| writer.publish(&publication(0)).unwrap()));
     while !publisher.is_finished() {
-        assert!(directory.read(0).unwrap().is_some());
+        assert!(meeting.read(0).unwrap().is_some());
     }
     publisher.join().unwrap();
 }
@@ -249,51 +339,45 @@ fn every_cut_and_every_flip_of_a_request_is_refused() {
 
 #[test]
 fn sources_wait_for_what_targets_ask_and_no_longer_than_they_want() {
-    let folder = tempfile::tempdir().unwrap();
-    let directory = Directory::new(folder.path()).unwrap();
-    directory.ask(&PackRequest::nothing(0)).unwrap();
-    let error = directory.wait_for_requests([0, 1], Duration::from_millis(30)).unwrap_err();
-    assert!(
-        matches!(&error, DirectoryError::NotAsked { missing, .. } if *missing == [1]),
-        "{error}"
-    );
-    directory.ask(&request(1)).unwrap();
-    let found = directory.wait_for_requests([1, 0], Duration::from_secs(30)).unwrap();
+    let store = InProcess::new();
+    let meeting = meet(store.clone());
+    meeting.ask(&PackRequest::nothing(0)).unwrap();
+    let error = meeting.wait_for_requests([0, 1], within(30)).unwrap_err();
+    assert!(matches!(&error, MeetingError::NotAsked { missing, .. } if *missing == [1]), "{error}");
+    meeting.ask(&request(1)).unwrap();
+    let found = meeting.wait_for_requests([1, 0], soon()).unwrap();
     assert_eq!(found, [PackRequest::nothing(0), request(1)]);
 
-    fs::rename(folder.path().join("pack-1.refit"), folder.path().join("pack-2.refit")).unwrap();
-    let error = directory.request(2).unwrap_err();
-    assert!(matches!(error, DirectoryError::WrongTarget { expected: 2, found: 1, .. }), "{error}");
-    fs::write(folder.path().join("pack-1.refit"), &request(1).encode()[..45]).unwrap();
-    let error = directory.request(1).unwrap_err();
-    assert!(error.to_string().contains("pack-1.refit"), "{error}");
-    let damaged = matches!(error, DirectoryError::Request { source: RequestError::Damaged, .. });
+    misplace(&store, "job/model/pack/1", "job/model/pack/2");
+    let error = meeting.request(2).unwrap_err();
+    assert!(matches!(error, MeetingError::WrongTarget { expected: 2, found: 1, .. }), "{error}");
+    cut(&store, "job/model/pack/1", 45);
+    let error = meeting.request(1).unwrap_err();
+    assert!(error.to_string().contains("job/model/pack/1"), "{error}");
+    let damaged = matches!(error, MeetingError::Request { source: RequestError::Damaged, .. });
     assert!(damaged, "{error}");
-    directory.withdraw_request(1).unwrap();
-    directory.withdraw_request(1).unwrap();
-    assert!(directory.request(1).unwrap().is_none());
+    meeting.withdraw_request(1).unwrap();
+    meeting.withdraw_request(1).unwrap();
+    assert!(meeting.request(1).unwrap().is_none());
 }
 
 /// A source that does not pack is read as it is: waiting for it ends.
 #[test]
 fn targets_wait_for_packing_and_no_longer_than_they_want() {
-    let folder = tempfile::tempdir().unwrap();
-    let directory = Directory::new(folder.path()).unwrap();
-    let patience = Duration::from_millis(30);
-    let error = directory.wait_until_packed([0], &request(1), patience).unwrap_err();
-    let missing = matches!(error, RefitError::Directory(DirectoryError::Deadline { .. }));
-    assert!(missing, "{error}");
+    let meeting = meet(InProcess::new());
+    let error = meeting.wait_until_packed([0], &request(1), within(30)).unwrap_err();
+    assert!(matches!(error, MeetingError::NotPublished { .. }), "{error}");
     // Its columns are scattered, and it was asked.
     let held = publish_wide(0);
-    directory.publish(&held).unwrap();
+    meeting.publish(&held).unwrap();
     assert!(!request(1).is_answered_by(&held).unwrap());
     let started = Instant::now();
-    let found = directory.wait_until_packed([0], &request(1), patience).unwrap();
-    assert!(started.elapsed() >= patience);
+    let found = meeting.wait_until_packed([0], &request(1), within(30)).unwrap();
+    assert!(started.elapsed() >= Duration::from_millis(29));
     assert_eq!(found[0].digest(), held.digest());
     // One that was not asked, or a target that asks for nothing, is not waited for.
     let nothing = PackRequest::nothing(1);
-    let found = directory.wait_until_packed([0], &nothing, Duration::from_secs(60)).unwrap();
+    let found = meeting.wait_until_packed([0], &nothing, soon()).unwrap();
     assert_eq!(found[0].digest(), held.digest());
 }
 

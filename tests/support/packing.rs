@@ -1,17 +1,21 @@
 //! A whole refit without packing, the exchange that leads to it, and refits with it, between ranks of one process.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use refit::planner::RankLayout;
 use refit::transport::Transport;
-use refit::{Directory, PackedSource, Report, TargetOptions};
+use refit::{PackedSource, Report, TargetOptions};
+use refit_service::Meeting;
+use refit_service::rendezvous::{InProcess, Key};
 
 use crate::oracle::Buffers;
 use crate::ranks;
 
-/// How long ranks wait for each other's files, which are there.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Until when ranks wait for what is there.
+fn deadline() -> Instant {
+    Instant::now() + Duration::from_secs(10)
+}
 
 /// One rank: its layout, and what it holds or is to hold.
 pub type Rank = (RankLayout, Buffers);
@@ -51,8 +55,8 @@ pub fn packed<T: Transport>(
     sources: &[Rank],
     targets: &[Rank],
 ) -> Outcomes {
-    let folder = tempfile::tempdir().unwrap();
-    let directory = Directory::new(folder.path()).unwrap();
+    let name = Key::new(["packing"]).unwrap();
+    let meeting = Meeting::new(InProcess::new(), name, Duration::from_secs(10)).unwrap();
     let (source_ranks, target_ranks) = (0..sources.len(), 0..targets.len());
     let source_ranks = || source_ranks.clone().map(|rank| u32::try_from(rank).unwrap());
     let target_ranks = target_ranks.map(|rank| u32::try_from(rank).unwrap());
@@ -64,33 +68,33 @@ pub fn packed<T: Transport>(
         plain.push(source);
     }
     for source in &plain {
-        directory.publish(&source.publication().unwrap()).unwrap();
+        meeting.publish(&source.publication().unwrap()).unwrap();
     }
-    let published = directory.wait(source_ranks(), PATIENCE).unwrap();
+    let published = meeting.wait(source_ranks(), deadline()).unwrap();
     let mut running = Vec::new();
     for (layout, wanted) in targets {
         let (mut target, pool, canaries) = ranks::target(engine, layout, TargetOptions::default());
         let request = target.pack_request(&published).unwrap();
-        directory.ask(&request).unwrap();
+        meeting.ask(&request).unwrap();
         let (target, before) = ranks::refit(target, &published);
         assert_same(&ranks::held(&target), wanted);
         running.push((target, pool, canaries, request, before));
     }
 
-    let requests = directory.wait_for_requests(target_ranks, PATIENCE).unwrap();
+    let requests = meeting.wait_for_requests(target_ranks, deadline()).unwrap();
     let mut packed: Vec<PackedSource<T>> = Vec::new();
     for source in plain {
         packed.push(source.pack(&ranks::pool(trainer), &requests, u64::MAX).unwrap());
     }
     for source in &packed {
-        directory.publish(&source.publication().unwrap()).unwrap();
+        meeting.publish(&source.publication().unwrap()).unwrap();
     }
     let mut outcomes =
         Outcomes { targets: vec![], slots: packed.iter().map(PackedSource::slot_bytes).collect() };
     let mut refitted = Vec::new();
     for ((target, pool, canaries, request, before), (_, wanted)) in running.into_iter().zip(targets)
     {
-        let published = directory.wait_until_packed(source_ranks(), &request, PATIENCE).unwrap();
+        let published = meeting.wait_until_packed(source_ranks(), &request, deadline()).unwrap();
         for publication in &published {
             assert!(request.is_answered_by(publication).unwrap());
         }

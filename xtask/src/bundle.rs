@@ -83,7 +83,7 @@ fn name() -> String {
 
 /// Builds, collects, packs, and tries what came out.
 pub(crate) fn run(root: &Path, options: &Options) -> Result<(), Failure> {
-    let unavailable = |why: setup::Unavailable| Failure::new(why.to_string());
+    let unavailable = |why: setup::Unavailable| Failure::new(format!("nixl: {why}"));
     setup::run(root).map_err(unavailable)?;
     let nixl = setup::pinned(root, &setup::NIXL).map_err(unavailable)?;
     let cudart = setup::pinned(root, &setup::CUDART).map_err(unavailable)?;

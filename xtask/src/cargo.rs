@@ -8,7 +8,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use crate::{failure::Failure, nixl::Nixl, setup};
+use crate::{extra::Extra, failure::Failure, setup};
 
 /// The packages that have something to build or test with NIXL, and the feature that turns it on.
 const NIXL_FEATURES: [(&str, &str); 4] = [
@@ -19,13 +19,17 @@ const NIXL_FEATURES: [(&str, &str); 4] = [
 ];
 
 /// The same with CUDA, which needs nothing at build time; what needs a GPU says at run time that there is none.
-const CUDA_FEATURES: [(&str, &str); 5] = [
+const CUDA_FEATURES: [(&str, &str); 6] = [
     ("refit-pool", "cuda"),
     ("refit-transport", "cuda"),
     ("refit", "cuda"),
+    ("refit-service", "cuda"),
     ("refit-cli", "cuda"),
     ("refit-tests", "cuda"),
 ];
+
+/// The same with etcd.
+const ETCD_FEATURES: [(&str, &str); 2] = [("refit-service", "etcd"), ("refit-tests", "etcd")];
 
 /// The folder of the workspace, wherever the task was called from.
 pub(crate) fn workspace_root() -> PathBuf {
@@ -43,13 +47,16 @@ pub(crate) fn cargo(root: &Path) -> Command {
     command
 }
 
-/// The `--features` for a run over `packages`, or over the workspace when that is empty: CUDA, and NIXL where it is.
-pub(crate) fn features(packages: &[String], nixl: bool) -> Vec<String> {
+/// The `--features` for a run over `packages`, or over the workspace when that is empty: CUDA, and NIXL and etcd where
+/// they are.
+pub(crate) fn features(packages: &[String], nixl: bool, etcd: bool) -> Vec<String> {
     let chosen = |name: &str| packages.is_empty() || packages.iter().any(|package| package == name);
     let nixl = if nixl { &NIXL_FEATURES[..] } else { &[] };
+    let etcd = if etcd { &ETCD_FEATURES[..] } else { &[] };
     let features: Vec<String> = CUDA_FEATURES
         .iter()
         .chain(nixl)
+        .chain(etcd)
         .filter(|(package, _)| chosen(package))
         .map(|(package, feature)| format!("{package}/{feature}"))
         .collect();
@@ -63,7 +70,12 @@ pub(crate) fn status(mut command: Command) -> Result<(), Failure> {
 }
 
 /// `cargo test`, with a total at the end.
-pub(crate) fn test(root: &Path, nixl: &Nixl, args: &[String]) -> Result<(), Failure> {
+pub(crate) fn test(
+    root: &Path,
+    nixl: &Extra,
+    etcd: &Extra,
+    args: &[String],
+) -> Result<(), Failure> {
     let mut command = cargo(root);
     // The default members: all but the benches, which have no tests and would cost the compilation of criterion.
     command.current_dir(root).arg("test");
@@ -71,9 +83,12 @@ pub(crate) fn test(root: &Path, nixl: &Nixl, args: &[String]) -> Result<(), Fail
         // "Every test": cargo would stop after the first binary with a failure.
         command.arg("--no-fail-fast");
     }
-    command.args(features(&packages(args), nixl.is_ready()));
+    command.args(features(&packages(args), nixl.is_ready(), etcd.is_ready()));
     if nixl.is_ready() {
         command.env("REFIT_REQUIRE_NIXL", "1");
+    }
+    if etcd.is_ready() {
+        command.env("REFIT_REQUIRE_ETCD", "1");
     }
     command.args(args).stdout(Stdio::piped());
     let mut child = command.spawn().map_err(|error| cannot_start(&command, &error))?;
@@ -86,11 +101,12 @@ pub(crate) fn test(root: &Path, nixl: &Nixl, args: &[String]) -> Result<(), Fail
     let status = child.wait().map_err(|error| cannot_start(&command, &error))?;
     total.print();
     nixl.remind();
+    etcd.remind();
     if status.success() { Ok(()) } else { Err(Failure::child(status.code())) }
 }
 
 /// `refit bench`; over the in-process transport where NIXL is missing and nothing else was asked for.
-pub(crate) fn bench(root: &Path, nixl: &Nixl, args: &[String]) -> Result<(), Failure> {
+pub(crate) fn bench(root: &Path, nixl: &Extra, args: &[String]) -> Result<(), Failure> {
     let mut all = vec!["bench".to_owned()];
     let chosen = args.iter().any(|arg| arg == "--transport" || arg.starts_with("--transport="));
     if !nixl.is_ready() && !chosen {
@@ -101,7 +117,7 @@ pub(crate) fn bench(root: &Path, nixl: &Nixl, args: &[String]) -> Result<(), Fai
 }
 
 /// `refit`, built for release. Paths among the arguments stay relative to where the user is.
-pub(crate) fn refit(root: &Path, nixl: &Nixl, args: &[String]) -> Result<(), Failure> {
+pub(crate) fn refit(root: &Path, nixl: &Extra, args: &[String]) -> Result<(), Failure> {
     let mut command = cargo(root);
     command
         .args(["run", "--release", "--package", "refit-cli", "--manifest-path"])
@@ -259,7 +275,7 @@ mod tests {
 
     #[test]
     fn features_are_asked_only_of_chosen_packages() {
-        let of = |line, nixl| features(&packages(&strings(line)), nixl);
+        let of = |line, nixl| features(&packages(&strings(line)), nixl, false);
         assert_eq!(of("-p refit-planner", true), Vec::<String>::new());
         assert_eq!(of("-p refit-pool", true), ["--features", "refit-pool/cuda"]);
         assert_eq!(
@@ -267,6 +283,10 @@ mod tests {
             ["--features", "refit-cli/cuda,refit-tests/cuda,refit-cli/nixl,refit-tests/nixl"]
         );
         assert_eq!(of("-p refit-cli", false), ["--features", "refit-cli/cuda"]);
+        assert_eq!(
+            features(&packages(&strings("-p refit-service")), false, true),
+            ["--features", "refit-service/cuda,refit-service/etcd"]
+        );
         assert_eq!(of("some_test -- -p refit-planner", true).len(), 2);
     }
 
@@ -321,10 +341,11 @@ mod tests {
             ("refit-pool", include_str!("../../crates/pool/Cargo.toml")),
             ("refit-transport", include_str!("../../crates/transport/Cargo.toml")),
             ("refit", include_str!("../../crates/refit/Cargo.toml")),
+            ("refit-service", include_str!("../../crates/service/Cargo.toml")),
             ("refit-cli", include_str!("../../crates/cli/Cargo.toml")),
             ("refit-tests", include_str!("../../tests/Cargo.toml")),
         ] {
-            let all = CUDA_FEATURES.iter().chain(&NIXL_FEATURES);
+            let all = CUDA_FEATURES.iter().chain(&NIXL_FEATURES).chain(&ETCD_FEATURES);
             for (_, feature) in all.filter(|(name, _)| *name == package) {
                 assert!(
                     manifest.contains(&format!("\n{feature} = [")),

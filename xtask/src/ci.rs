@@ -20,7 +20,7 @@ pub(crate) fn run(root: &Path, test: bool) -> Result<(), Failure> {
             .args(["--", "--deny", "warnings"]);
         cargo::status(command)
     };
-    let all = cargo::features(&[], true);
+    let all = cargo::features(&[], true, true);
 
     steps.run("fmt", || {
         let mut command = cargo::cargo(root);
@@ -34,9 +34,13 @@ pub(crate) fn run(root: &Path, test: bool) -> Result<(), Failure> {
         clippy(&["--package", "refit-planner", "--package", "refit-translate"], &[])
     });
     steps.run("clippy, default features", || clippy(&["--workspace"], &[]));
-    // What follows needs NIXL, and would only say the same again without.
-    if steps.run("setup", || setup::run(root).map_err(|why| Failure::new(why.to_string()))) {
-        steps.run("clippy, with CUDA and NIXL", || clippy(&["--workspace"], &all));
+    // What follows needs NIXL and etcd, and would only say the same again without.
+    let fetch = || {
+        setup::run(root).map_err(|why| Failure::new(format!("nixl: {why}")))?;
+        setup::etcd(root).map_err(|why| Failure::new(format!("etcd: {why}")))
+    };
+    if steps.run("setup", fetch) {
+        steps.run("clippy, with CUDA, NIXL and etcd", || clippy(&["--workspace"], &all));
         // As readers will see them: without private items, and with no link to one.
         steps.run("docs", || {
             let mut command = locked(root, "doc");
@@ -48,7 +52,8 @@ pub(crate) fn run(root: &Path, test: bool) -> Result<(), Failure> {
             // The command of the README, not a shortcut to it.
             steps.run("cargo xtask test", || {
                 let mut command = cargo::cargo(root);
-                command.current_dir(root).args(["xtask", "test"]).env("REFIT_REQUIRE_NIXL", "1");
+                command.current_dir(root).args(["xtask", "test"]);
+                command.envs([("REFIT_REQUIRE_NIXL", "1"), ("REFIT_REQUIRE_ETCD", "1")]);
                 cargo::status(command)
             });
         }

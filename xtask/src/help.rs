@@ -10,9 +10,9 @@ cargo xtask TASK [ARGS]
 
 Tasks:
   bench      refit a model over NIXL on this machine and print the table
-  test       run every test, those over NIXL included
+  test       run every test, those over NIXL and in etcd included
   refit      run the `refit` command, built for release
-  setup      fetch what NIXL needs; bench, test and refit do this themselves
+  setup      fetch what NIXL and etcd need; bench, test and refit do this themselves
   criterion  run the micro-benches
   chart      draw what benches wrote
   bundle     pack the command and NIXL for a host without internet
@@ -52,9 +52,9 @@ Where NIXL is not to be had, says so and benches the in-process transport instea
 const TEST: &str = "\
 cargo xtask test [ARGS]
 
-Sets up what is missing and runs `cargo test ARGS` with the NIXL features on.
-Where NIXL is not to be had, says so and runs the other tests.
-With REFIT_REQUIRE_NIXL=1 in the environment that is an error instead.
+Sets up what is missing and runs `cargo test ARGS` with the features of NIXL and etcd on.
+Where NIXL or etcd is not to be had, says so and runs the other tests.
+With REFIT_REQUIRE_NIXL=1 or REFIT_REQUIRE_ETCD=1 in the environment that is an error instead.
 Tests that need a GPU are built everywhere, and count as skipped where there is none; REFIT_REQUIRE_CUDA=2 makes those
 fail that two GPUs are enough for.
 
@@ -79,9 +79,11 @@ cargo xtask setup
 Fetches, with pip and into target/setup only:
   libclang   to build nixl-sys
   nixl       the library that nixl-sys loads at run time
+  protoc     to build etcd-client
+  etcd       the server that tests start
 Needs Linux on x86_64 or aarch64, python3 with pip, and g++ 10 or later. Does nothing when all is there.
 
-Set LIBCLANG_PATH or REFIT_NIXL_LIBRARY to use your own; that part is not fetched then.
+Set LIBCLANG_PATH, REFIT_NIXL_LIBRARY, PROTOC or REFIT_ETCD to use your own; that part is not fetched then.
 Delete target/setup to start again.
 ";
 
@@ -138,7 +140,7 @@ stand, features, leftovers, file sizes, paths of one machine, and that the PTX b
 const CI: &str = "\
 cargo xtask ci [--no-test]
 
-Runs what CI runs: formatting, tidy, clippy, docs, then the tests. NIXL is required.
+Runs what CI runs: formatting, tidy, clippy, docs, then the tests. NIXL and etcd are required.
 A step that fails does not keep the next from running.
 
   --no-test  only the checks

@@ -9,9 +9,9 @@ mod args;
 mod bundle;
 mod cargo;
 mod ci;
+mod extra;
 mod failure;
 mod help;
-mod nixl;
 mod ptx;
 mod setup;
 mod tidy;
@@ -19,6 +19,7 @@ mod tidy;
 use std::process::ExitCode;
 
 use args::Task;
+use extra::Extra;
 use failure::Failure;
 
 fn main() -> ExitCode {
@@ -43,13 +44,15 @@ fn run(task: Task) -> Result<(), Failure> {
             Ok(())
         }
         Task::Setup => {
-            setup::run(&root).map_err(|why| Failure::new(why.to_string()))?;
-            println!("setup: {} and {} are in place", setup::LIBCLANG, setup::NIXL);
+            setup::run(&root).map_err(|why| Failure::new(format!("nixl: {why}")))?;
+            setup::etcd(&root).map_err(|why| Failure::new(format!("etcd: {why}")))?;
+            let all = [setup::LIBCLANG, setup::NIXL, setup::PROTOC, setup::ETCD];
+            println!("setup: {} are in place", all.map(|wheel| wheel.to_string()).join(", "));
             Ok(())
         }
-        Task::Test(args) => cargo::test(&root, &nixl::Nixl::prepare(&root)?, &args),
-        Task::Bench(args) => cargo::bench(&root, &nixl::Nixl::prepare(&root)?, &args),
-        Task::Refit(args) => cargo::refit(&root, &nixl::Nixl::prepare(&root)?, &args),
+        Task::Test(args) => cargo::test(&root, &Extra::nixl(&root)?, &Extra::etcd(&root)?, &args),
+        Task::Bench(args) => cargo::bench(&root, &Extra::nixl(&root)?, &args),
+        Task::Refit(args) => cargo::refit(&root, &Extra::nixl(&root)?, &args),
         Task::Criterion(args) => cargo::criterion(&root, &args),
         Task::Chart(args) => cargo::chart(&root, &args),
         Task::Bundle(options) => bundle::run(&root, &options),

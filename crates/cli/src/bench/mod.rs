@@ -5,6 +5,7 @@ mod args;
 mod ceiling;
 mod copies;
 mod held;
+mod meeting;
 mod process;
 mod protocol;
 mod rank;

@@ -9,13 +9,13 @@ use refit::planner::{Policy, RankLayout};
 use refit::pool::PoolOptions;
 use refit::transport::{Transport, TransportPool, TransportRegistrar};
 use refit::{
-    Cancelled, Directory, PackRequest, Prepared, Publication, RefitError, Report, Source, Target,
-    TargetOptions, allocate,
+    Cancelled, PackRequest, Prepared, Publication, Report, Source, Target, TargetOptions, allocate,
 };
 
 use super::ceiling::{Ceiling, bytes_by_source};
 use super::copies::{Copies, Published};
 use super::held::Held;
+use super::meeting::{Meeting, meet};
 use super::protocol::{Command, Description, Mode, RankReport, Reply};
 use super::values::Values;
 use crate::device::{Guards, Home};
@@ -55,6 +55,12 @@ struct Ready {
 }
 
 impl RankSetup {
+    /// Until when ranks wait for each other, from now.
+    pub(super) fn deadline(&self) -> Result<Instant, CliError> {
+        let too_long = || CliError::Usage("--patience is too long for a clock".to_owned());
+        Instant::now().checked_add(self.patience).ok_or_else(too_long)
+    }
+
     fn ready(&self, side: impl FnOnce(Sides) -> Vec<RankLayout>) -> Result<Ready, CliError> {
         let mut config = model::config(&self.config)?;
         config.num_layers = self.layers;
@@ -92,8 +98,8 @@ pub(crate) fn source<T: Transport>(
     let source = Source::new(transport, &pool, layout.clone(), params)?;
     let params = source.params().map(|(_, memory)| memory);
     let _readable = setup.copies.then(|| Published::new(setup, home, params)).transpose()?;
-    let directory = Directory::new(&setup.directory).map_err(RefitError::from)?;
-    directory.publish(&source.publication()?).map_err(RefitError::from)?;
+    let meeting = meet(&setup.directory, "params")?;
+    meeting.publish(&source.publication()?)?;
     let mut held = Held::Plain(Box::new(source));
     let fill = |held: &mut Held<T>, cycle| {
         held.update(cycle, |params| {
@@ -106,7 +112,7 @@ pub(crate) fn source<T: Transport>(
         let reply = match command {
             Command::Fill { cycle } => fill(&mut held, cycle)?,
             Command::Pack => {
-                held = held.pack(home, &pool, &directory, setup.target.world(), setup.patience)?;
+                held = held.pack(home, &pool, &meeting, setup.target.world(), setup.deadline()?)?;
                 Reply::Done
             }
             Command::Stop => break,
@@ -126,9 +132,8 @@ pub(crate) fn target<T: Transport>(
     mut answer: impl FnMut(Reply),
 ) -> Result<(), CliError> {
     let Ready { layout, values } = setup.ready(|sides| sides.target)?;
-    let directory = Directory::new(&setup.directory).map_err(RefitError::from)?;
-    let sources = 0..setup.source.world();
-    let published = directory.wait(sources, setup.patience).map_err(RefitError::from)?;
+    let meeting = meet(&setup.directory, "params")?;
+    let published = meeting.wait(0..setup.source.world(), setup.deadline()?)?;
 
     let pool = TransportPool::new(
         home.clone(),
@@ -168,8 +173,8 @@ pub(crate) fn target<T: Transport>(
             Command::Copies => bench.copies()?.read()?,
             Command::Memcpy => bench.ceiling()?.memcpy(home)?,
             Command::Stop => break,
-            Command::AskToPack => bench.ask_to_pack(&directory)?,
-            Command::MeetPacked => bench.meet_packed(&directory)?,
+            Command::AskToPack => bench.ask_to_pack(&meeting)?,
+            Command::MeetPacked => bench.meet_packed(&meeting)?,
             other => return Err(CliError::Usage(format!("a target cannot {other:?}"))),
         };
         answer(reply);
@@ -222,20 +227,20 @@ impl<T: Transport> TargetBench<'_, T> {
     }
 
     /// Says what sources would have to pack.
-    fn ask_to_pack(&mut self, directory: &Directory) -> Result<Reply, CliError> {
+    fn ask_to_pack(&mut self, meeting: &Meeting) -> Result<Reply, CliError> {
         self.set_mode(Mode::Cached)?;
         let target = self.target.as_mut().ok_or_else(lost)?;
         let request = target.pack_request(&self.published)?;
-        directory.ask(&request).map_err(RefitError::from)?;
+        meeting.ask(&request)?;
         self.request = Some(request);
         Ok(Reply::Done)
     }
 
     /// Reads from now on what sources have packed.
-    fn meet_packed(&mut self, directory: &Directory) -> Result<Reply, CliError> {
+    fn meet_packed(&mut self, meeting: &Meeting) -> Result<Reply, CliError> {
         let request = self.request.as_ref().ok_or_else(lost)?;
-        let (sources, patience) = (0..self.setup.source.world(), self.setup.patience);
-        self.published = directory.wait_until_packed(sources, request, patience)?;
+        let (sources, deadline) = (0..self.setup.source.world(), self.setup.deadline()?);
+        self.published = meeting.wait_until_packed(sources, request, deadline)?;
         Ok(Reply::Done)
     }
 

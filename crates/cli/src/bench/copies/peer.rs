@@ -1,7 +1,6 @@
 //! Measured through the peer transport.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 
 use refit::planner::{Band, Dtype, LayoutBuilder, Param};
@@ -9,21 +8,19 @@ use refit::pool::{Allocator, Memory};
 use refit::transport::peer::{PeerRegistration, PeerTransport};
 use refit::transport::{Transport, draw_incarnation};
 use refit::{
-    Directory, HEADER_BYTES, Header, Place, Publication, PublishedHeader, PublishedRegion,
-    RefitError, Stamp,
+    HEADER_BYTES, Header, Place, Publication, PublishedHeader, PublishedRegion, RefitError, Stamp,
 };
 
 use super::super::ceiling::Ceiling;
+use super::super::meeting::{Meeting, meet};
 use super::super::protocol::Reply;
 use super::super::rank::{RankSetup, lost};
 use crate::device::Home;
 use crate::error::CliError;
 use crate::transports;
 
-/// Where sources publish what copies are measured with.
-fn directory(setup: &Path) -> Result<Directory, CliError> {
-    Ok(Directory::new(setup.join("copies")).map_err(RefitError::from)?)
-}
+/// What copies are measured with, beside the parameters.
+const NAME: &str = "copies";
 
 /// A source's largest allocation, readable by peers until this goes.
 #[derive(Debug)]
@@ -32,6 +29,8 @@ pub(in crate::bench) struct Published {
     _registrations: [PeerRegistration; 2],
     _transport: Arc<PeerTransport>,
     _header: Memory,
+    // What is published stays for as long as this does.
+    _meeting: Meeting,
 }
 
 impl Published {
@@ -73,10 +72,14 @@ impl Published {
             vec![Place { address, cuda }],
             vec![PublishedRegion { address, len, cuda }, header_region],
         );
-        directory(&setup.directory)?
-            .publish(&publication.map_err(RefitError::from)?)
-            .map_err(RefitError::from)?;
-        Ok(Self { _registrations: registrations, _transport: transport, _header: memory })
+        let meeting = meet(&setup.directory, NAME)?;
+        meeting.publish(&publication.map_err(RefitError::from)?)?;
+        Ok(Self {
+            _registrations: registrations,
+            _transport: transport,
+            _header: memory,
+            _meeting: meeting,
+        })
     }
 }
 
@@ -97,9 +100,8 @@ impl Copies {
         bytes: &BTreeMap<u32, u64>,
     ) -> Result<Self, CliError> {
         let transport = transports::peer(&format!("copies-target-{}", setup.rank), home)?;
-        let sources = 0..setup.source.world();
-        let published =
-            directory(&setup.directory)?.wait(sources, setup.patience).map_err(RefitError::from)?;
+        let meeting = meet(&setup.directory, NAME)?;
+        let published = meeting.wait(0..setup.source.world(), setup.deadline()?)?;
         match Ceiling::new(home, &transport, setup.rank, &published, bytes, setup.patience) {
             Ok(ceiling) => Ok(Self::Ceiling(ceiling)),
             // GPUs without a path to each other are no reason to stop a bench that does not need one.
