@@ -5,4 +5,16 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+pub mod groups;
+pub mod keys;
+mod leases;
+pub mod message;
+pub mod puller;
+pub mod reader;
 pub mod rendezvous;
+mod seat;
+pub mod source;
+mod stats;
+
+pub use self::seat::{Observer, Point, Seat};
+pub use self::stats::{Retries, ServiceStats};

@@ -1,0 +1,116 @@
+//! What moves the bytes, as the protocol sees it.
+
+use std::error::Error;
+use std::fmt;
+use std::time::Instant;
+
+use refit::Publication;
+
+/// A version to read, under a lease: every rank of a group, and what its header has to say behind the last read.
+#[derive(Clone, Copy, Debug)]
+pub struct Reading<'a> {
+    /// The group.
+    pub group: &'a str,
+    /// The version.
+    pub version: u64,
+    /// By rank, counted from 0.
+    pub publications: &'a [Publication],
+    /// In the same order.
+    pub expected: &'a [Expected],
+}
+
+/// What the header of a source rank has to say for what was read from it to be whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Expected {
+    /// The source rank.
+    pub rank: u32,
+    /// Its incarnation.
+    pub incarnation: u128,
+    /// The version.
+    pub version: u64,
+    /// The epoch under which it was committed.
+    pub epoch: u64,
+}
+
+/// One target rank's memory, and what reads into it.
+pub trait Puller: fmt::Debug {
+    /// Reads everything, and makes sure that it is whole: after the last byte has arrived it reads every rank's header and
+    /// finds what is expected there.
+    ///
+    /// It returns by the deadline. An error says whether another attempt makes sense.
+    ///
+    /// # Errors
+    /// [`PullFailure`]. Nothing of what arrived is used.
+    fn pull(&mut self, reading: &Reading<'_>, deadline: Instant) -> Result<(), PullFailure>;
+
+    /// Waits, at most until the deadline, until another pull may begin: reads of the last one may still be out.
+    ///
+    /// # Errors
+    /// [`PullFailure`] when it may not.
+    fn settle(&mut self, deadline: Instant) -> Result<(), PullFailure>;
+}
+
+/// Why an attempt to read failed, as far as it decides what is tried next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Cause {
+    /// The source wrote while it was read.
+    Torn,
+    /// The source has restarted, or another has its memory.
+    Stale,
+    /// The offer, or one of its ranks, is not there any more.
+    Vanished,
+    /// The reads did not settle in time.
+    Late,
+    /// What arrived is not what the source holds.
+    Damaged,
+    /// The sides cannot be joined: trying the same source again is of no use.
+    Refused,
+    /// The transport failed.
+    Failed,
+    /// The reads can no longer be watched: this rank reads no more.
+    Lost,
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Torn => "torn",
+            Self::Stale => "stale",
+            Self::Vanished => "vanished",
+            Self::Late => "late",
+            Self::Damaged => "damaged",
+            Self::Refused => "refused",
+            Self::Failed => "failed",
+            Self::Lost => "lost",
+        })
+    }
+}
+
+/// An attempt to read that failed.
+#[derive(Debug)]
+pub struct PullFailure {
+    /// What kind of failure.
+    pub cause: Cause,
+    /// What exactly.
+    pub reason: Box<dyn Error + Send + Sync>,
+}
+
+impl PullFailure {
+    /// A failure of this kind.
+    pub fn new(cause: Cause, reason: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { cause, reason: reason.into() }
+    }
+}
+
+impl fmt::Display for PullFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.cause, self.reason)
+    }
+}
+
+impl Error for PullFailure {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        Some(self.reason.as_ref())
+    }
+}
