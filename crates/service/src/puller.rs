@@ -43,11 +43,12 @@ pub trait Puller: fmt::Debug {
     /// [`PullFailure`]. Nothing of what arrived is used.
     fn pull(&mut self, reading: &Reading<'_>, deadline: Instant) -> Result<(), PullFailure>;
 
-    /// Waits, at most until the deadline, until another pull may begin: reads of the last one may still be out.
+    /// Makes ready for the next pull, at most until the deadline: waits until the reads of the last one have settled, and
+    /// until nobody reads what it will overwrite. Called before a lease is taken, so that nobody who holds one waits.
     ///
     /// # Errors
-    /// [`PullFailure`] when it may not.
-    fn settle(&mut self, deadline: Instant) -> Result<(), PullFailure>;
+    /// [`PullFailure`] when it may not begin.
+    fn make_ready(&mut self, deadline: Instant) -> Result<(), PullFailure>;
 }
 
 /// Why an attempt to read failed, as far as it decides what is tried next.

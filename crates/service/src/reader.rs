@@ -197,7 +197,7 @@ impl<R: Rendezvous> Reader<R> {
         puller: &mut impl Puller,
         wanted: &Wanted,
         deadline: Instant,
-    ) -> Result<Refreshed, RefreshError> {
+    ) -> Result<Refreshed, Box<RefreshError>> {
         let mut round = Round::new(wanted, deadline);
         loop {
             let chosen = match self.discover(&mut round) {
@@ -205,6 +205,13 @@ impl<R: Rendezvous> Reader<R> {
                 Ok(None) => return Err(round.ended(Ended::Deadline)),
                 Err(error) => return Err(round.ended(Ended::Store(error))),
             };
+            if let Err(failure) = puller.make_ready(deadline) {
+                let ended = match failure.cause {
+                    Cause::Lost => Ended::Lost(failure),
+                    _ => Ended::Unsettled(failure),
+                };
+                return Err(round.ended(ended));
+            }
             let began = Instant::now();
             let failure = match self.attempt(puller, &chosen, deadline) {
                 Ok(()) => {
@@ -221,18 +228,10 @@ impl<R: Rendezvous> Reader<R> {
             };
             self.stats.retries.count(failure.cause);
             tracing::warn!(group = chosen.group, version = chosen.version, %failure, "an attempt to read failed");
-            let cause = failure.cause;
+            if failure.cause == Cause::Lost {
+                return Err(round.ended(Ended::Lost(failure)));
+            }
             round.failed(chosen, failure, began.elapsed());
-            if cause == Cause::Lost {
-                return Err(round.ended(Ended::Lost));
-            }
-            if let Err(failure) = puller.settle(deadline) {
-                let ended = match failure.cause {
-                    Cause::Lost => Ended::Lost,
-                    _ => Ended::Unsettled(failure),
-                };
-                return Err(round.ended(ended));
-            }
         }
     }
 
@@ -409,15 +408,15 @@ impl<'a> Round<'a> {
         Some(tried.at + (PAUSE.0 * (1 << doublings)).min(PAUSE.1))
     }
 
-    fn ended(self, ended: Ended) -> RefreshError {
-        RefreshError {
+    fn ended(self, ended: Ended) -> Box<RefreshError> {
+        Box::new(RefreshError {
             wanted: self.wanted.clone(),
             attempts: self.attempts,
             omitted: self.omitted,
             withheld: self.withheld,
             took: self.began.elapsed(),
             ended,
-        }
+        })
     }
 }
 

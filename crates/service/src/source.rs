@@ -212,6 +212,11 @@ impl<R: Rendezvous, S: SourceRank> LiveSource<R, S> {
         self.source.as_ref()
     }
 
+    /// The rank, for what leaves its published bytes as they are.
+    pub(crate) fn source_to_read(&mut self) -> Option<&mut S> {
+        self.source.as_mut()
+    }
+
     /// The version that is offered, if one is.
     #[must_use]
     pub fn offered(&self) -> Option<u64> {
@@ -353,11 +358,6 @@ impl<R: Rendezvous> Desk<R> {
         let GroupRank { group, rank, .. } = &self.place;
         let span = tracing::debug_span!("source_preparation", group, rank, version);
         let _entered = span.enter();
-        if let Some(last) = self.last
-            && version <= last.version
-        {
-            return Err(SourceError::NotNewer { version, last: last.version });
-        }
         let epoch = source.commit(version)?;
         let (publication, incarnation) = (source.publication()?, source.incarnation());
         let announcement = Announcement { incarnation, version, epoch, offering: Offering::Open };
@@ -416,6 +416,16 @@ impl<R: Rendezvous, S: SourceRank> Updating<'_, R, S> {
     /// [`SourceError::NotNewer`] for a version that is not above the last one; [`SourceError`] when the store cannot be
     /// reached. Where the session has ended, [`LiveSource::rejoin`] offers the version.
     pub fn commit(self, version: u64) -> Result<(), SourceError> {
+        match self.desk.last {
+            Some(last) if version <= last.version => {
+                Err(SourceError::NotNewer { version, last: last.version })
+            }
+            _ => self.desk.commit(self.source, version),
+        }
+    }
+
+    /// The same, of bytes that somebody else has given this version: relays take what they find.
+    pub(crate) fn commit_copy(self, version: u64) -> Result<(), SourceError> {
         self.desk.commit(self.source, version)
     }
 }

@@ -27,10 +27,10 @@ pub struct Attempt {
 pub enum Ended {
     /// Time.
     Deadline,
-    /// Reads of an attempt are still out, and nothing can be read meanwhile.
+    /// Reads of an attempt are still out, or others read what would be overwritten.
     Unsettled(PullFailure),
     /// Reads can no longer be watched: this rank has to start anew.
-    Lost,
+    Lost(PullFailure),
     /// The store.
     Store(RendezvousError),
 }
@@ -58,9 +58,12 @@ impl fmt::Display for RefreshError {
         write!(f, "no version from {version} on was read in {:?}", self.took)?;
         match &self.ended {
             Ended::Deadline => write!(f, ", when the deadline passed")?,
-            Ended::Unsettled(failure) => write!(f, ", and reads are still out ({failure})")?,
-            Ended::Lost => {
-                write!(f, ", and reads cannot be watched any more: start this rank anew")?
+            Ended::Unsettled(failure) => write!(f, ", and nothing can be read yet ({failure})")?,
+            Ended::Lost(failure) => {
+                write!(
+                    f,
+                    ", and reads cannot be watched any more ({failure}): start this rank anew"
+                )?;
             }
             Ended::Store(error) => write!(f, ": {error}")?,
         }
@@ -86,7 +89,8 @@ impl Error for RefreshError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match (&self.ended, self.attempts.last()) {
             (Ended::Store(error), _) => Some(error),
-            (Ended::Unsettled(failure), _) | (_, Some(Attempt { failure, .. })) => Some(failure),
+            (Ended::Unsettled(failure) | Ended::Lost(failure), _)
+            | (_, Some(Attempt { failure, .. })) => Some(failure),
             _ => None,
         }
     }
