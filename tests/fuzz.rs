@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use refit::planner::{Band, Dtype, LayoutBuilder, Param, RankLayout};
-use refit::{PackRequest, Place, Publication, PublishedRegion};
+use refit::{PackRequest, Place, Publication, PublishedHeader, PublishedRegion};
 use refit_tests::allocations::{self, Counting};
 use refit_tests::fuzz::mutate::{Random, mutate};
 use refit_tests::fuzz::{TARGETS, Target};
@@ -235,7 +235,10 @@ fn decoding_publications_takes_what_it_says() {
     for (what, layout) in dense_publications() {
         let places = layout.params().iter().map(|_| Place { address: 1, cuda: None }).collect();
         let region = PublishedRegion { address: 0, len: 2, cuda: None };
-        let publication = Publication::new("a".into(), vec![], layout, places, vec![region]);
+        let own = PublishedRegion { address: 64, len: 64, cuda: None };
+        let header = PublishedHeader { incarnation: 0, place: Place { address: 64, cuda: None } };
+        let regions = vec![region, own];
+        let publication = Publication::new("a".into(), vec![], layout, header, places, regions);
         let bytes = publication.unwrap().encode();
         let (decoded, peak) = allocations::peak(|| Publication::decode(&bytes));
         assert!(decoded.is_ok(), "{what}");

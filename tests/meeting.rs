@@ -10,8 +10,8 @@ use refit::planner::{
     SourceLayout, lower, plan,
 };
 use refit::{
-    Directory, DirectoryError, MAX_REQUEST_BYTES, PackRequest, Place, Publication,
-    PublicationError, PublishedRegion, RefitError, RequestError,
+    Directory, DirectoryError, HEADER_BYTES, MAX_REQUEST_BYTES, PackRequest, Place, Publication,
+    PublicationError, PublishedHeader, PublishedRegion, RefitError, RequestError,
 };
 
 fn layout(rank: u32) -> RankLayout {
@@ -38,7 +38,16 @@ fn publish(
     places: Vec<Place>,
     regions: Vec<PublishedRegion>,
 ) -> Result<Publication, PublicationError> {
-    Publication::new("agent-7".to_owned(), vec![1, 2, 3], layout(7), places, regions)
+    let regions = [regions, vec![header_region()]].concat();
+    Publication::new("agent-7".to_owned(), vec![1, 2, 3], layout(7), header(), places, regions)
+}
+
+fn header() -> PublishedHeader {
+    PublishedHeader { incarnation: 5 << 90, place: place(1 << 40) }
+}
+
+fn header_region() -> PublishedRegion {
+    region(1 << 40, HEADER_BYTES as u64)
 }
 
 fn publication(rank: u32) -> Publication {
@@ -47,8 +56,9 @@ fn publication(rank: u32) -> Publication {
         "agent".to_owned(),
         vec![9; 40],
         layout(rank),
+        header(),
         places,
-        vec![region(4096, 8192)],
+        vec![region(4096, 8192), header_region()],
     )
     .unwrap()
 }
@@ -76,6 +86,27 @@ fn parameters_must_lie_in_registered_regions() {
 }
 
 #[test]
+fn the_header_lies_in_a_registered_region_beside_the_parameters() {
+    let with = |address, cuda, regions| {
+        let header = PublishedHeader { incarnation: 1, place: Place { address, cuda } };
+        let places = vec![place(0), place(24)];
+        Publication::new("agent".to_owned(), vec![], layout(7), header, places, regions)
+    };
+    // Parameters end at byte 64.
+    for address in [64, 100] {
+        assert!(with(address, None, vec![region(0, 164)]).is_ok(), "{address}");
+    }
+    let elsewhere = PublishedRegion { cuda: Some(0), ..region(0, 64) };
+    assert!(with(0, Some(0), vec![region(0, 64), elsewhere]).is_ok());
+    for (address, cuda) in
+        [(63, None), (0, None), (101, None), (u64::MAX - 3, None), (64, Some(0)), (164, None)]
+    {
+        let error = with(address, cuda, vec![region(0, 164)]).unwrap_err();
+        assert!(matches!(error, PublicationError::Header { rank: 7 }), "{address}: {error}");
+    }
+}
+
+#[test]
 fn a_publication_travels_unchanged() {
     let sent = publication(2);
     let received = Publication::decode(&sent.encode()).unwrap();
@@ -85,6 +116,7 @@ fn a_publication_travels_unchanged() {
         (2, "agent", &[9; 40][..])
     );
     assert_eq!(received.place("b"), Some(place(8192)));
+    assert_eq!(received.header(), header());
     assert_eq!(
         (received.digest(), received.layout_digest()),
         (sent.digest(), sent.layout_digest())
@@ -273,6 +305,6 @@ fn publish_wide(rank: u32) -> Publication {
         .param(Param::new("w", Dtype::Bf16, 4_000, 8).band(Band::new(tensor, 0..4_000, 0..8)))
         .unwrap();
     let layout = layout.build();
-    let region = region(0, layout.bytes());
-    Publication::new("agent".to_owned(), vec![], layout, vec![place(0)], vec![region]).unwrap()
+    let regions = vec![region(0, layout.bytes()), header_region()];
+    Publication::new("agent".to_owned(), vec![], layout, header(), vec![place(0)], regions).unwrap()
 }

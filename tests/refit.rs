@@ -317,7 +317,9 @@ fn source_that_leaves(
     let published = [source.publication().unwrap()];
     let (target, _, _) = ranks::target(&engine, &layout, options);
     let before = ranks::held(&target);
-    let prepared = target.prepare(&published).unwrap();
+    let offered = source.offered().unwrap();
+    // With nothing to look up first, the first reads are those of data.
+    let prepared = target.prepare(&published).unwrap().expecting(&[offered]).unwrap();
     drop(source);
     let failed = match prepared.pull() {
         Err(failed) => failed,

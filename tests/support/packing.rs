@@ -103,7 +103,7 @@ pub fn packed<T: Transport>(
 
     for (source, (_, held)) in packed.iter_mut().zip(sources) {
         let held = next(held);
-        let names = source.update(|params| {
+        let names = source.update(3, |params| {
             params
                 .map(|(name, memory)| {
                     memory.host_bytes_mut().unwrap().copy_from_slice(&held[name]);

@@ -71,11 +71,15 @@ pub fn source<T: Transport>(transport: &Arc<T>, layout: &RankLayout) -> Source<T
     source
 }
 
-/// Overwrites a source's parameters.
+/// Overwrites a source's parameters, and commits the version that follows.
 pub fn write<T: Transport>(source: &mut Source<T>, buffers: &Buffers) {
-    for (name, memory) in source.params_mut() {
+    let version = source.header().stamp.version + 1;
+    let mut updating = source.begin_update().unwrap();
+    for (name, memory) in updating.params_mut() {
         memory.host_bytes_mut().unwrap().copy_from_slice(&buffers[name]);
     }
+    let offered = updating.commit(version).unwrap();
+    assert_eq!(source.offered(), Some(offered));
 }
 
 /// A target rank that holds poison.

@@ -342,7 +342,7 @@ impl Gpus {
     }
 }
 
-fn allocation(error: AllocateError) -> CliError {
+pub(crate) fn allocation(error: AllocateError) -> CliError {
     CliError::Refit(PoolError::from(error).into())
 }
 

@@ -5,6 +5,7 @@ use std::fmt;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 /// Where memory lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -249,6 +250,19 @@ impl Memory {
         // SAFETY: by the contract of `adopt` the range is valid, and `&mut self` is the only access to it.
         (self.kind() == MemoryKind::Host)
             .then(|| unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) })
+    }
+
+    /// The bytes as words that are stored one by one, if the processor can write them and they are whole, aligned words:
+    /// for what peers read while it is written. A peer sees each word as it was before or after, not the words together.
+    #[must_use]
+    pub fn host_words_mut(&mut self) -> Option<&[AtomicU64]> {
+        let words = self.len / size_of::<u64>();
+        let start = self.start.cast::<AtomicU64>();
+        let whole = self.len.is_multiple_of(size_of::<u64>()) && start.is_aligned();
+        // SAFETY: by the contract of `adopt` the range is valid for reads and writes, its start was found aligned, and
+        // `&mut self` is the only access to it in this process, so that nothing else than these atomics uses it.
+        (self.kind() == MemoryKind::Host && whole)
+            .then(|| unsafe { std::slice::from_raw_parts(start.as_ptr(), words) })
     }
 }
 

@@ -9,6 +9,7 @@ use refit_pool::{Memory, MemoryKind, Region};
 use refit_transport::{LocalRange, ReadOp, RemoteRange};
 
 use crate::error::RefitError;
+use crate::header;
 use crate::publication::{Place, Publication, PublishedRegion};
 
 /// The reads from one source rank in one wave, ready to be prepared.
@@ -60,16 +61,10 @@ pub(crate) fn bind(
     staging: Option<&Region>,
     registered: &[Region],
 ) -> Result<Vec<Batch>, RefitError> {
-    let local = Pieces::new(
-        registered.iter().map(|region| (region.kind(), region.address(), region.len())),
-    );
+    let local = pieces(registered);
     let remote: BTreeMap<u32, Pieces> = publications
         .iter()
-        .map(|publication| {
-            let regions = publication.regions().iter();
-            let pieces = regions.map(|region| (kind(region), region.address, region.len));
-            (publication.rank(), Pieces::new(pieces))
-        })
+        .map(|publication| (publication.rank(), published_pieces(publication)))
         .collect();
     let places = places(program, publications)?;
     let rank = |read: &Read| program.sources()[read.source as usize].rank;
@@ -88,6 +83,65 @@ pub(crate) fn bind(
         }
     }
     Ok(batches)
+}
+
+/// Bytes of a header, as they are counted here.
+const HEADER_BYTES: u64 = header::HEADER_BYTES as u64;
+
+/// The source ranks that a program reads from, ascending.
+pub(crate) fn ranks(program: &Program) -> impl Iterator<Item = u32> {
+    program.sources().chunk_by(|a, b| a.rank == b.rank).map(|of_rank| of_rank[0].rank)
+}
+
+/// Where the headers begin in the arena of a program, behind what its waves stage, and where they end.
+pub(crate) fn headers(program: &Program) -> (u64, u64) {
+    let headers = HEADER_BYTES.saturating_mul(ranks(program).count() as u64);
+    // What does not fit is refused where it would be allocated.
+    let start = program.staging_bytes().checked_next_multiple_of(HEADER_BYTES).unwrap_or(u64::MAX);
+    if headers == 0 { (0, program.staging_bytes()) } else { (start, start.saturating_add(headers)) }
+}
+
+/// Binds a read of the header of every rank in [`ranks`], each to its place among [`headers`].
+pub(crate) fn bind_headers(
+    program: &Program,
+    publications: &[Publication],
+    staging: Option<&Region>,
+    registered: &[Region],
+) -> Result<Vec<Batch>, RefitError> {
+    let local = pieces(registered);
+    let (mut at, _) = headers(program);
+    let mut batches = Vec::new();
+    for rank in ranks(program) {
+        let arena = staging.ok_or(RefitError::NoStaging)?;
+        let publication = publications.iter().find(|publication| publication.rank() == rank);
+        let publication = publication.ok_or(RefitError::MissingPublication { rank })?;
+        let place = publication.header().place;
+        let read = ReadOp {
+            from: RemoteRange { address: place.address, len: HEADER_BYTES, kind: place.kind() },
+            into: LocalRange {
+                address: arena.address() + at,
+                len: HEADER_BYTES,
+                kind: arena.kind(),
+            },
+            run: HEADER_BYTES,
+            dims: Dims::none(),
+            transform: Transform::Copy,
+            bulk: false,
+        };
+        let reads = cut(vec![read], &local, &published_pieces(publication))?;
+        batches.push(Batch { rank, reads });
+        at += HEADER_BYTES;
+    }
+    Ok(batches)
+}
+
+fn pieces(registered: &[Region]) -> Pieces {
+    Pieces::new(registered.iter().map(|region| (region.kind(), region.address(), region.len())))
+}
+
+fn published_pieces(publication: &Publication) -> Pieces {
+    let regions = publication.regions().iter();
+    Pieces::new(regions.map(|region| (kind(region), region.address, region.len)))
 }
 
 /// Where each source parameter of the program lies in its rank's memory.

@@ -6,6 +6,7 @@ use refit_translate::host::LandError;
 use refit_transport::TransportError;
 
 use crate::directory::DirectoryError;
+use crate::header::{Incarnation, Stamp};
 use crate::publication::PublicationError;
 
 /// What can go wrong in a refit.
@@ -36,6 +37,73 @@ pub enum RefitError {
         bytes: u64,
         /// Bytes it may give.
         budget: u64,
+    },
+    /// The parameters were written while they were read. Nothing of them may be used.
+    #[error(
+        "source rank {rank}: its parameters changed while they were read: {} was to be read, and it holds {found}; \
+         pull again",
+        expected.map_or_else(|| "what is not being written".to_owned(), |stamp| stamp.to_string())
+    )]
+    Torn {
+        /// The source rank.
+        rank: u32,
+        /// What was to be read; nothing where that was for the header to say.
+        expected: Option<Stamp>,
+        /// What its header says, as far as it can be read.
+        found: Stamp,
+    },
+    /// A source is not the one that was announced or has published: it has restarted.
+    #[error(
+        "source rank {rank} is not the one it was: incarnation {expected} was to be read, {found} is there; \
+         take its new publication"
+    )]
+    StaleIncarnation {
+        /// The source rank.
+        rank: u32,
+        /// The incarnation that was to be read.
+        expected: Incarnation,
+        /// The incarnation found.
+        found: Incarnation,
+    },
+    /// There is no header where one was published: the source has gone, and its memory is somebody else's.
+    #[error(
+        "source rank {rank} has no version header where it published one: its memory is another's by now; wait for it \
+         to publish anew"
+    )]
+    NoHeader {
+        /// The source rank.
+        rank: u32,
+    },
+    /// Source ranks hold different versions.
+    #[error(
+        "source rank {rank} holds version {version} while rank {other} holds {other_version}; wait until all of them \
+         hold one"
+    )]
+    MixedVersions {
+        /// A source rank.
+        rank: u32,
+        /// Its version.
+        version: u64,
+        /// Another one.
+        other: u32,
+        /// Its version.
+        other_version: u64,
+    },
+    /// A rank is read of which nothing is expected, or that is expected twice.
+    #[error(
+        "what to expect of source rank {rank} was said {times} times; say it once for every rank of the publications"
+    )]
+    NotExpected {
+        /// The source rank.
+        rank: u32,
+        /// How often it was said.
+        times: usize,
+    },
+    /// More changes than there are epochs.
+    #[error("source rank {rank} has used all of its epochs; make a new source of its parameters")]
+    Epochs {
+        /// The source rank.
+        rank: u32,
     },
     /// The parameters were changed, and the slots do not hold the change.
     #[error(

@@ -37,9 +37,11 @@
 //! let trainer = agent("trainer")?;
 //! let pool = TransportPool::new(HostAllocator, TransportRegistrar::new(trainer.clone()), PoolOptions::default());
 //! let mut source = Source::new(trainer, &pool, layout()?, allocate(&layout()?, &HostAllocator)?)?;
-//! for (_, memory) in source.params_mut() {
+//! let mut updating = source.begin_update()?;
+//! for (_, memory) in updating.params_mut() {
 //!     memory.host_bytes_mut().ok_or("host memory")?.fill(7);
 //! }
+//! let version_1 = [updating.commit(1)?];
 //! let published = [source.publication()?];
 //!
 //! let engine = agent("engine")?;
@@ -47,7 +49,8 @@
 //! let params = allocate(&layout()?, &HostAllocator)?;
 //! let mut target = Target::new(engine, pool, layout()?, params, TargetOptions::default())?;
 //! for cycle in 0..2 {
-//!     let pulling = target.prepare(&published)?.pull()?;
+//!     let prepared = target.prepare(&published)?.expecting(&version_1)?;
+//!     let pulling = prepared.pull()?;
 //!     let pulled = pulling.wait(Instant::now() + Duration::from_secs(10))?;
 //!     let installed = pulled.land()?.install();
 //!     for action in installed.post_actions() {
@@ -67,6 +70,7 @@
 mod bind;
 mod directory;
 mod error;
+mod header;
 mod land;
 mod memory;
 mod publication;
@@ -85,14 +89,17 @@ pub use refit_transport as transport;
 
 pub use directory::{Directory, DirectoryError};
 pub use error::RefitError;
+pub use header::{Expected, HEADER_BYTES, Header, Incarnation, Read as HeaderRead, Stamp};
 #[cfg(feature = "cuda")]
 #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
 pub use land::DeviceLander;
 pub use memory::allocate;
-pub use publication::{MAX_ENCODED_BYTES, Place, Publication, PublicationError, PublishedRegion};
+pub use publication::{
+    MAX_ENCODED_BYTES, Place, Publication, PublicationError, PublishedHeader, PublishedRegion,
+};
 pub use report::Report;
 pub use request::{MAX_REQUEST_BYTES, PackRequest, RequestError};
-pub use source::{PackedSource, ParamsMut, Repacked, Source};
+pub use source::{PackedSource, ParamsMut, Repacked, Source, Updating};
 pub use target::{
     Cancelled, Failed, Installed, InvalidTarget, Landed, Prepared, Pulled, Pulling, Target,
     TargetOptions, Unfinished,

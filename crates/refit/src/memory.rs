@@ -6,6 +6,81 @@ use refit_planner::RankLayout;
 use refit_pool::{Allocator, ArenaPlan, Memory};
 
 use crate::error::RefitError;
+use crate::land::DeviceLander;
+
+/// How bytes of small things get to and from memory of any kind: by the processor, or by the driver of its device.
+#[derive(Debug, Default)]
+pub(crate) struct Reach {
+    /// The device, where it had to be looked up: it keeps what it copies with.
+    #[cfg(feature = "cuda")]
+    device: std::sync::OnceLock<refit_pool::cuda::Device>,
+}
+
+impl Reach {
+    /// Copies bytes to the start of memory, and waits for that. `name` is what errors call it.
+    pub(crate) fn write(
+        &self,
+        memory: &mut Memory,
+        bytes: &[u8],
+        lander: Option<&DeviceLander>,
+        name: &str,
+    ) -> Result<(), RefitError> {
+        #[cfg(feature = "cuda")]
+        if let refit_pool::MemoryKind::Cuda(ordinal) = memory.kind() {
+            let device = self.device(lander, ordinal)?;
+            return refit_pool::cuda::upload(device, memory, 0, bytes).map_err(RefitError::device);
+        }
+        let _ = lander;
+        let into = memory.host_bytes_mut().and_then(|held| held.get_mut(..bytes.len()));
+        into.ok_or_else(|| not_host(name))?.copy_from_slice(bytes);
+        Ok(())
+    }
+
+    /// Copies bytes from memory, and waits for that. `name` is what errors call it.
+    pub(crate) fn read(
+        &self,
+        memory: &Memory,
+        offset: usize,
+        into: &mut [u8],
+        lander: Option<&DeviceLander>,
+        name: &str,
+    ) -> Result<(), RefitError> {
+        #[cfg(feature = "cuda")]
+        if let refit_pool::MemoryKind::Cuda(ordinal) = memory.kind() {
+            let device = self.device(lander, ordinal)?;
+            return refit_pool::cuda::download(device, memory, offset, into)
+                .map_err(RefitError::device);
+        }
+        let _ = lander;
+        let from = memory.host_bytes().and_then(|held| held.get(offset..)?.get(..into.len()));
+        into.copy_from_slice(from.ok_or_else(|| not_host(name))?);
+        Ok(())
+    }
+
+    /// The lander's device if that is the one, or the one that was looked up.
+    #[cfg(feature = "cuda")]
+    fn device<'a>(
+        &'a self,
+        lander: Option<&'a DeviceLander>,
+        ordinal: u32,
+    ) -> Result<&'a refit_pool::cuda::Device, RefitError> {
+        use refit_pool::cuda::{Device, Driver};
+        let known = lander.map(|lander| lander.parts().1.device()).or_else(|| self.device.get());
+        if let Some(device) = known.filter(|device| device.ordinal() == ordinal) {
+            return Ok(device);
+        }
+        let found = Driver::load().and_then(|driver| Device::primary(driver, ordinal));
+        // All of a rank's memory is one device's.
+        Ok(self.device.get_or_init({
+            let device = found.map_err(RefitError::device)?;
+            || device
+        }))
+    }
+}
+
+fn not_host(name: &str) -> RefitError {
+    RefitError::NotHost { param: name.to_owned() }
+}
 
 /// The memory of each parameter, in the order of the layout.
 pub(crate) fn in_layout_order(

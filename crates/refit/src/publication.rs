@@ -2,12 +2,14 @@
 
 use std::fmt;
 
-use refit_planner::RankLayout;
+use refit_planner::{Param, RankLayout};
 use refit_pool::MemoryKind;
 use serde::{Deserialize, Serialize};
 
+use crate::header::HEADER_BYTES;
+
 /// First bytes of an encoded publication: name and format version. A change of the format must change it.
-const MAGIC: &[u8; 8] = b"refit\0p2";
+const MAGIC: &[u8; 8] = b"refit\0p3";
 
 /// No honest publication is larger: a million shards at 44 bytes each, and their names.
 pub const MAX_ENCODED_BYTES: usize = 256 << 20;
@@ -50,10 +52,20 @@ pub struct PublishedRegion {
     pub cuda: Option<u32>,
 }
 
-/// One source rank's layout, agent and addresses.
+/// Where a source rank keeps its version header, and the incarnation that it has to say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct PublishedHeader {
+    /// The source's, drawn anew when it restarts.
+    pub incarnation: u128,
+    /// Where the [`HEADER_BYTES`] bytes are.
+    pub place: Place,
+}
+
+/// One source rank's layout, agent and addresses. What changes from one version to the next is not in it, but where that
+/// can be read: in the source's [`Header`](crate::Header).
 ///
 /// Constructed by [`Source::publication`](crate::Source::publication) or by [`Publication::decode`], which checks
-/// everything a peer could get wrong: every parameter lies inside one run of registered regions.
+/// everything a peer could get wrong: every parameter, and the header, lies inside one run of registered regions.
 #[derive(Clone)]
 pub struct Publication {
     body: Body,
@@ -66,6 +78,7 @@ struct Body {
     agent: String,
     metadata: Vec<u8>,
     layout: RankLayout,
+    header: PublishedHeader,
     /// In the order of the layout's parameters.
     places: Vec<Place>,
     regions: Vec<PublishedRegion>,
@@ -113,6 +126,14 @@ pub enum PublicationError {
         /// The parameter.
         param: String,
     },
+    /// The header lies outside the registered regions, or where a parameter is.
+    #[error(
+        "rank {rank} publishes a version header at a place that it has not registered, or that is a parameter's"
+    )]
+    Header {
+        /// The rank.
+        rank: u32,
+    },
     /// Regions overlap, or run past the end of the address space.
     #[error("rank {rank} publishes regions that overlap or wrap around")]
     Regions {
@@ -130,11 +151,12 @@ impl Publication {
         agent: String,
         metadata: Vec<u8>,
         layout: RankLayout,
+        header: PublishedHeader,
         places: Vec<Place>,
         mut regions: Vec<PublishedRegion>,
     ) -> Result<Self, PublicationError> {
         regions.sort_unstable_by_key(|region| (region.cuda, region.address));
-        Self::check(Body { agent, metadata, layout, places, regions })
+        Self::check(Body { agent, metadata, layout, header, places, regions })
     }
 
     /// The rank that published this.
@@ -161,6 +183,12 @@ impl Publication {
         &self.body.layout
     }
 
+    /// Where the rank's version header is, and its incarnation.
+    #[must_use]
+    pub fn header(&self) -> PublishedHeader {
+        self.body.header
+    }
+
     /// Where the parameter of this name is.
     #[must_use]
     pub fn place(&self, param: &str) -> Option<Place> {
@@ -176,7 +204,8 @@ impl Publication {
         &self.body.regions
     }
 
-    /// Digest of everything: another one means that reads must be bound anew.
+    /// Digest of everything: another one means that reads must be bound anew. A new version of the parameters leaves it as
+    /// it is.
     #[must_use]
     pub fn digest(&self) -> &[u8; 32] {
         &self.digest
@@ -238,6 +267,17 @@ impl Publication {
                     param: param.name().to_string(),
                 });
             }
+        }
+        let header = body.header.place;
+        let within = |(param, place): (&Param, &Place)| {
+            place.cuda == header.cuda
+                && place.address < header.address.saturating_add(HEADER_BYTES as u64)
+                && header.address < place.address.saturating_add(param.bytes())
+        };
+        if !covered(&body.regions, header, HEADER_BYTES as u64)
+            || body.layout.params().iter().zip(&body.places).any(within)
+        {
+            return Err(PublicationError::Header { rank });
         }
         let digest = *blake3::hash(&encoded(&body)).as_bytes();
         let layout_digest = *blake3::hash(&encoded(&body.layout)).as_bytes();

@@ -23,7 +23,7 @@ pub struct Report {
     pub ready: Duration,
     /// How long it took to post the reads of the first wave. They may move meanwhile.
     pub posting: Duration,
-    /// From the first post until the last read settled, without `land` up to then.
+    /// From the first post until the last read settled, those of the headers included, without `land` up to then.
     pub pull: Duration,
     /// Landing copies and fills, as far as they were waited for.
     pub land: Duration,
@@ -35,14 +35,18 @@ pub struct Report {
     pub allocations: u64,
     /// Registrations made.
     pub registrations: u64,
-    /// Reads built.
+    /// Reads built, without those of the headers.
     pub prepared_reads: u64,
-    /// Reads posted.
+    /// Reads posted, without those of the headers.
     pub reads: u64,
+    /// Headers read: one a source rank, or two where it was not known what they had to say.
+    pub headers: u64,
     /// Bytes that crossed the wire.
     pub wire_bytes: u64,
     /// Bytes of them that were needed.
     pub needed_bytes: u64,
-    /// Bytes of staging memory.
+    /// Bytes of staging memory, without the headers.
     pub staging_bytes: u64,
+    /// The version that was read, of all source ranks; nothing where nothing is read.
+    pub version: Option<u64>,
 }

@@ -2,42 +2,53 @@
 
 mod packed;
 mod repack;
+mod update;
 
 use std::sync::Arc;
 
 use refit_planner::RankLayout;
 use refit_pool::{Memory, Region};
-use refit_transport::{Transport, TransportLease, TransportPool};
+use refit_transport::{Transport, TransportLease, TransportPool, draw_incarnation};
 
 use crate::error::RefitError;
+use crate::header::{Expected, HEADER_BYTES, Header, Stamp};
 use crate::land::DeviceLander;
-use crate::memory::in_layout_order;
-use crate::publication::{Place, Publication, PublishedRegion};
+use crate::memory::{Reach, in_layout_order};
+use crate::publication::{Place, Publication, PublishedHeader, PublishedRegion};
 
-pub use self::packed::{PackedSource, ParamsMut, Repacked};
+pub use self::packed::{PackedSource, Repacked};
+pub use self::update::{ParamsMut, Updating};
 
 /// One source rank: its parameters, registered for peers to read.
 ///
-/// Peers read whenever they like. Whoever changes the parameters must see to it that no peer reads meanwhile, and that
-/// the change is over before one may: nobody who reads waits for a stream of the trainer's. Where parameters are a
-/// device's, synchronise that stream first.
+/// Peers read whenever they like, and find out from the version header, which lies beside the parameters, whether these
+/// changed meanwhile. So parameters are changed between [`begin_update`](Self::begin_update) and [`Updating::commit`] and
+/// at no other time: what a peer has read in between is discarded. Nobody who reads waits for a stream of the trainer's.
+/// Where parameters are a device's, synchronise that stream before either of them.
 #[derive(Debug)]
 pub struct Source<T: Transport> {
-    // Dropped before the memory: its registrations cover it.
+    // Dropped before the memory: its registrations cover it. Its one arena is the header.
     lease: TransportLease<T>,
     transport: Arc<T>,
     layout: RankLayout,
+    /// What the header says; where it could not be written, what it is to say next.
+    header: Header,
     params: Vec<Memory>,
     /// What fills slots in memory that the processor cannot write.
     device: Option<DeviceLander>,
+    reach: Reach,
 }
 
 impl<T: Transport> Source<T> {
-    /// Registers the parameters of a rank. Each allocation is registered once, however many parameters it holds.
+    /// Registers the parameters of a rank, and a header beside them, for which the pool allocates: a pool of the memory that
+    /// the parameters are in. Each allocation is registered once, however many parameters it holds.
+    ///
+    /// The parameters are readable as they are, under version 0, until the first [`begin_update`](Self::begin_update).
     ///
     /// # Errors
     /// [`RefitError::NoMemory`], [`RefitError::StrayMemory`], [`RefitError::Size`] when memory and layout disagree;
-    /// [`RefitError::Pool`] when the transport refuses to register.
+    /// [`RefitError::Pool`] when the transport refuses to register, or there is no memory for the header;
+    /// [`RefitError::NotHost`] and [`RefitError::Device`] when the header cannot be written.
     pub fn new(
         transport: Arc<T>,
         pool: &TransportPool<T>,
@@ -45,14 +56,19 @@ impl<T: Transport> Source<T> {
         params: impl IntoIterator<Item = (String, Memory)>,
     ) -> Result<Self, RefitError> {
         let params = in_layout_order(&layout, params)?;
-        let key = source_key(transport.agent(), layout.rank());
-        let lease = pool
+        let incarnation = draw_incarnation(transport.agent())?;
+        let header = Header { incarnation, stamp: Stamp::default() };
+        let key = source_key(transport.agent(), layout.rank(), &params);
+        let mut lease = pool
             .lease(key.into(), |build| {
+                build.arena(HEADER_BYTES as u64)?;
                 build.register(params.iter().map(Memory::allocation))?;
                 Ok::<_, RefitError>(Vec::new())
             })
             .map_err(RefitError::from_lease)?;
-        Ok(Self { lease, transport, layout, params, device: None })
+        let reach = Reach::default();
+        header.store_by(&mut lease.arenas_mut()[0], None, &reach)?;
+        Ok(Self { lease, transport, layout, header, params, device: None, reach })
     }
 
     /// Packs by this device's kernel, which parameters in its memory need, on its stream: behind whatever the trainer has
@@ -69,6 +85,18 @@ impl<T: Transport> Source<T> {
     #[must_use]
     pub fn layout(&self) -> &RankLayout {
         &self.layout
+    }
+
+    /// What the version header says.
+    #[must_use]
+    pub fn header(&self) -> Header {
+        self.header
+    }
+
+    /// What targets are to be told to expect of this rank; nothing while its parameters are being written.
+    #[must_use]
+    pub fn offered(&self) -> Option<Expected> {
+        self.header.offered_by(self.layout.rank())
     }
 
     /// What targets need to read from this rank. Take it after everything on this agent is registered.
@@ -100,18 +128,27 @@ impl<T: Transport> Source<T> {
         });
         let agent = self.transport.agent().to_owned();
         let metadata = self.transport.metadata()?;
-        Ok(Publication::new(agent, metadata, layout.clone(), places, regions.collect())?)
+        let memory = &self.lease.arenas()[0];
+        let place = Place::new(memory.address(), memory.kind());
+        let header = PublishedHeader { incarnation: self.header.incarnation, place };
+        Ok(Publication::new(agent, metadata, layout.clone(), header, places, regions.collect())?)
     }
 
-    /// Every parameter's memory, for the trainer to change between refits.
-    pub fn params_mut(&mut self) -> impl Iterator<Item = (&str, &mut Memory)> {
-        self.layout.params().iter().map(|param| param.name().as_ref()).zip(&mut self.params)
+    /// Every parameter's memory, by name.
+    pub fn params(&self) -> impl Iterator<Item = (&str, &Memory)> {
+        self.layout.params().iter().map(|param| param.name().as_ref()).zip(&self.params)
     }
 }
 
-fn source_key(agent: &str, rank: u32) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new_derive_key("refit source v1");
+/// What decides the registrations. With the memory, which another source of the same rank does not share.
+fn source_key(agent: &str, rank: u32, params: &[Memory]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("refit source v2");
     hasher.update(&rank.to_le_bytes());
+    hasher.update(&(agent.len() as u64).to_le_bytes());
     hasher.update(agent.as_bytes());
+    for allocation in params.iter().map(Memory::allocation) {
+        hasher.update(&allocation.address().to_le_bytes());
+        hasher.update(&allocation.len().to_le_bytes());
+    }
     *hasher.finalize().as_bytes()
 }

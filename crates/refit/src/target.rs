@@ -8,11 +8,12 @@
 //! ```
 
 mod prepare;
+mod versions;
 mod waves;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use refit_planner::{LowerOptions, Mode, PlanOptions, Program, RankLayout};
 use refit_pool::Memory;
@@ -23,12 +24,13 @@ use refit_transport::{
 
 use crate::error::RefitError;
 use crate::land::DeviceLander;
-use crate::memory::in_layout_order;
+use crate::memory::{Reach, in_layout_order};
 use crate::publication::Publication;
 use crate::report::Report;
 use crate::request::PackRequest;
 
 use self::prepare::{Planned, prepare};
+use self::versions::{Phase, Watched};
 use self::waves::{Reading, Stop};
 
 /// How a target plans and lowers.
@@ -182,6 +184,7 @@ struct Inner<T: Transport> {
     peers: BTreeMap<u32, ([u8; 32], Peer)>,
     /// What lands in memory that the processor cannot write.
     device: Option<DeviceLander>,
+    reach: Reach,
     /// The last few plans, the latest first.
     planned: Vec<Planned>,
 }
@@ -203,6 +206,9 @@ struct Refit<T: Transport> {
     wave: usize,
     /// Waves posted.
     posted: usize,
+    phase: Phase,
+    /// The ranks that are read from.
+    watched: Vec<Watched>,
     /// Why no further wave is posted or landed, while reads settle.
     failed: Option<RefitError>,
 }
@@ -230,6 +236,7 @@ impl<T: Transport> Target<T> {
             live,
             peers: BTreeMap::new(),
             device: None,
+            reach: Reach::default(),
             planned: Vec::new(),
         })))
     }
@@ -351,21 +358,15 @@ impl<T: Transport> Prepared<T> {
         }
     }
 
-    /// Posts the reads of the first wave. In [`Mode::Direct`] live parameters change from here on.
+    /// Posts the first reads: those of the headers or, when it is [known](Self::expecting) what they have to say, of the
+    /// first wave. In [`Mode::Direct`] live parameters change from here on.
     ///
     /// # Errors
     /// [`RefitError::Transport`] when a peer's reads could not be posted; those that were have settled.
     pub fn pull(self) -> Result<Pulling<T>, Failed<Unfinished<T>>> {
         let Self { mut refit, lease } = self;
         refit.started = Instant::now();
-        let reading = refit.begin(lease);
-        let posted = refit.began.elapsed();
-        refit.report.posting = match &reading {
-            Reading::UnderWay(pull) => pull.stats().posting,
-            _ => Duration::ZERO,
-        };
-        refit.report.ready = posted.saturating_sub(refit.report.posting);
-        match reading {
+        match refit.begin(lease) {
             Reading::Stopped(stop) => Err(refit.stopped(stop)),
             reading => Ok(Pulling { reading: Some(reading), refit }),
         }
@@ -373,8 +374,8 @@ impl<T: Transport> Prepared<T> {
 }
 
 impl<T: Transport> Pulling<T> {
-    /// Whether every read has settled. Never waits: it looks at the wave that is under way and, if that has arrived,
-    /// lands it and posts the next.
+    /// Whether every read has settled, those of the headers included. Never waits: it looks at the wave that is under way
+    /// and, if that has arrived, lands it and posts the next.
     pub fn poll(&mut self) -> Progress {
         match self.reading.take() {
             Some(Reading::UnderWay(pull)) => self.reading = Some(self.refit.drive(pull)),
@@ -392,7 +393,8 @@ impl<T: Transport> Pulling<T> {
     /// # Errors
     /// [`RefitError::Deadline`] gives the pull back, still owning its memory; [`RefitError::Transport`] means that
     /// every read has settled and at least one failed; [`RefitError::NotHost`] and [`RefitError::Land`] that a wave
-    /// could not be landed.
+    /// could not be landed. [`RefitError::Torn`], [`RefitError::StaleIncarnation`], [`RefitError::NoHeader`] and
+    /// [`RefitError::MixedVersions`] mean that every read has settled and what was read may not be used.
     pub fn wait(self, deadline: Instant) -> Result<Pulled<T>, Failed<Unfinished<T>>> {
         let Self { mut reading, mut refit } = self;
         let mut patience = Patience::new();
@@ -451,7 +453,7 @@ impl<T: Transport> Refit<T> {
         };
         // Whether the wave at hand may have written something.
         let (error, live, touched) = match stop {
-            Stop::Landing(error) => (error, None, true),
+            Stop::Landing(error) | Stop::Version(error) => (error, None, true),
             Stop::Deadline(pull) => {
                 let error = RefitError::Deadline {
                     agent: self.inner.transport.agent().to_owned(),
@@ -482,8 +484,8 @@ impl<T: Transport> Refit<T> {
         }
         self.end_landings();
         // Earlier waves have landed; in staged mode there are none.
-        let wrote_live =
-            (touched || self.wave > 0) && self.inner.options.lower.mode == Mode::Direct;
+        let wrote_live = ((touched && self.phase != Phase::Before) || self.wave > 0)
+            && self.inner.options.lower.mode == Mode::Direct;
         let state = if wrote_live || self.invalid {
             Unfinished::Invalid(InvalidTarget(self.inner))
         } else {

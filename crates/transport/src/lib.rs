@@ -62,7 +62,6 @@ mod patterns;
 mod peers;
 mod pool;
 mod pull;
-#[cfg(any(feature = "cuda", feature = "nixl"))]
 mod random;
 mod reads;
 mod registry;
@@ -88,4 +87,5 @@ pub use error::{Side, TransportError};
 pub use patterns::Written;
 pub use pool::{TransportLease, TransportPool, TransportRegistrar};
 pub use pull::{Patience, Progress, Pull, PullError, PullStats, Refusal, Settled};
+pub use random::draw_incarnation;
 pub use transport::{LocalRange, Peer, ReadOp, RemoteRange, Status, Transport};

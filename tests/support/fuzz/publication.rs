@@ -1,7 +1,7 @@
 use std::sync::OnceLock;
 
 use refit::planner::{LayoutBuilder, SourceLayout};
-use refit::{Publication, PublicationError};
+use refit::{Place, Publication, PublicationError, PublishedHeader, PublishedRegion};
 
 /// Decodes a publication: as the bytes are, and as the body of one whose magic and checksum are right.
 pub fn publication(data: &[u8]) {
@@ -17,7 +17,10 @@ fn magic() -> &'static [u8] {
     static MAGIC: OnceLock<Vec<u8>> = OnceLock::new();
     MAGIC.get_or_init(|| {
         let empty = LayoutBuilder::new(0).build();
-        let publication = Publication::new(String::new(), vec![], empty, vec![], vec![]).unwrap();
+        let header = PublishedHeader { incarnation: 0, place: Place { address: 0, cuda: None } };
+        let region = PublishedRegion { address: 0, len: 64, cuda: None };
+        let publication =
+            Publication::new(String::new(), vec![], empty, header, vec![], vec![region]).unwrap();
         publication.encode()[..8].to_vec()
     })
 }
@@ -33,6 +36,7 @@ fn decode(bytes: &[u8]) -> Result<(), PublicationError> {
     assert_eq!(again.digest(), publication.digest());
     assert_eq!(again.layout(), layout);
     assert_eq!(again.regions(), publication.regions());
+    assert_eq!(again.header(), publication.header());
     SourceLayout::new(vec![layout.clone()]).unwrap();
     Ok(())
 }

@@ -65,6 +65,7 @@ impl<T: Transport> Ceiling<T> {
                 publication.agent().to_owned(),
                 publication.metadata().to_vec(),
                 arena.build(),
+                publication.header(),
                 vec![Place { address, cuda }],
                 publication.regions().to_vec(),
             );

@@ -21,15 +21,18 @@ impl<T: Transport> Held<T> {
     /// Lets `change` write every parameter, and says what filling the slots behind it came to, if there are some.
     pub(super) fn update(
         &mut self,
+        version: u64,
         change: impl for<'a> FnOnce(Vec<(&'a str, &'a mut Memory)>) -> Result<(), CliError>,
     ) -> Result<Reply, CliError> {
         match self {
             Self::Plain(source) => {
-                change(source.params_mut().collect())?;
+                let mut updating = source.begin_update()?;
+                change(updating.params_mut().collect())?;
+                updating.commit(version)?;
                 Ok(Reply::Done)
             }
             Self::Packed(source) => {
-                source.update(|params| change(params.collect()))??;
+                source.update(version, |params| change(params.collect()))??;
                 let packed = source.repacked();
                 let seconds = packed.elapsed.as_secs_f64();
                 Ok(Reply::Rate(Rate { bytes: packed.bytes, seconds }))

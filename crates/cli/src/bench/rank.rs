@@ -89,14 +89,16 @@ pub(crate) fn source<T: Transport>(
         PoolOptions::default(),
     );
     let params = if setup.separate { home.separate(&layout)? } else { allocate(&layout, home)? };
-    let mut source = Source::new(transport, &pool, layout.clone(), params)?;
-    let params = source.params_mut().map(|(_, memory)| &*memory);
+    let source = Source::new(transport, &pool, layout.clone(), params)?;
+    let params = source.params().map(|(_, memory)| memory);
     let _readable = setup.copies.then(|| Published::new(setup, home, params)).transpose()?;
     let directory = Directory::new(&setup.directory).map_err(RefitError::from)?;
     directory.publish(&source.publication()?).map_err(RefitError::from)?;
     let mut held = Held::Plain(Box::new(source));
     let fill = |held: &mut Held<T>, cycle| {
-        held.update(|params| values.fill(home, &layout, params.into_iter(), cycle, setup.threads))
+        held.update(cycle, |params| {
+            values.fill(home, &layout, params.into_iter(), cycle, setup.threads)
+        })
     };
     fill(&mut held, 0)?;
     answer(Reply::Ready);

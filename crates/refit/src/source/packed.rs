@@ -1,16 +1,16 @@
 //! A source that offers dense copies of what its targets would read scattered.
 
 use std::collections::BTreeMap;
-use std::slice;
 use std::time::{Duration, Instant};
 
 use refit_planner::{PackSlot, Packed, Param, RankLayout, pack};
 use refit_pool::{ArenaPlan, Memory};
 use refit_transport::{Transport, TransportLease, TransportPool};
 
-use super::Source;
 use super::repack::{self, Copies, Placed};
+use super::{ParamsMut, Source};
 use crate::error::RefitError;
+use crate::header::{Expected, Header};
 use crate::memory::PARAM_ALIGN;
 use crate::publication::{Place, Publication};
 use crate::request::PackRequest;
@@ -19,9 +19,9 @@ use crate::target::Failed;
 /// One source rank that has packed: where targets each want some columns of its parameters, it offers them as dense
 /// *slots*, which are read by one large read and nothing else.
 ///
-/// Slots are copies, so they are stale when the parameters have changed. That is why there is no `params_mut` here:
-/// [`update`](Self::update) gives the parameters out and fills the slots behind it. A trainer that writes its parameters
-/// by other means, as kernels of its own do, calls [`repack`](Self::repack) before it says that they are new.
+/// Slots are copies, so they are stale when the parameters have changed. That is why committing a change fills them:
+/// also of a trainer that writes its parameters by other means than [`Updating::params_mut`](super::Updating::params_mut),
+/// as kernels of its own do.
 ///
 /// They take memory of their own: at most as much as the parameters that are packed, which of dense models are the
 /// row-parallel ones (about a third of a rank).
@@ -29,10 +29,8 @@ use crate::target::Failed;
 pub struct PackedSource<T: Transport> {
     /// Dropped before the memory it has registered. None where nothing is packed.
     slots: Option<Slots<T>>,
-    source: Source<T>,
+    pub(super) source: Source<T>,
     packed: Packed,
-    /// What was changed last may not be in the slots.
-    stale: bool,
     repacked: Repacked,
 }
 
@@ -63,25 +61,6 @@ pub struct Repacked {
     pub elapsed: Duration,
 }
 
-/// Every parameter of a source, by name, to be written.
-#[derive(Debug)]
-pub struct ParamsMut<'a> {
-    params: slice::Iter<'a, Param>,
-    memory: slice::IterMut<'a, Memory>,
-}
-
-impl<'a> Iterator for ParamsMut<'a> {
-    type Item = (&'a str, &'a mut Memory);
-
-    fn next(&mut self) -> Option<Self::Item> {
-        Some((self.params.next()?.name().as_ref(), self.memory.next()?))
-    }
-
-    fn size_hint(&self) -> (usize, Option<usize>) {
-        self.memory.size_hint()
-    }
-}
-
 impl<T: Transport> Source<T> {
     /// Packs what these requests ask of this rank, into one arena of the pool, and fills it from the parameters as they
     /// are. What was published before stays true of the parameters; publish again for targets to read the slots.
@@ -102,9 +81,9 @@ impl<T: Transport> Source<T> {
             Err(error) => return Err(Failed { error, state: Box::new(self) }),
         };
         let repacked = Repacked::default();
-        let mut source = PackedSource { slots, source: self, packed, stale: true, repacked };
+        let mut source = PackedSource { slots, source: self, packed, repacked };
         match source.repack() {
-            Ok(_) => Ok(source),
+            Ok(()) => Ok(source),
             Err(error) => Err(Failed { error, state: Box::new(source.unpack()) }),
         }
     }
@@ -132,10 +111,10 @@ impl<T: Transport> PackedSource<T> {
     /// What targets need to read from this rank. Take it after everything on this agent is registered.
     ///
     /// # Errors
-    /// [`RefitError::StaleSlots`] when the last change did not end with filled slots; [`RefitError::Transport`] when the
+    /// [`RefitError::StaleSlots`] when a change was begun and not committed, so that the slots may not be filled; [`RefitError::Transport`] when the
     /// agent cannot describe itself.
     pub fn publication(&self) -> Result<Publication, RefitError> {
-        if self.stale {
+        if !self.header().stamp.is_stable() {
             return Err(RefitError::StaleSlots { rank: self.source.layout.rank() });
         }
         let mut places: BTreeMap<&str, Place> = self.source.places().collect();
@@ -156,32 +135,38 @@ impl<T: Transport> PackedSource<T> {
         self.source.publish(layout, places, registered)
     }
 
-    /// Lets `change` write the parameters, and fills the slots from what they hold then. No peer may read meanwhile.
+    /// What the version header says.
+    #[must_use]
+    pub fn header(&self) -> Header {
+        self.source.header()
+    }
+
+    /// What targets are to be told to expect of this rank; nothing while its parameters are being written.
+    #[must_use]
+    pub fn offered(&self) -> Option<Expected> {
+        self.source.offered()
+    }
+
+    /// Lets `change` write the parameters, and commits what they hold then as this version.
     ///
     /// What `change` only queues on a device has to be queued on the stream of the source's lander, or waited for: the
     /// device copies behind that stream and behind no other.
     ///
     /// # Errors
-    /// As [`repack`](Self::repack); what `change` has returned is lost then.
-    pub fn update<R>(&mut self, change: impl FnOnce(ParamsMut<'_>) -> R) -> Result<R, RefitError> {
-        // Also if it panics.
-        self.stale = true;
-        let Source { layout, params, .. } = &mut self.source;
-        let params = ParamsMut { params: layout.params().iter(), memory: params.iter_mut() };
-        let changed = change(params);
-        self.repack()?;
+    /// As [`Updating::commit`](super::Updating::commit); what `change` has returned is lost then.
+    pub fn update<R>(
+        &mut self,
+        version: u64,
+        change: impl FnOnce(ParamsMut<'_>) -> R,
+    ) -> Result<R, RefitError> {
+        let mut updating = self.begin_update()?;
+        let changed = change(updating.params_mut());
+        updating.commit(version)?;
         Ok(changed)
     }
 
-    /// Fills the slots from the parameters: for a trainer that changes them by other means than
-    /// [`update`](Self::update). No peer may read meanwhile. A device copies behind what the stream of its lander has, and
-    /// waits for no other.
-    ///
-    /// # Errors
-    /// [`RefitError::Device`] when the device that copies fails. Nothing may be published then, and what was published
-    /// must not be read.
-    pub fn repack(&mut self) -> Result<Repacked, RefitError> {
-        self.stale = true;
+    /// Fills the slots from the parameters, while nobody reads them.
+    pub(super) fn repack(&mut self) -> Result<(), RefitError> {
         let started = Instant::now();
         let mut bytes = 0;
         if let Some(Slots { copies, lease, offsets }) = &mut self.slots {
@@ -189,9 +174,8 @@ impl<T: Transport> PackedSource<T> {
             copies.run(Placed { slots, offsets }, &self.source.params, arena)?;
             bytes = slots.iter().map(|slot| slot.bytes).sum();
         }
-        self.stale = false;
         self.repacked = Repacked { bytes, elapsed: started.elapsed() };
-        Ok(self.repacked)
+        Ok(())
     }
 
     /// What filling the slots came to the last time.

@@ -7,6 +7,7 @@ use refit_planner::{Capabilities, Program, SourceLayout, SourceParam, lower_for,
 use refit_pool::Memory;
 use refit_transport::{Transport, TransportLease};
 
+use super::versions::{Phase, Watched};
 use super::{Inner, Prepared, Refit, TargetOptions};
 use crate::bind::{self, Batch};
 use crate::error::RefitError;
@@ -47,11 +48,13 @@ pub(super) fn prepare<T: Transport>(
     match inner.make_ready(publications, &mut report) {
         Ok((program, lease)) => {
             let reads = |batch| inner.transport.reads(batch) as u64;
-            report.reads = lease.prepared().iter().map(reads).sum();
+            let ends = inner.planned[0].ends.clone();
+            let data = ends.last().copied().unwrap_or_default();
+            report.reads = lease.prepared()[..data].iter().map(reads).sum();
             report.wire_bytes = program.wire_bytes();
             report.needed_bytes = program.needed_bytes();
             report.staging_bytes = program.staging_bytes();
-            let ends = inner.planned[0].ends.clone();
+            let watched = Watched::all(&program, publications);
             let refit = Refit {
                 inner,
                 invalid,
@@ -62,6 +65,8 @@ pub(super) fn prepare<T: Transport>(
                 ends,
                 wave: 0,
                 posted: 0,
+                phase: Phase::Before,
+                watched,
                 failed: None,
             };
             Ok(Prepared { refit, lease })
@@ -80,18 +85,23 @@ impl<T: Transport> Inner<T> {
 
         let Self { transport, live, peers, .. } = self;
         let lease = self.pool.lease(key.into(), |build| {
-            let arena = match program.staging_bytes() {
-                0 => None,
-                bytes => Some(build.arena(bytes)?),
+            // The headers are read into the memory that is staged into, so that it is one allocation.
+            let arena = match bind::headers(&program) {
+                (_, 0) => None,
+                (_, bytes) => Some(build.arena(bytes)?),
             };
             build.register(live.iter().map(Memory::allocation))?;
             let started = Instant::now();
-            let batches =
-                bind::bind(&program, publications, live, arena.as_ref(), build.registered())?;
+            let (arena, registered) = (arena.as_ref(), build.registered());
+            let mut batches = bind::bind(&program, publications, live, arena, registered)?;
+            let of_data = |batches: &[Batch]| {
+                batches.iter().map(|batch| batch.reads.len() as u64).sum::<u64>()
+            };
+            report.prepared_reads += of_data(&batches);
+            batches.extend(bind::bind_headers(&program, publications, arena, registered)?);
             let mut prepared = Vec::with_capacity(batches.len());
             for Batch { rank, reads } in batches {
                 let (_, peer) = peers.get(&rank).ok_or(RefitError::MissingPublication { rank })?;
-                report.prepared_reads += reads.len() as u64;
                 prepared.push(transport.prepare(peer, &reads)?);
             }
             report.prepare = started.elapsed();

@@ -4,11 +4,12 @@
 //! lands while reads go on, so that as many waves are under way as have staging memory of their own, and the wire has
 //! always something to do.
 
-use std::ops::Range;
-use std::time::Instant;
+use std::ops::{ControlFlow, Range};
+use std::time::{Duration, Instant};
 
 use refit_transport::{Progress, Pull, PullError, Refusal, Settled, Transport, TransportLease};
 
+use super::versions::Phase;
 use super::{Inner, Refit};
 use crate::error::RefitError;
 
@@ -30,13 +31,16 @@ pub(super) enum Stop<T: Transport> {
     Deadline(Box<Pull<T>>),
     Pull(PullError<T>),
     Landing(RefitError),
+    /// What was read is not to be used.
+    Version(RefitError),
 }
 
 impl<T: Transport> Refit<T> {
-    /// Posts the first waves.
+    /// Posts the first reads.
     pub(super) fn begin(&mut self, lease: TransportLease<T>) -> Reading<T> {
         // A refit that failed may have left landings behind.
         match self.wait_landed(0..self.ends.len()) {
+            Ok(()) if self.phase == Phase::Before => self.post_headers(lease),
             Ok(()) => self.post(lease),
             Err(error) => Reading::Stopped(Stop::Landing(error)),
         }
@@ -47,6 +51,25 @@ impl<T: Transport> Refit<T> {
         let first = self.posted;
         self.posted = (first + self.window()).min(self.ends.len());
         let batches = self.batches(first).start..self.ends[self.posted - 1];
+        let reading = self.start(lease, batches);
+        if first == 0 {
+            self.report.posting = match &reading {
+                Reading::UnderWay(pull) => pull.stats().posting,
+                _ => Duration::ZERO,
+            };
+            self.report.ready = self.began.elapsed().saturating_sub(self.report.posting);
+        }
+        reading
+    }
+
+    /// Posts the reads of the headers, when nothing else is under way.
+    fn post_headers(&mut self, lease: TransportLease<T>) -> Reading<T> {
+        let data = self.ends.last().copied().unwrap_or_default();
+        self.report.headers += self.watched.len() as u64;
+        self.start(lease, data..data + self.watched.len())
+    }
+
+    fn start(&mut self, lease: TransportLease<T>, batches: Range<usize>) -> Reading<T> {
         let live = std::mem::take(&mut self.inner.live);
         match Pull::start(self.inner.transport.clone(), lease, live, batches) {
             Ok(pull) => Reading::UnderWay(pull),
@@ -57,6 +80,12 @@ impl<T: Transport> Refit<T> {
     /// Looks at what is under way and moves it on. Never waits for reads; what the processor lands is landed here.
     pub(super) fn drive(&mut self, mut pull: Pull<T>) -> Reading<T> {
         pull.poll();
+        if self.phase != Phase::Data {
+            return match pull.progress() {
+                Progress::Pending => Reading::UnderWay(pull),
+                Progress::Done | Progress::Failed => self.headers_ended(pull.finish()),
+            };
+        }
         if self.lands_beside_reads()
             && self.failed.is_none()
             && let Err(error) = self.move_on(&mut pull)
@@ -96,22 +125,53 @@ impl<T: Transport> Refit<T> {
         Ok(())
     }
 
-    /// Goes on after reads have ended.
-    fn ended(&mut self, ended: Result<Settled<T>, PullError<T>>) -> Reading<T> {
-        let lease = match ended {
+    /// Takes back what reads that have ended wrote.
+    fn settled(
+        &mut self,
+        ended: Result<Settled<T>, PullError<T>>,
+    ) -> ControlFlow<Reading<T>, TransportLease<T>> {
+        match ended {
             Ok(Settled { lease, live, .. }) => {
                 self.inner.live = live;
-                lease
+                ControlFlow::Continue(lease)
             }
-            Err(PullError::Deadline { pull }) => return Reading::UnderWay(*pull),
-            Err(error) => return Reading::Stopped(Stop::Pull(error)),
+            Err(PullError::Deadline { pull }) => ControlFlow::Break(Reading::UnderWay(*pull)),
+            Err(error) => ControlFlow::Break(Reading::Stopped(Stop::Pull(error))),
+        }
+    }
+
+    /// Goes on after the headers have been read.
+    fn headers_ended(&mut self, ended: Result<Settled<T>, PullError<T>>) -> Reading<T> {
+        let lease = match self.settled(ended) {
+            ControlFlow::Continue(lease) => lease,
+            ControlFlow::Break(reading) => return reading,
+        };
+        match self.look(&lease) {
+            Err(error) => Reading::Stopped(Stop::Version(error)),
+            Ok(()) if self.phase == Phase::Before => {
+                self.phase = Phase::Data;
+                self.post(lease)
+            }
+            Ok(()) => {
+                self.report.pull = self.started.elapsed().saturating_sub(self.report.land);
+                Reading::Arrived(lease)
+            }
+        }
+    }
+
+    /// Goes on after data has been read.
+    fn ended(&mut self, ended: Result<Settled<T>, PullError<T>>) -> Reading<T> {
+        let lease = match self.settled(ended) {
+            ControlFlow::Continue(lease) => lease,
+            ControlFlow::Break(reading) => return reading,
         };
         if let Some(error) = self.failed.take() {
             return Reading::Stopped(Stop::Landing(error));
         }
         if self.posted == self.ends.len() {
-            self.report.pull = self.started.elapsed().saturating_sub(self.report.land);
-            return Reading::Arrived(lease);
+            // Never with the data: what is posted together arrives in any order.
+            self.phase = Phase::After;
+            return self.post_headers(lease);
         }
         if let Err(error) = self.land(&lease) {
             return Reading::Stopped(Stop::Landing(error));

@@ -5,10 +5,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use refit::planner::{Band, Dtype, LayoutBuilder, Param};
-use refit::pool::Memory;
-use refit::transport::Transport;
+use refit::pool::{Allocator, Memory};
 use refit::transport::peer::{PeerRegistration, PeerTransport};
-use refit::{Directory, Place, Publication, PublishedRegion, RefitError};
+use refit::transport::{Transport, draw_incarnation};
+use refit::{
+    Directory, HEADER_BYTES, Header, Place, Publication, PublishedHeader, PublishedRegion,
+    RefitError, Stamp,
+};
 
 use super::super::ceiling::Ceiling;
 use super::super::protocol::Reply;
@@ -26,8 +29,9 @@ fn directory(setup: &Path) -> Result<Directory, CliError> {
 #[derive(Debug)]
 pub(in crate::bench) struct Published {
     // Dropped first: it is the transport's.
-    _registration: PeerRegistration,
+    _registrations: [PeerRegistration; 2],
     _transport: Arc<PeerTransport>,
+    _header: Memory,
 }
 
 impl Published {
@@ -41,6 +45,12 @@ impl Published {
         let region = region.ok_or_else(lost)?;
         let transport = transports::peer(&format!("copies-source-{}", setup.rank), home)?;
         let registration = transport.register(region).map_err(RefitError::from)?;
+        // What it holds does not change: one header for all of the bench.
+        let mut memory = home.allocate(HEADER_BYTES).map_err(crate::device::allocation)?;
+        let incarnation = draw_incarnation(transport.agent()).map_err(RefitError::from)?;
+        Header { incarnation, stamp: Stamp::default() }.store(&mut memory)?;
+        let own = transport.register(memory.allocation()).map_err(RefitError::from)?;
+        let registrations = [registration, own];
         let mut layout = LayoutBuilder::new(setup.rank);
         let (name, len) = (format!("arena.{}", setup.rank), region.len());
         let tensor = layout.tensor(&name, len, 1).map_err(RefitError::from)?;
@@ -49,17 +59,24 @@ impl Published {
             .param(Param::new(name.as_str(), Dtype::U8, len, 1).band(band))
             .map_err(RefitError::from)?;
         let (address, cuda) = (region.address(), setup.gpu);
+        let header = Place::new(memory.address(), memory.kind());
+        let header_region = PublishedRegion {
+            address: header.address,
+            len: HEADER_BYTES as u64,
+            cuda: header.cuda,
+        };
         let publication = Publication::new(
             transport.agent().to_owned(),
             transport.metadata().map_err(RefitError::from)?,
             layout.build(),
+            PublishedHeader { incarnation, place: header },
             vec![Place { address, cuda }],
-            vec![PublishedRegion { address, len, cuda }],
+            vec![PublishedRegion { address, len, cuda }, header_region],
         );
         directory(&setup.directory)?
             .publish(&publication.map_err(RefitError::from)?)
             .map_err(RefitError::from)?;
-        Ok(Self { _registration: registration, _transport: transport })
+        Ok(Self { _registrations: registrations, _transport: transport, _header: memory })
     }
 }
 
