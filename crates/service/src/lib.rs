@@ -10,6 +10,7 @@ pub mod keys;
 mod leases;
 pub mod message;
 pub mod puller;
+pub mod rank;
 pub mod reader;
 pub mod relay;
 pub mod rendezvous;

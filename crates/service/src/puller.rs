@@ -4,7 +4,7 @@ use std::error::Error;
 use std::fmt;
 use std::time::Instant;
 
-use refit::Publication;
+use refit::{Expected, Publication};
 
 /// A version to read, under a lease: every rank of a group, and what its header has to say behind the last read.
 #[derive(Clone, Copy, Debug)]
@@ -17,19 +17,6 @@ pub struct Reading<'a> {
     pub publications: &'a [Publication],
     /// In the same order.
     pub expected: &'a [Expected],
-}
-
-/// What the header of a source rank has to say for what was read from it to be whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Expected {
-    /// The source rank.
-    pub rank: u32,
-    /// Its incarnation.
-    pub incarnation: u128,
-    /// The version.
-    pub version: u64,
-    /// The epoch under which it was committed.
-    pub epoch: u64,
 }
 
 /// One target rank's memory, and what reads into it.

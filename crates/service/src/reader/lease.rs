@@ -1,10 +1,10 @@
 use std::collections::BTreeMap;
 
-use refit::Publication;
+use refit::{Expected, Publication};
 
 use crate::groups::{Census, Offer};
 use crate::message::{Message, ReaderLease};
-use crate::puller::{Cause, Expected, PullFailure, Reading};
+use crate::puller::{Cause, PullFailure, Reading};
 use crate::rendezvous::{Key, Rendezvous, RendezvousError};
 use crate::seat::Seat;
 
