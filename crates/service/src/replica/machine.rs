@@ -186,7 +186,10 @@ impl Machine {
                 self.phase = Phase::Bound(prepared);
                 self.bound(view, prepared)
             }
-            _ => Step::Stage { at_least: least, prefer: others.max(behind) },
+            _ => {
+                let prefer = others.max(behind).filter(|&version| version >= least);
+                Step::Stage { at_least: least, prefer }
+            }
         }
     }
 
@@ -196,11 +199,12 @@ impl Machine {
         if view.prepared_by_all(self.ranks, round, version) {
             return decide(Outcome::Commit(version));
         }
+        // What this rank or another wants is newer, or nothing is wanted any more.
         let overtaken = view.newest_prepared(self.rank).is_some_and(|newest| newest > version);
-        if overtaken || self.goal == Goal::Leave {
-            return decide(Outcome::Abort);
+        match self.goal {
+            Goal::Reach(wanted) if wanted <= version && !overtaken => Step::Wait,
+            _ => decide(Outcome::Abort),
         }
-        Step::Wait
     }
 
     /// This was written.
