@@ -38,7 +38,11 @@ impl Store {
     fn group(&mut self, group: &str, ranks: u32, version: u64) -> &mut Self {
         for rank in 0..ranks {
             let incarnation = incarnation(group, rank);
-            self.member(group, rank, Member { rank, ranks, incarnation, publication: [0; 32] });
+            self.member(
+                group,
+                rank,
+                Member { rank, ranks, incarnation, relay: false, publication: [0; 32] },
+            );
             let epoch = version * 2;
             let offering = Offering::Open;
             self.version(group, rank, Announcement { incarnation, version, epoch, offering });
@@ -80,8 +84,13 @@ fn whatever_is_wrong_has_a_name() {
         store.group("g", 3, 5);
         store
     };
-    let member =
-        |rank| Member { rank, ranks: 3, incarnation: incarnation("g", rank), publication: [0; 32] };
+    let member = |rank| Member {
+        rank,
+        ranks: 3,
+        incarnation: incarnation("g", rank),
+        relay: false,
+        publication: [0; 32],
+    };
     let open = |rank| Announcement {
         incarnation: incarnation("g", rank),
         version: 5,
@@ -252,7 +261,7 @@ proptest! {
                 }
                 Change::Join { rank, says, ranks, life } => {
                     let incarnation = incarnation("g", life);
-                    store.member("g", rank, Member { rank: says, ranks, incarnation, publication: [0; 32] });
+                    store.member("g", rank, Member { rank: says, ranks, incarnation, relay: false, publication: [0; 32] });
                 }
             }
         }

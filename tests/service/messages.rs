@@ -10,7 +10,7 @@ use refit_service::message::{
 };
 
 fn member() -> Member {
-    Member { rank: 3, ranks: 8, incarnation: 7 << 90 | 5, publication: [9; 32] }
+    Member { rank: 3, ranks: 8, incarnation: 7 << 90 | 5, relay: false, publication: [9; 32] }
 }
 
 fn announcement() -> Announcement {

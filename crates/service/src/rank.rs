@@ -2,6 +2,7 @@
 
 mod direct;
 mod engine;
+mod lending;
 mod pulls;
 mod shadow;
 
@@ -12,6 +13,7 @@ use crate::source::SourceRank;
 
 pub use self::direct::Direct;
 pub use self::engine::{Engine, EngineError, Unattended};
+pub use self::lending::Lending;
 pub use self::shadow::Shadow;
 
 impl<T: Transport> SourceRank for Source<T> {

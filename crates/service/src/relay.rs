@@ -2,7 +2,6 @@
 
 use std::time::Instant;
 
-use crate::message::MAX_RANKS;
 use crate::puller::{Cause, PullFailure, Puller, Reading};
 use crate::rendezvous::Rendezvous;
 use crate::replica::{InstallError, Stage};
@@ -27,10 +26,10 @@ impl<R: Rendezvous, P: SourceRank + Puller> Relay<R, P> {
         seat: Seat<R>,
         place: GroupRank,
         target: P,
-        options: SourceOptions,
+        mut options: SourceOptions,
         deadline: Instant,
     ) -> Result<Self, SourceError> {
-        debug_assert!(place.ranks <= MAX_RANKS);
+        options.relay = true;
         LiveSource::join(seat, place, target, options, deadline).map(Self)
     }
 

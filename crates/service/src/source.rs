@@ -64,12 +64,14 @@ pub struct SourceOptions {
     pub most_lease: Duration,
     /// How long a source that is dropped waits for its readers.
     pub drain: Duration,
+    /// Whether it offers what it has read from others.
+    pub(crate) relay: bool,
 }
 
 impl Default for SourceOptions {
     /// Half a minute; two seconds.
     fn default() -> Self {
-        Self { most_lease: Duration::from_secs(30), drain: Duration::from_secs(2) }
+        Self { most_lease: Duration::from_secs(30), drain: Duration::from_secs(2), relay: false }
     }
 }
 
@@ -169,6 +171,7 @@ impl<R: Rendezvous, S: SourceRank> LiveSource<R, S> {
             rank: place.rank,
             ranks: place.ranks,
             incarnation: source.incarnation(),
+            relay: options.relay,
             publication: *publication.digest(),
         };
         // What the others would not read is not worth writing.

@@ -15,6 +15,9 @@ pub struct Member {
     pub ranks: u32,
     /// Which life of this rank it is: drawn anew when it restarts.
     pub incarnation: u128,
+    /// Whether it holds what it has read from another group. Where there is a choice relays are read, because a trainer has
+    /// to wait for its readers.
+    pub relay: bool,
     /// Digest of its publication ([`refit::Publication::digest`]).
     pub publication: [u8; 32],
 }
@@ -38,6 +41,7 @@ impl std::fmt::Debug for Member {
         f.debug_struct("Member")
             .field("rank", &self.rank)
             .field("ranks", &self.ranks)
+            .field("relay", &self.relay)
             .field("incarnation", &format_args!("{:032x}", self.incarnation))
             .finish_non_exhaustive()
     }

@@ -17,7 +17,7 @@ pub struct Load<'a> {
 }
 
 /// The offer to take: of those that will do and have room the one that failed least, then the version that is preferred,
-/// then the newest, then the one with the fewest readers. Among equals, readers of different names spread, and the same
+/// then the newest, then the one with the fewest readers, then relays. Among equals, readers of different names spread, and the same
 /// reader always takes the same.
 #[must_use]
 pub fn choose<'a>(
@@ -45,6 +45,7 @@ pub fn choose<'a>(
             wanted.prefer != Some(offer.version),
             Reverse(offer.version),
             readers(offer),
+            offer.ranks.iter().any(|rank| !rank.member.relay),
             spread(reader, &offer.group),
         )
     })
