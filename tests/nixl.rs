@@ -17,6 +17,8 @@ mod isolated;
 mod pack;
 #[path = "nixl/peer.rs"]
 mod peer;
+#[path = "nixl/versions.rs"]
+mod versions;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -410,4 +412,14 @@ fn packs_one_sided() {
 #[test]
 fn packs_emulated() {
     isolated("packs_emulated", EMULATED, packs);
+}
+
+#[test]
+fn rewritten_while_pulled_one_sided() {
+    isolated("rewritten_while_pulled_one_sided", ONE_SIDED, versions::rewritten_while_pulled);
+}
+
+#[test]
+fn rewritten_while_pulled_emulated() {
+    isolated("rewritten_while_pulled_emulated", EMULATED, versions::rewritten_while_pulled);
 }

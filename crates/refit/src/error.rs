@@ -5,6 +5,7 @@ use refit_pool::{CarveError, LeaseError, PoolError};
 use refit_translate::host::LandError;
 use refit_transport::TransportError;
 
+use crate::digest::DigestRequestError;
 use crate::directory::DirectoryError;
 use crate::header::{Incarnation, Stamp};
 use crate::publication::PublicationError;
@@ -99,6 +100,65 @@ pub enum RefitError {
         /// How often it was said.
         times: usize,
     },
+    /// What has landed is not what the source holds.
+    #[error(
+        "bytes {start} to {end} of `{param}` are not {}: they were changed on the way or landed elsewhere; pull again, \
+         and look for failing hardware if it comes again",
+        rank.map_or_else(|| "zero, as they have to be".to_owned(), |rank| format!("those of source rank {rank}"))
+    )]
+    Corrupt {
+        /// The source rank that they are of; nothing where zeros were due.
+        rank: Option<u32>,
+        /// The target's parameter.
+        param: String,
+        /// The first byte of the segment that differs.
+        start: u64,
+        /// One past its last.
+        end: u64,
+    },
+    /// No answer of a rank that was read from.
+    #[error(
+        "source rank {rank} has not answered the request for digests; wait for every rank that it asks"
+    )]
+    NoDigests {
+        /// The rank.
+        rank: u32,
+    },
+    /// An answer to another request.
+    #[error(
+        "source rank {rank} has answered another request for digests than this plan's; ask again after every change of \
+         plans"
+    )]
+    OtherDigests {
+        /// The rank.
+        rank: u32,
+    },
+    /// A request for digests of bytes that a parameter does not have.
+    #[error("source rank {rank} was asked for digests of bytes beyond the {bytes} of `{param}`")]
+    AskedOutside {
+        /// The rank.
+        rank: u32,
+        /// The parameter.
+        param: String,
+        /// Its bytes.
+        bytes: u64,
+    },
+    /// A request for digests of more bytes than any plan reads.
+    #[error(
+        "source rank {rank} was asked for digests of more than {most} bytes, which no plan reads"
+    )]
+    AskedTooMuch {
+        /// The rank.
+        rank: u32,
+        /// Most bytes that it hashes for a request.
+        most: u64,
+    },
+    /// Parameters that are being written have no digests.
+    #[error("source rank {rank} is being updated; ask for digests after the commit")]
+    BeingWritten {
+        /// The rank.
+        rank: u32,
+    },
     /// More changes than there are epochs.
     #[error("source rank {rank} has used all of its epochs; make a new source of its parameters")]
     Epochs {
@@ -128,6 +188,9 @@ pub enum RefitError {
     /// A publication is not one.
     #[error(transparent)]
     Publication(#[from] PublicationError),
+    /// A request for digests is not one.
+    #[error(transparent)]
+    DigestRequest(#[from] DigestRequestError),
     /// Meeting in a directory failed.
     #[error(transparent)]
     Directory(#[from] DirectoryError),

@@ -68,6 +68,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod bind;
+mod digest;
 mod directory;
 mod error;
 mod header;
@@ -87,6 +88,7 @@ pub use refit_pool as pool;
 pub use refit_translate as translate;
 pub use refit_transport as transport;
 
+pub use digest::{DigestRequest, DigestRequestError, Digests, MAX_DIGEST_REQUEST_BYTES};
 pub use directory::{Directory, DirectoryError};
 pub use error::RefitError;
 pub use header::{Expected, HEADER_BYTES, Header, Incarnation, Read as HeaderRead, Stamp};

@@ -10,6 +10,7 @@ use refit_planner::RankLayout;
 use refit_pool::{Memory, Region};
 use refit_transport::{Transport, TransportLease, TransportPool, draw_incarnation};
 
+use crate::digest::{self, DigestRequest, Digests, Held, Work};
 use crate::error::RefitError;
 use crate::header::{Expected, HEADER_BYTES, Header, Stamp};
 use crate::land::DeviceLander;
@@ -105,6 +106,38 @@ impl<T: Transport> Source<T> {
     /// [`RefitError::Transport`] when the agent cannot describe itself.
     pub fn publication(&self) -> Result<Publication, RefitError> {
         self.publish(&self.layout, self.places().map(|(_, place)| place).collect(), &[])
+    }
+
+    /// Answers what a target asks of this rank: a digest of every segment that it reads, as it is to be held there. On the
+    /// host at the rate of memory; memory of a device is fetched, which takes as long as that takes.
+    ///
+    /// # Errors
+    /// [`RefitError::BeingWritten`] while a change is under way; [`RefitError::UnknownSourceParam`],
+    /// [`RefitError::AskedOutside`] and [`RefitError::AskedTooMuch`] for what this rank does not have;
+    /// [`RefitError::NotHost`] and [`RefitError::Device`] for memory that cannot be read.
+    pub fn digests(&self, request: &DigestRequest) -> Result<Digests, RefitError> {
+        let held = |index: usize| self.held(index);
+        self.answer(request, digest::work_of(request, &self.layout, held)?)
+    }
+
+    /// One of the parameters.
+    fn held(&self, index: usize) -> Result<Held<'_>, RefitError> {
+        let (memory, param) = (&self.params[index], &self.layout.params()[index]);
+        Ok(Held { memory, offset: 0, bytes: param.bytes(), name: param.name() })
+    }
+
+    fn answer(
+        &self,
+        request: &DigestRequest,
+        mut work: Vec<Work<'_>>,
+    ) -> Result<Digests, RefitError> {
+        let (rank, Header { incarnation, stamp }) = (self.layout.rank(), self.header);
+        if !stamp.is_stable() {
+            return Err(RefitError::BeingWritten { rank });
+        }
+        digest::hash_all(&mut work, self.device.as_ref(), &self.reach)?;
+        let values = work.iter().map(|work| work.value).collect();
+        Ok(Digests { rank, incarnation, stamp, request: *request.digest(), values })
     }
 
     /// Where each parameter is, by name and in the order of the layout.

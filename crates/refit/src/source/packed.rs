@@ -9,6 +9,7 @@ use refit_transport::{Transport, TransportLease, TransportPool};
 
 use super::repack::{self, Copies, Placed};
 use super::{ParamsMut, Source};
+use crate::digest::{self, DigestRequest, Digests, Held};
 use crate::error::RefitError;
 use crate::header::{Expected, Header};
 use crate::memory::PARAM_ALIGN;
@@ -145,6 +146,32 @@ impl<T: Transport> PackedSource<T> {
     #[must_use]
     pub fn offered(&self) -> Option<Expected> {
         self.source.offered()
+    }
+
+    /// As [`Source::digests`], of what the rank offers.
+    ///
+    /// # Errors
+    /// As [`Source::digests`].
+    pub fn digests(&self, request: &DigestRequest) -> Result<Digests, RefitError> {
+        let layout = self.packed.layout();
+        let held = |index: usize| {
+            let param = &layout.params()[index];
+            let name = param.name().as_ref();
+            let of_slot = self.slots.as_ref().and_then(|slots| {
+                let number = self.packed.slots().iter().position(|slot| *slot.name == *name)?;
+                let offset = slots.offsets[number];
+                Some(Held { memory: slots.arena(), offset, bytes: param.bytes(), name })
+            });
+            if let Some(held) = of_slot {
+                return Ok(held);
+            }
+            let rank = layout.rank();
+            let own = self.source.layout.params();
+            let index = own.binary_search_by(|own| own.name().as_ref().cmp(name));
+            let missing = |_| RefitError::NoMemory { rank, param: name.to_owned() };
+            self.source.held(index.map_err(missing)?)
+        };
+        self.source.answer(request, digest::work_of(request, layout, held)?)
     }
 
     /// Lets `change` write the parameters, and commits what they hold then as this version.

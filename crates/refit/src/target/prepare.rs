@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use refit_planner::{Capabilities, Program, SourceLayout, SourceParam, lower_for, plan};
+use refit_planner::{Capabilities, Plan, Program, SourceLayout, SourceParam, lower_for, plan};
 use refit_pool::Memory;
 use refit_transport::{Transport, TransportLease};
 
@@ -29,6 +29,7 @@ pub(super) struct Planned {
     links: Vec<(u32, Capabilities)>,
     /// Where each wave ends among the batches.
     pub(super) ends: Arc<[usize]>,
+    pub(super) plan: Arc<Plan>,
     /// How the waves are landed.
     pub(super) landings: Landings,
     /// The last binding of it: digest of the publications, and the pool's key.
@@ -177,7 +178,8 @@ impl<T: Transport> Inner<T> {
             report.plans += 1;
             let (options, ends, bound) = (self.options, bind::batch_ends(&program), None);
             self.planned.truncate(PLANS_KEPT - 1);
-            let planned = Planned { layouts, options, program, links, ends, landings, bound };
+            let plan = Arc::new(plan);
+            let planned = Planned { layouts, options, program, links, ends, plan, landings, bound };
             self.planned.insert(0, planned);
             report.plan += started.elapsed();
         }

@@ -3,8 +3,9 @@
 use refit_planner::Program;
 use refit_transport::{Transport, TransportLease};
 
-use super::{Inner, Prepared, Refit};
+use super::{Inner, InvalidTarget, Landed, Prepared, Refit};
 use crate::bind;
+use crate::digest::{DigestRequest, Digests, verify};
 use crate::error::RefitError;
 use crate::header::{self, Expected, HEADER_BYTES, Header, Read, Stamp};
 use crate::publication::Publication;
@@ -84,6 +85,13 @@ fn one_version(watched: &[Watched]) -> Result<(), RefitError> {
 }
 
 impl<T: Transport> Prepared<T> {
+    /// What the sources would have to hash, for [`Landed::verify`] to compare. It stays the same for as long as nothing is
+    /// planned anew.
+    #[must_use]
+    pub fn digest_request(&self) -> DigestRequest {
+        DigestRequest::new(&self.refit.inner.planned[0].plan)
+    }
+
     /// Reads nothing but what was announced: the refit fails if a source, when its data has been read, is not of this
     /// incarnation, or not at this epoch and version. Headers are then read once, after the data; otherwise before it
     /// as well, to know what they have to say.
@@ -119,6 +127,33 @@ fn expect(watched: Watched, expected: &[Expected]) -> Result<Watched, RefitError
     };
     watched.same(first.incarnation)?;
     Ok(Watched { stamp: Some(first.stamp()), ..watched })
+}
+
+impl<T: Transport> Landed<T> {
+    /// Compares all that has landed with what the sources say of it: one [`Digests`] for every rank that was read from,
+    /// of the version that was read.
+    ///
+    /// # Errors
+    /// [`RefitError::Corrupt`] names the first segment that differs, or that is not zero where it has to be;
+    /// [`RefitError::NoDigests`], [`RefitError::OtherDigests`], [`RefitError::StaleIncarnation`] and
+    /// [`RefitError::Torn`] mean that the answers are not to this question. All of them leave live parameters that
+    /// nobody has vouched for.
+    pub fn verify(self, answers: &[Digests]) -> Result<Self, Failed<InvalidTarget<T>>> {
+        let Refit { inner, watched, .. } = &self.refit;
+        let landed: Vec<verify::Landed> = watched
+            .iter()
+            .map(|&Watched { rank, incarnation, stamp }| verify::Landed {
+                rank,
+                incarnation,
+                stamp,
+            })
+            .collect();
+        let Inner { planned, live, device, reach, .. } = &**inner;
+        match verify::verify(&planned[0].plan, &landed, answers, live, device.as_ref(), reach) {
+            Ok(()) => Ok(self),
+            Err(error) => Err(Failed { error, state: InvalidTarget(self.refit.inner) }),
+        }
+    }
 }
 
 impl<T: Transport> Refit<T> {
