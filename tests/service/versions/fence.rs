@@ -12,7 +12,7 @@ use refit_tests::ranks;
 /// A trainer of two ranks that writes all the time, and two readers that refit `times` each. What is installed is one
 /// version, whole; how often readers had to try again is returned.
 fn under_fire(options: SourceOptions, times: usize) -> u64 {
-    let fleet = Fleet::new().slow(512);
+    let fleet = Fleet::new().slow(32);
     let mut trainer = fleet.group("trainer", 2, options);
     commit(&mut trainer, 1);
     let done = AtomicBool::new(false);

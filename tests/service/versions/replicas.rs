@@ -247,7 +247,9 @@ fn every_point_is_passed() {
     let passed = Arc::new(std::sync::Mutex::new(std::collections::BTreeSet::new()));
     let seat = || {
         let passed = passed.clone();
-        let tell = move |point: Point| drop(passed.lock().unwrap().insert(point));
+        let tell = move |point: Point| {
+            passed.lock().unwrap().insert(point);
+        };
         fleet.seat().with_observer(Arc::new(tell))
     };
     let source = ranks::source(&fleet.agent("trainer"), &rows(0, 1));
