@@ -159,6 +159,20 @@ pub enum RefitError {
         /// The rank.
         rank: u32,
     },
+    /// A target that holds no version cannot be a source of one.
+    #[error(
+        "this target holds no version that was refitted as a whole and left as it was; refit it before lending it"
+    )]
+    NothingInstalled,
+    /// None of a target's parameters is as its sources held it.
+    #[error(
+        "none of the {params} parameters of this target is what the trainer holds, byte for byte: all are converted on \
+         the way; its peers have to read from the trainer"
+    )]
+    NothingToLend {
+        /// Parameters of the target.
+        params: usize,
+    },
     /// More changes than there are epochs.
     #[error("source rank {rank} has used all of its epochs; make a new source of its parameters")]
     Epochs {

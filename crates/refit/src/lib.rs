@@ -103,6 +103,6 @@ pub use report::Report;
 pub use request::{MAX_REQUEST_BYTES, PackRequest, RequestError};
 pub use source::{PackedSource, ParamsMut, Repacked, Source, Updating};
 pub use target::{
-    Cancelled, Failed, Installed, InvalidTarget, Landed, Prepared, Pulled, Pulling, Target,
+    Cancelled, Failed, Installed, InvalidTarget, Landed, Lent, Prepared, Pulled, Pulling, Target,
     TargetOptions, Unfinished,
 };

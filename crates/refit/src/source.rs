@@ -57,9 +57,35 @@ impl<T: Transport> Source<T> {
         params: impl IntoIterator<Item = (String, Memory)>,
     ) -> Result<Self, RefitError> {
         let params = in_layout_order(&layout, params)?;
+        Self::of(transport, pool, layout, params).map_err(|refused| refused.0)
+    }
+
+    /// A source of parameters in the order of the layout. They come back when there is none.
+    pub(crate) fn of(
+        transport: Arc<T>,
+        pool: &TransportPool<T>,
+        layout: RankLayout,
+        params: Vec<Memory>,
+    ) -> Result<Self, Box<(RefitError, Vec<Memory>)>> {
+        let reach = Reach::default();
+        match Self::register(&transport, pool, &layout, &params, &reach) {
+            Ok((lease, header)) => {
+                Ok(Self { lease, transport, layout, header, params, device: None, reach })
+            }
+            Err(error) => Err(Box::new((error, params))),
+        }
+    }
+
+    fn register(
+        transport: &Arc<T>,
+        pool: &TransportPool<T>,
+        layout: &RankLayout,
+        params: &[Memory],
+        reach: &Reach,
+    ) -> Result<(TransportLease<T>, Header), RefitError> {
         let incarnation = draw_incarnation(transport.agent())?;
         let header = Header { incarnation, stamp: Stamp::default() };
-        let key = source_key(transport.agent(), layout.rank(), &params);
+        let key = source_key(transport.agent(), layout.rank(), params);
         let mut lease = pool
             .lease(key.into(), |build| {
                 build.arena(HEADER_BYTES as u64)?;
@@ -67,9 +93,8 @@ impl<T: Transport> Source<T> {
                 Ok::<_, RefitError>(Vec::new())
             })
             .map_err(RefitError::from_lease)?;
-        let reach = Reach::default();
-        header.store_by(&mut lease.arenas_mut()[0], None, &reach)?;
-        Ok(Self { lease, transport, layout, header, params, device: None, reach })
+        header.store_by(&mut lease.arenas_mut()[0], None, reach)?;
+        Ok((lease, header))
     }
 
     /// Packs by this device's kernel, which parameters in its memory need, on its stream: behind whatever the trainer has

@@ -7,6 +7,7 @@
 //!                        └── cancel         └────── a failure in direct mode ──▶ InvalidTarget ──prepare──▶ …
 //! ```
 
+mod lend;
 mod prepare;
 mod versions;
 mod waves;
@@ -28,7 +29,10 @@ use crate::memory::{Reach, in_layout_order};
 use crate::publication::Publication;
 use crate::report::Report;
 use crate::request::PackRequest;
+use crate::source::Source;
 
+use self::lend::Installation;
+pub use self::lend::Lent;
 use self::prepare::{Met, Planned, prepare};
 use self::versions::{Phase, Watched};
 use self::waves::{Reading, Stop};
@@ -191,6 +195,10 @@ struct Inner<T: Transport> {
     reach: Reach,
     /// The last few plans, the latest first.
     planned: Vec<Planned>,
+    /// What the parameters hold, if that is what a refit left.
+    installed: Option<Installation>,
+    /// What the parameters were lent by, without them: its registrations and its header stay for the next time.
+    lender: Option<Box<Source<T>>>,
 }
 
 /// What travels through the states of one refit.
@@ -244,6 +252,8 @@ impl<T: Transport> Target<T> {
             device: None,
             reach: Reach::default(),
             planned: Vec::new(),
+            installed: None,
+            lender: None,
         })))
     }
 
@@ -273,8 +283,10 @@ impl<T: Transport> Target<T> {
         self.0.layout.params().iter().map(|param| param.name().as_ref()).zip(&self.0.live)
     }
 
-    /// Every live parameter, for the engine to load its own values between refits.
+    /// Every live parameter, for the engine to load its own values between refits. From then on it holds no version that
+    /// could be lent.
     pub fn params_mut(&mut self) -> impl Iterator<Item = (&str, &mut Memory)> {
+        self.0.installed = None;
         self.0.layout.params().iter().map(|param| param.name().as_ref()).zip(&mut self.0.live)
     }
 
@@ -327,7 +339,8 @@ impl<T: Transport> InvalidTarget<T> {
 
     /// Declares the parameters whole after the engine has loaded every one of them by other means.
     #[must_use]
-    pub fn reloaded(self) -> Target<T> {
+    pub fn reloaded(mut self) -> Target<T> {
+        self.0.installed = None;
         Target(self.0)
     }
 
@@ -443,6 +456,9 @@ impl<T: Transport> Landed<T> {
     pub fn install(self) -> Installed<T> {
         let Self { mut refit, lease } = self;
         drop(lease);
+        let plan = &refit.inner.planned[0].plan;
+        refit.inner.installed =
+            refit.report.version.map(|version| Installation { version, plan: plan.clone() });
         refit.report.total = refit.began.elapsed();
         Installed { inner: refit.inner, report: refit.report }
     }

@@ -16,7 +16,7 @@ pub use self::decision::{Decision, Outcome, Standing};
 pub use self::member::Member;
 pub use self::rank_state::{Health, Prepared, RankState};
 pub use self::reader_lease::ReaderLease;
-pub use self::wish::{MAX_DIGEST_REQUEST_BYTES, Wish};
+pub use self::wish::Wish;
 
 /// Most ranks of a group or a replica.
 pub const MAX_RANKS: u32 = 1 << 16;
@@ -90,7 +90,7 @@ impl Kind {
             Self::Announcement => b"refit\0a1",
             Self::ReaderLease => b"refit\0l1",
             Self::RankState => b"refit\0s1",
-            Self::Decision => b"refit\0d1",
+            Self::Decision => b"refit\0c1",
             Self::Wish => b"refit\0w1",
         }
     }
@@ -99,7 +99,7 @@ impl Kind {
     #[must_use]
     pub fn max_bytes(self) -> usize {
         match self {
-            Self::Wish => refit::MAX_REQUEST_BYTES + MAX_DIGEST_REQUEST_BYTES + 64,
+            Self::Wish => refit::MAX_REQUEST_BYTES + refit::MAX_DIGEST_REQUEST_BYTES + 64,
             Self::Member
             | Self::Announcement
             | Self::ReaderLease
@@ -197,4 +197,7 @@ pub enum MessageError {
     /// A wish's pack request cannot be used.
     #[error("the wish's pack request: {0}")]
     Pack(#[from] refit::RequestError),
+    /// A wish's request for digests cannot be used.
+    #[error("the wish's request for digests: {0}")]
+    Digests(#[from] refit::DigestRequestError),
 }

@@ -2,18 +2,16 @@
 
 mod direct;
 mod engine;
-mod lending;
 mod pulls;
 mod shadow;
 
 use refit::transport::Transport;
-use refit::{PackedSource, Publication, RefitError, Source};
+use refit::{Expected, PackedSource, Publication, RefitError, Source};
 
 use crate::source::SourceRank;
 
 pub use self::direct::Direct;
 pub use self::engine::{Engine, EngineError, Unattended};
-pub use self::lending::Lending;
 pub use self::shadow::Shadow;
 
 impl<T: Transport> SourceRank for Source<T> {
@@ -21,17 +19,13 @@ impl<T: Transport> SourceRank for Source<T> {
         Self::publication(self)
     }
 
-    fn incarnation(&self) -> u128 {
-        self.header().incarnation
-    }
-
     fn begin(&mut self) -> Result<(), RefitError> {
         // Without a commit the header stays as it is now.
         self.begin_update().map(drop)
     }
 
-    fn commit(&mut self, version: u64) -> Result<u64, RefitError> {
-        self.begin_update()?.commit(version).map(|expected| expected.epoch)
+    fn commit(&mut self, version: u64) -> Result<Expected, RefitError> {
+        self.begin_update()?.commit(version)
     }
 }
 
@@ -40,15 +34,11 @@ impl<T: Transport> SourceRank for PackedSource<T> {
         Self::publication(self)
     }
 
-    fn incarnation(&self) -> u128 {
-        self.header().incarnation
-    }
-
     fn begin(&mut self) -> Result<(), RefitError> {
         self.begin_update().map(drop)
     }
 
-    fn commit(&mut self, version: u64) -> Result<u64, RefitError> {
-        self.begin_update()?.commit(version).map(|expected| expected.epoch)
+    fn commit(&mut self, version: u64) -> Result<Expected, RefitError> {
+        self.begin_update()?.commit(version)
     }
 }

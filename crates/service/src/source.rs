@@ -11,7 +11,8 @@ use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
-use refit::{Publication, RefitError};
+use refit::transport::draw_incarnation;
+use refit::{Expected, Publication, RefitError};
 
 use crate::keys::Model;
 use crate::leases::LeaseBook;
@@ -22,14 +23,11 @@ use crate::stats::ServiceStats;
 
 /// One rank's parameters, and the header beside them that peers read last.
 pub trait SourceRank: Debug {
-    /// What peers need to read from it.
+    /// What peers need to read from it. Asked for after a commit only.
     ///
     /// # Errors
     /// [`RefitError`], here and below, from what holds the parameters.
     fn publication(&self) -> Result<Publication, RefitError>;
-
-    /// Which life of the rank this is, as its header says.
-    fn incarnation(&self) -> u128;
 
     /// Makes the header say that the parameters are being written, if it does not. Behind this they may be.
     ///
@@ -37,12 +35,12 @@ pub trait SourceRank: Debug {
     /// See [`publication`](Self::publication).
     fn begin(&mut self) -> Result<(), RefitError>;
 
-    /// Makes the header say that they are whole and of this version, behind all that was written. Gives back the epoch that
-    /// it says: even, and none that it ever said before.
+    /// Makes the header say that they are whole and of this version, behind all that was written. Gives back what it says:
+    /// an even epoch, and none that it ever said before.
     ///
     /// # Errors
     /// See [`publication`](Self::publication).
-    fn commit(&mut self, version: u64) -> Result<u64, RefitError>;
+    fn commit(&mut self, version: u64) -> Result<Expected, RefitError>;
 }
 
 /// Which group a rank belongs to.
@@ -162,17 +160,13 @@ impl<R: Rendezvous, S: SourceRank> LiveSource<R, S> {
         options: SourceOptions,
         deadline: Instant,
     ) -> Result<Self, SourceError> {
-        let publication = source.publication()?;
-        if publication.rank() != place.rank {
-            let found = publication.rank();
-            return Err(SourceError::WrongRank { group: place.group, rank: place.rank, found });
-        }
         let member = Member {
             rank: place.rank,
             ranks: place.ranks,
-            incarnation: source.incarnation(),
+            // Of whoever claims the place. What it holds is known, and read by others, when it commits.
+            incarnation: draw_incarnation(&place.group).map_err(RefitError::from)?,
             relay: options.relay,
-            publication: *publication.digest(),
+            publication: [0; 32],
         };
         // What the others would not read is not worth writing.
         Member::decode(&member.encode())?;
@@ -188,7 +182,7 @@ impl<R: Rendezvous, S: SourceRank> LiveSource<R, S> {
             open: false,
             stats: ServiceStats::default(),
         };
-        desk.enter(&publication, deadline)?;
+        desk.enter(None, deadline)?;
         Ok(Self { source: Some(source), desk })
     }
 
@@ -197,15 +191,18 @@ impl<R: Rendezvous, S: SourceRank> LiveSource<R, S> {
     /// # Errors
     /// As [`join`](Self::join).
     pub fn rejoin(&mut self, seat: Seat<R>, deadline: Instant) -> Result<(), SourceError> {
-        let publication = self.source.as_ref().ok_or(SourceError::Gone)?.publication()?;
+        let source = self.source.as_ref().ok_or(SourceError::Gone)?;
         let desk = &mut self.desk;
         desk.seat = seat;
         desk.open = false;
-        desk.member.publication = *publication.digest();
-        desk.enter(&publication, deadline)?;
-        match desk.last {
-            Some(last) if desk.stable => desk.announce(last),
-            _ => Ok(()),
+        match desk.last.filter(|_| desk.stable) {
+            Some(last) => {
+                let publication = source.publication()?;
+                desk.member.publication = *publication.digest();
+                desk.enter(Some(&publication), deadline)?;
+                desk.announce(last)
+            }
+            None => desk.enter(None, deadline),
         }
     }
 
@@ -274,7 +271,11 @@ impl<R: Rendezvous, S: SourceRank> LiveSource<R, S> {
 }
 
 impl<R: Rendezvous> Desk<R> {
-    fn enter(&self, publication: &Publication, deadline: Instant) -> Result<(), SourceError> {
+    fn enter(
+        &self,
+        publication: Option<&Publication>,
+        deadline: Instant,
+    ) -> Result<(), SourceError> {
         let GroupRank { group, rank, .. } = &self.place;
         let span = tracing::debug_span!("source_preparation", group, rank);
         let _entered = span.enter();
@@ -295,7 +296,9 @@ impl<R: Rendezvous> Desk<R> {
                 }
             }
         }
-        self.seat.put(&self.keys.publication, &publication.encode())?;
+        if let Some(publication) = publication {
+            self.seat.put(&self.keys.publication, &publication.encode())?;
+        }
         self.seat.at(Point::Joined);
         Ok(())
     }
@@ -361,8 +364,12 @@ impl<R: Rendezvous> Desk<R> {
         let GroupRank { group, rank, .. } = &self.place;
         let span = tracing::debug_span!("source_preparation", group, rank, version);
         let _entered = span.enter();
-        let epoch = source.commit(version)?;
-        let (publication, incarnation) = (source.publication()?, source.incarnation());
+        let Expected { incarnation, epoch, .. } = source.commit(version)?;
+        let publication = source.publication()?;
+        if publication.rank() != self.place.rank {
+            let GroupRank { group, rank, .. } = self.place.clone();
+            return Err(SourceError::WrongRank { group, rank, found: publication.rank() });
+        }
         let announcement = Announcement { incarnation, version, epoch, offering: Offering::Open };
         self.last = Some(announcement);
         self.stable = true;

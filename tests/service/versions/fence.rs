@@ -38,7 +38,7 @@ fn under_fire(options: SourceOptions, times: usize) -> u64 {
                         assert!(refreshed.version > last);
                         last = refreshed.version;
                         assert_eq!(direct.version(), Some(last));
-                        assert!(is_whole(direct.target().unwrap(), last), "version {last} is torn");
+                        assert!(is_whole(&direct, last), "version {last} is torn");
                     }
                     assert_eq!(reader.stats().refits, times as u64);
                     reader.stats().retries
@@ -201,7 +201,7 @@ fn p7_two_lives_of_a_rank_do_not_mix() {
     assert_ne!(before.ranks[0].member.incarnation, after.ranks[0].member.incarnation);
     let mut direct = fleet.direct(0, 1);
     reader.refresh(&mut direct, &Wanted::default(), soon()).unwrap();
-    assert!(is_whole(direct.target().unwrap(), 2));
+    assert!(is_whole(&direct, 2));
 }
 
 #[test]
@@ -224,7 +224,7 @@ fn two_models_and_two_fleets_in_one_process_do_not_cross() {
                         let refreshed =
                             reader.refresh(direct, &Wanted::at_least(version), soon()).unwrap();
                         assert_eq!(refreshed.version, version);
-                        assert!(is_whole(direct.target().unwrap(), version));
+                        assert!(is_whole(&direct, version));
                     }
                 }
             });

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use refit::planner::{Band, Dtype, LayoutBuilder, Param, RankLayout};
 use refit::transport::local::{LocalOptions, LocalTransport, Network};
-use refit::{Source, Target, TargetOptions};
+use refit::{Source, TargetOptions};
 use refit_service::Seat;
 use refit_service::keys::Model;
 use refit_service::rank::{Direct, Shadow, Unattended};
@@ -145,8 +145,9 @@ pub(crate) fn commit(group: &mut [LocalSource], version: u64) {
 }
 
 /// Whether every byte of a target is of this version.
-pub(crate) fn is_whole(target: &Target<Local>, version: u64) -> bool {
-    ranks::held(target).values().flatten().all(|&found| found == byte(version))
+pub(crate) fn is_whole(target: &Direct<Local, Unattended>, version: u64) -> bool {
+    let mut params = target.params().unwrap();
+    params.all(|(_, memory)| memory.host_bytes().unwrap().iter().all(|&it| it == byte(version)))
 }
 
 /// A rank whose live parameters are apart from those it reads into.

@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use refit::TargetOptions;
 use refit_service::puller::Puller;
-use refit_service::rank::{Direct, Lending, Unattended};
+use refit_service::rank::{Direct, Unattended};
 use refit_service::reader::Wanted;
 use refit_service::relay::Relay;
 use refit_service::rendezvous::InProcess;
@@ -12,20 +12,19 @@ use refit_tests::ranks;
 
 use super::fleet::{Fleet, Local, commit, fanout, is_whole, rows, soon, unique};
 
-type LentDirect = Lending<Local, Direct<Local, Unattended>>;
+type InPlace = Direct<Local, Unattended>;
 
 /// A target rank that offers what it has read.
-fn relay(fleet: &Fleet, group: &str, rank: u32, size: u32) -> Relay<InProcess, LentDirect> {
+fn relay(fleet: &Fleet, group: &str, rank: u32, size: u32) -> Relay<InProcess, InPlace> {
     let agent = fleet.agent(&format!("{group}-{rank}-{}", unique()));
-    let (target, pool, _) = ranks::target(&agent, &rows(rank, size), TargetOptions::default());
-    let wrap = |target| Ok(Direct::new(target, Unattended));
-    let lent = Lending::new(agent, &pool, target, wrap).unwrap();
+    let (target, _, _) = ranks::target(&agent, &rows(rank, size), TargetOptions::default());
+    let target = Direct::new(target, Unattended);
     let place = GroupRank { group: group.to_owned(), rank, ranks: size };
-    Relay::join(fleet.seat(), place, lent, SourceOptions::default(), soon()).unwrap()
+    Relay::join(fleet.seat(), place, target, SourceOptions::default(), soon()).unwrap()
 }
 
-fn whole(relay: &Relay<InProcess, LentDirect>, version: u64) -> bool {
-    is_whole(relay.target().unwrap().target().target().unwrap(), version)
+fn whole(relay: &Relay<InProcess, InPlace>, version: u64) -> bool {
+    is_whole(relay.target().unwrap(), version)
 }
 
 /// One trainer, seven engines, one reader of a group at a time: the trainer is read by a few of them, not by all.
@@ -95,7 +94,7 @@ fn a_relay_is_a_group_like_any_other() {
     let mut late = fleet.direct(0, 1);
     let mut reader = fleet.reader("late", fanout(8));
     assert_eq!(reader.refresh(&mut late, &Wanted::at_least(1), soon()).unwrap().group, "engine");
-    assert!(is_whole(late.target().unwrap(), 1));
+    assert!(is_whole(&late, 1));
     // Making ready to pull closes it.
     relays[0].make_ready(soon()).unwrap();
     assert_eq!(relays[0].offered(), None);

@@ -6,7 +6,7 @@ use refit::TargetOptions;
 use refit::pool::Memory;
 use refit::translate::PostAction;
 use refit_service::Point;
-use refit_service::rank::{Engine, EngineError, Lending, Shadow};
+use refit_service::rank::{Engine, EngineError, Shadow};
 use refit_service::reader::ReaderOptions;
 use refit_service::relay::Relay;
 use refit_service::rendezvous::InProcess;
@@ -215,12 +215,11 @@ fn a_replica_relays_what_it_has_staged() {
     let mut ranks: Vec<_> = (0..2)
         .map(|rank| {
             let agent = fleet.agent(&format!("relay-{}", unique()));
-            let (target, pool, _) = ranks::target(&agent, &rows(rank, 2), TargetOptions::default());
+            let (target, _, _) = ranks::target(&agent, &rows(rank, 2), TargetOptions::default());
             let (live, _) = ranks::memory(&rows(rank, 2));
-            let wrap = |target| Shadow::new(target, live, Vec::new(), Pinned::default());
-            let lent = Lending::new(agent, &pool, target, wrap).unwrap();
+            let shadow = Shadow::new(target, live, Vec::new(), Pinned::default()).unwrap();
             let place = GroupRank { group: "engine".to_owned(), rank, ranks: 2 };
-            let relay = Relay::join(fleet.seat(), place, lent, SourceOptions::default(), soon());
+            let relay = Relay::join(fleet.seat(), place, shadow, SourceOptions::default(), soon());
             join(&fleet, rank, 2, relay.unwrap())
         })
         .collect();
@@ -237,7 +236,7 @@ fn a_replica_relays_what_it_has_staged() {
     let mut reader = fleet.reader("late", ReaderOptions::default());
     let wanted = refit_service::reader::Wanted::at_least(20);
     assert_eq!(reader.refresh(&mut direct, &wanted, soon()).unwrap().group, "engine");
-    assert!(super::fleet::is_whole(direct.target().unwrap(), 20));
+    assert!(super::fleet::is_whole(&direct, 20));
 }
 
 /// Every point of the protocol is passed, so that tests can end a process at each.

@@ -116,7 +116,7 @@ fn a_dead_agent_costs_one_attempt() {
         let mut direct = fleet.direct(0, 1);
         let refreshed = reader.refresh(&mut direct, &Wanted::at_least(7), soon()).unwrap();
         assert_eq!(refreshed.group, "dp1");
-        assert!(is_whole(direct.target().unwrap(), 7));
+        assert!(is_whole(&direct, 7));
         assert!(reader.stats().retries.total() <= 1);
     }
 }
@@ -194,7 +194,7 @@ fn a_group_grows_and_shrinks_between_versions() {
         commit(&mut trainer, version);
         let refreshed = reader.refresh(&mut direct, &Wanted::at_least(version), soon()).unwrap();
         assert_eq!(refreshed.version, version);
-        assert!(is_whole(direct.target().unwrap(), version));
+        assert!(is_whole(&direct, version));
         for source in trainer {
             assert_eq!(source.leave(soon()).unwrap().unreleased, []);
         }

@@ -10,6 +10,7 @@ use super::Source;
 use super::packed::PackedSource;
 use crate::error::RefitError;
 use crate::header::{Expected, Header, Stamp};
+use crate::land::DeviceLander;
 
 /// Parameters that are being changed. No target installs anything that it reads of them, from before this was made until
 /// [`commit`](Self::commit).
@@ -57,7 +58,7 @@ impl<T: Transport> Source<T> {
         Ok(Updating(Held::Plain(self)))
     }
 
-    fn open(&mut self) -> Result<(), RefitError> {
+    pub(crate) fn open(&mut self) -> Result<(), RefitError> {
         // Remembered before it is written: a header that may be half of this one is none.
         if self.header.stamp.is_stable() {
             self.header.stamp.epoch = self.next_epoch()?;
@@ -65,7 +66,7 @@ impl<T: Transport> Source<T> {
         self.write_header(self.header)
     }
 
-    fn close(&mut self, version: u64) -> Result<Expected, RefitError> {
+    pub(crate) fn close(&mut self, version: u64) -> Result<Expected, RefitError> {
         let epoch = self.next_epoch()?;
         let header = Header { stamp: Stamp { epoch, version }, ..self.header };
         // Spent, also if a peer has not seen it: the same epoch twice would be two versions that are taken for one.
@@ -84,6 +85,18 @@ impl<T: Transport> Source<T> {
 
     fn write_header(&mut self, header: Header) -> Result<(), RefitError> {
         header.store_by(&mut self.lease.arenas_mut()[0], self.device.as_ref(), &self.reach)
+    }
+
+    /// Takes the parameters out: of a header that says that they are being written.
+    pub(crate) fn take_params(&mut self) -> Vec<Memory> {
+        debug_assert!(!self.header.stamp.is_stable());
+        std::mem::take(&mut self.params)
+    }
+
+    /// Puts them back, each where it was.
+    pub(crate) fn put_params(&mut self, params: Vec<Memory>, device: Option<DeviceLander>) {
+        debug_assert_eq!(params.len(), self.layout.params().len());
+        (self.params, self.device) = (params, device);
     }
 
     fn writable(&mut self) -> ParamsMut<'_> {

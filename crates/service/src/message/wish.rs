@@ -1,11 +1,8 @@
-use refit::PackRequest;
+use refit::{DigestRequest, PackRequest};
 use serde::{Deserialize, Serialize};
 
 use super::codec::{self, body};
 use super::{Kind, Message, MessageError};
-
-/// No honest request for digests is larger.
-pub const MAX_DIGEST_REQUEST_BYTES: usize = 64 << 20;
 
 /// What a target asks sources to do for it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -14,8 +11,8 @@ pub struct Wish {
     pub incarnation: u128,
     /// What it would like to be packed.
     pub pack: Option<PackRequest>,
-    /// What it would like digests of: an encoded request, which whoever answers it checks.
-    pub digests: Vec<u8>,
+    /// What it would like to be hashed.
+    pub digests: Option<DigestRequest>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -34,7 +31,9 @@ impl Message for Wish {
         let fields = Fields { incarnation: self.incarnation, pack_bytes };
         let mut bytes = codec::encode(Self::KIND, &fields);
         bytes.extend_from_slice(&pack);
-        bytes.extend_from_slice(&self.digests);
+        if let Some(digests) = &self.digests {
+            bytes.extend_from_slice(&digests.encode());
+        }
         bytes
     }
 
@@ -49,11 +48,8 @@ impl Message for Wish {
             );
             return Err(MessageError::Malformed { kind, reason });
         };
-        if digests.len() > MAX_DIGEST_REQUEST_BYTES {
-            let (bytes, most) = (digests.len(), MAX_DIGEST_REQUEST_BYTES);
-            return Err(MessageError::TooLarge { kind, bytes, most });
-        }
         let pack = if pack.is_empty() { None } else { Some(PackRequest::decode(pack)?) };
-        Ok(Self { incarnation, pack, digests: digests.to_vec() })
+        let digests = if digests.is_empty() { None } else { Some(DigestRequest::decode(digests)?) };
+        Ok(Self { incarnation, pack, digests })
     }
 }

@@ -1,11 +1,13 @@
 use std::time::Instant;
 
-use refit::Target;
+use refit::pool::Memory;
 use refit::transport::Transport;
+use refit::{Expected, Publication, RefitError, Target};
 
 use super::engine::{Engine, EngineError};
 use super::pulls::Pulls;
 use crate::puller::{Cause, PullFailure, Puller, Reading};
+use crate::source::SourceRank;
 
 /// A target rank that reads into its live parameters, while its engine stands still.
 ///
@@ -33,10 +35,10 @@ impl<T: Transport, E: Engine> Direct<T, E> {
         self.version
     }
 
-    /// The target, unless its parameters are a mix or being read into.
+    /// The live parameters by name, if they are whole and not being read into.
     #[must_use]
-    pub fn target(&self) -> Option<&Target<T>> {
-        self.pulls.whole()
+    pub fn params(&self) -> Option<Box<dyn Iterator<Item = (&str, &Memory)> + '_>> {
+        self.pulls.params()
     }
 
     /// The engine.
@@ -71,5 +73,23 @@ impl<T: Transport, E: Engine> Puller for Direct<T, E> {
 
     fn make_ready(&mut self, deadline: Instant) -> Result<(), PullFailure> {
         self.pulls.settle(deadline)
+    }
+}
+
+impl<T: Transport, E: Engine> SourceRank for Direct<T, E> {
+    fn publication(&self) -> Result<Publication, RefitError> {
+        self.pulls.publication()
+    }
+
+    fn begin(&mut self) -> Result<(), RefitError> {
+        self.pulls.take_back()
+    }
+
+    /// Lends what it holds.
+    fn commit(&mut self, version: u64) -> Result<Expected, RefitError> {
+        if self.version != Some(version) {
+            return Err(RefitError::NothingInstalled);
+        }
+        self.pulls.lend()
     }
 }

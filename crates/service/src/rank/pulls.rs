@@ -1,7 +1,11 @@
 use std::time::Instant;
 
+use refit::pool::Memory;
 use refit::transport::{Transport, TransportError};
-use refit::{Cancelled, Failed, Installed, InvalidTarget, Pulling, RefitError, Target, Unfinished};
+use refit::{
+    Cancelled, Expected, Failed, Installed, InvalidTarget, Lent, Publication, Pulling, RefitError,
+    Target, Unfinished,
+};
 
 use crate::puller::{Cause, PullFailure, Reading};
 
@@ -12,6 +16,8 @@ pub(super) struct Pulls<T: Transport>(Held<T>);
 #[derive(Debug)]
 enum Held<T: Transport> {
     Whole(Target<T>),
+    /// Whole, and others may read it.
+    Lent(Box<Lent<T>>),
     Mixed(InvalidTarget<T>),
     /// Reads are out.
     Out(Box<Pulling<T>>),
@@ -24,11 +30,60 @@ impl<T: Transport> Pulls<T> {
         Self(Held::Whole(target))
     }
 
-    /// The target, if it is whole.
-    pub(super) fn whole(&self) -> Option<&Target<T>> {
+    /// The parameters, if they are whole, by name and in no particular order.
+    pub(super) fn params(&self) -> Option<Box<dyn Iterator<Item = (&str, &Memory)> + '_>> {
         match &self.0 {
-            Held::Whole(target) => Some(target),
+            Held::Whole(target) => Some(Box::new(target.params())),
+            Held::Lent(lent) => Some(Box::new(lent.params())),
             _ => None,
+        }
+    }
+
+    /// Lets others read, under the target's own rank.
+    pub(super) fn lend(&mut self) -> Result<Expected, RefitError> {
+        self.take_back()?;
+        match std::mem::replace(&mut self.0, Held::Lost) {
+            Held::Whole(target) => {
+                let rank = target.layout().rank();
+                match target.lend(rank) {
+                    Ok(lent) => {
+                        let offered = lent.offered();
+                        self.0 = Held::Lent(Box::new(lent));
+                        offered.ok_or(RefitError::NothingInstalled)
+                    }
+                    Err(Failed { error, state }) => {
+                        self.0 = Held::Whole(state);
+                        Err(error)
+                    }
+                }
+            }
+            other => {
+                self.0 = other;
+                Err(RefitError::NothingInstalled)
+            }
+        }
+    }
+
+    /// Lets nobody read any more: what they read at this moment they discard.
+    pub(super) fn take_back(&mut self) -> Result<(), RefitError> {
+        match std::mem::replace(&mut self.0, Held::Lost) {
+            Held::Lent(lent) => match lent.take_back() {
+                Ok(target) => self.0 = Held::Whole(target),
+                Err(Failed { error, state }) => {
+                    self.0 = Held::Lent(state);
+                    return Err(error);
+                }
+            },
+            other => self.0 = other,
+        }
+        Ok(())
+    }
+
+    /// Where what is lent can be read.
+    pub(super) fn publication(&self) -> Result<Publication, RefitError> {
+        match &self.0 {
+            Held::Lent(lent) => lent.publication(),
+            _ => Err(RefitError::NothingInstalled),
         }
     }
 
@@ -42,6 +97,7 @@ impl<T: Transport> Pulls<T> {
         let prepared = {
             let span = tracing::debug_span!("transfer_planning", group = reading.group);
             let _entered = span.enter();
+            self.take_back().map_err(failure)?;
             match std::mem::replace(&mut self.0, Held::Lost) {
                 Held::Whole(target) => target
                     .prepare(reading.publications)
@@ -49,7 +105,7 @@ impl<T: Transport> Pulls<T> {
                 Held::Mixed(target) => target
                     .prepare(reading.publications)
                     .map_err(|Failed { error, state }| (error, Held::Mixed(state))),
-                out @ Held::Out(_) => {
+                out @ (Held::Out(_) | Held::Lent(_)) => {
                     self.0 = out;
                     return Err(PullFailure::new(Cause::Late, "reads of the last pull are out"));
                 }

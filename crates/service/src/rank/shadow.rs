@@ -1,14 +1,16 @@
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use refit::pool::Memory;
 use refit::translate::PostAction;
 use refit::transport::Transport;
-use refit::{RefitError, Target};
+use refit::{Expected, Publication, RefitError, Target};
 
 use super::engine::Engine;
 use super::pulls::Pulls;
 use crate::puller::{PullFailure, Puller, Reading};
 use crate::replica::{InstallError, Stage};
+use crate::source::SourceRank;
 
 /// A target rank that reads into a second set of parameters, and copies them to the live ones when it is told to. The
 /// engine serves the old version until then, and live addresses never change.
@@ -120,13 +122,18 @@ impl<T: Transport, E: Engine> Puller for Shadow<T, E> {
 
 impl<T: Transport, E: Engine> Stage for Shadow<T, E> {
     fn install(&mut self, version: u64) -> Result<(), InstallError> {
-        let shadow = self.pulls.whole().filter(|_| self.staged == Some(version));
-        let Some(shadow) = shadow else {
+        let Some(staged) = self.pulls.params().filter(|_| self.staged == Some(version)) else {
             return Err(InstallError::new(format!("version {version} is not staged")));
         };
         self.engine.pause().map_err(InstallError::new)?;
+        // By name: what is lent comes before what is not.
+        let staged: BTreeMap<&str, &Memory> = staged.collect();
+        let from = self.names.iter().map(|name| staged.get(name.as_str()).copied());
+        let Some(from) = from.collect::<Option<Vec<&Memory>>>() else {
+            return Err(InstallError::new("a parameter is not staged; please report this"));
+        };
         self.copier
-            .copy(shadow.params().map(|(_, memory)| memory).zip(&mut self.live))
+            .copy(from.into_iter().zip(&mut self.live))
             .map_err(|error| InstallError::new(format!("copying failed: {error}")))?;
         let span = tracing::debug_span!("post_install", version);
         let _entered = span.enter();
@@ -136,6 +143,24 @@ impl<T: Transport, E: Engine> Stage for Shadow<T, E> {
 
     fn resume(&mut self, version: u64) {
         self.engine.resume(version);
+    }
+}
+
+impl<T: Transport, E: Engine> SourceRank for Shadow<T, E> {
+    fn publication(&self) -> Result<Publication, RefitError> {
+        self.pulls.publication()
+    }
+
+    fn begin(&mut self) -> Result<(), RefitError> {
+        self.pulls.take_back()
+    }
+
+    /// Lends what it holds.
+    fn commit(&mut self, version: u64) -> Result<Expected, RefitError> {
+        if self.staged != Some(version) {
+            return Err(RefitError::NothingInstalled);
+        }
+        self.pulls.lend()
     }
 }
 
