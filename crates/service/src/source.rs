@@ -303,13 +303,14 @@ impl<R: Rendezvous> Desk<R> {
         Ok(())
     }
 
-    /// The offer goes first, so that whoever looks again after taking a lease finds nothing to read.
+    /// The offer goes first, so that whoever looks again after taking a lease finds nothing to read; the member last, because
+    /// the next life of this rank writes the others as soon as that is gone.
     fn withdraw(&mut self) -> Result<(), RendezvousError> {
         let store = self.seat.rendezvous();
         store.remove(&self.keys.version)?;
         self.open = false;
-        store.remove(&self.keys.member)?;
         store.remove(&self.keys.publication)?;
+        store.remove(&self.keys.member)?;
         self.seat.at(Point::Withdrawn);
         Ok(())
     }

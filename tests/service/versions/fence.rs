@@ -1,3 +1,4 @@
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -15,21 +16,28 @@ fn under_fire(options: SourceOptions, times: usize) -> u64 {
     let fleet = Fleet::new().slow(32);
     let mut trainer = fleet.group("trainer", 2, options);
     commit(&mut trainer, 1);
-    let done = AtomicBool::new(false);
+    let (done, reading) = (AtomicBool::new(false), Arc::new(AtomicBool::new(false)));
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
             let mut version = 1;
             while !done.load(Ordering::Relaxed) {
                 version += 1;
                 commit(&mut trainer, version);
-                std::thread::sleep(Duration::from_micros(version * 37 % 600));
+                // The next change begins while somebody reads, if anybody does.
+                let pause = Instant::now() + Duration::from_micros(200 + version * 37 % 600);
+                while !reading.load(Ordering::SeqCst) && Instant::now() < pause {
+                    std::thread::yield_now();
+                }
+                if version.is_multiple_of(3) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
             }
             version
         });
         let readers: Vec<_> = (0..2)
             .map(|_| {
                 scope.spawn(|| {
-                    let mut reader = fleet.reader("engine", ReaderOptions::default());
+                    let mut reader = fleet.watched(&reading);
                     let mut direct = fleet.direct(0, 1);
                     let mut last = 0;
                     for _ in 0..times {

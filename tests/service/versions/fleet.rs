@@ -2,17 +2,18 @@
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use refit::planner::{Band, Dtype, LayoutBuilder, Param, RankLayout};
 use refit::transport::local::{LocalOptions, LocalTransport, Network};
 use refit::{Source, TargetOptions};
-use refit_service::Seat;
 use refit_service::keys::Model;
 use refit_service::rank::{Direct, Shadow, Unattended};
 use refit_service::reader::{Reader, ReaderOptions};
 use refit_service::rendezvous::{InProcess, Key, Rendezvous};
 use refit_service::source::{GroupRank, LiveSource, SourceOptions, Updating};
+use refit_service::{Point, Seat};
 use refit_tests::ranks;
 
 pub(crate) type Local = LocalTransport;
@@ -97,6 +98,17 @@ impl Fleet {
         Reader::new(self.seat(), name, unique().into(), options).unwrap()
     }
 
+    /// A reader that says whether it is reading.
+    pub(crate) fn watched(&self, reading: &Arc<AtomicBool>) -> Reader<InProcess> {
+        let reading = reading.clone();
+        let seat = self.seat().with_observer(Arc::new(move |point| match point {
+            Point::Reading => reading.store(true, Ordering::SeqCst),
+            Point::Read => reading.store(false, Ordering::SeqCst),
+            _ => {}
+        }));
+        Reader::new(seat, "engine", unique().into(), ReaderOptions::default()).unwrap()
+    }
+
     /// A target rank that reads in place.
     pub(crate) fn direct(&self, rank: u32, size: u32) -> Direct<Local, Unattended> {
         let agent = self.agent(&format!("engine-{}", unique()));
@@ -107,7 +119,6 @@ impl Fleet {
 
 /// A number that no other call of this process gets.
 pub(crate) fn unique() -> u64 {
-    use std::sync::atomic::{AtomicU64, Ordering};
     static NEXT: AtomicU64 = AtomicU64::new(1);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }

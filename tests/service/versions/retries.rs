@@ -1,3 +1,5 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use refit_service::puller::{Cause, PullFailure, Puller, Reading};
@@ -14,6 +16,8 @@ struct Scripted {
     fails: Vec<(&'static str, Cause)>,
     pulls: Vec<(String, u64)>,
     takes: Duration,
+    /// Set once it reads.
+    reads: Arc<AtomicBool>,
 }
 
 impl Puller for Scripted {
@@ -21,6 +25,7 @@ impl Puller for Scripted {
         assert!(!reading.publications.is_empty());
         assert_eq!(reading.publications.len(), reading.expected.len());
         self.pulls.push((reading.group.to_owned(), reading.version));
+        self.reads.store(true, Ordering::SeqCst);
         std::thread::sleep(self.takes.min(deadline.saturating_duration_since(Instant::now())));
         match self.fails.iter().find(|(group, _)| *group == reading.group) {
             Some((_, cause)) => Err(PullFailure::new(*cause, "as told")),
@@ -128,14 +133,16 @@ fn p10_a_source_leaves_when_its_readers_have_left() {
     let mut leaving = fleet.group("dp0", 1, SourceOptions::default());
     commit(&mut leaving, 1);
     let mut staying = fleet.group("dp1", 1, SourceOptions::default());
+    let reads = Arc::new(AtomicBool::new(false));
     std::thread::scope(|scope| {
         let reading = scope.spawn(|| {
             let mut reader = fleet.reader("engine", ReaderOptions::default());
-            let mut puller = Scripted { takes: Duration::from_millis(200), ..Scripted::default() };
+            let takes = Duration::from_millis(200);
+            let mut puller = Scripted { takes, reads: reads.clone(), ..Scripted::default() };
             reader.refresh(&mut puller, &Wanted::at_least(1), soon()).unwrap();
             Instant::now()
         });
-        while fleet.store.list(&fleet.model.readers("dp0").unwrap()).unwrap().entries.is_empty() {
+        while !reads.load(Ordering::SeqCst) {
             std::thread::yield_now();
         }
         let left = leaving.pop().unwrap().leave(soon()).unwrap();
