@@ -232,7 +232,7 @@ fn two_models_and_two_fleets_in_one_process_do_not_cross() {
                         let refreshed =
                             reader.refresh(direct, &Wanted::at_least(version), soon()).unwrap();
                         assert_eq!(refreshed.version, version);
-                        assert!(is_whole(&direct, version));
+                        assert!(is_whole(direct, version));
                     }
                 }
             });
