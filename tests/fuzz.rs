@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use refit::planner::{Band, Dtype, LayoutBuilder, Param, RankLayout};
-use refit::{PackRequest, Place, Publication, PublishedHeader, PublishedRegion};
+use refit::{DigestRequest, PackRequest, Place, Publication, PublishedHeader, PublishedRegion};
 use refit_tests::allocations::{self, Counting};
 use refit_tests::fuzz::mutate::{Random, mutate};
 use refit_tests::fuzz::{TARGETS, Target};
@@ -131,6 +131,11 @@ fn publications() {
 #[test]
 fn requests() {
     fuzz("request");
+}
+
+#[test]
+fn requests_for_digests() {
+    fuzz("digests");
 }
 
 #[test]
@@ -264,5 +269,26 @@ fn decoding_requests_takes_what_it_says() {
         let bound = 40 * bytes.len() + (4 << 10);
         println!("a request of `{name}`: {} bytes took {peak}, {bound} allowed", bytes.len());
         assert!(peak <= bound, "`{name}`: {} bytes took {peak}, {bound} allowed", bytes.len());
+    }
+}
+
+/// What the documentation of `refit::DigestRequest::decode` promises.
+#[test]
+fn decoding_requests_for_digests_takes_what_it_says() {
+    for (what, piece) in [
+        ("copies", &[0_u8, 1, 0, 0][..]),
+        ("rows", &[0, 1, 1, 2, 0, 0, 0]),
+        ("boxes", &[0, 1, 3, 2, 0, 0, 2, 0, 0, 2, 0, 0, 0]),
+    ] {
+        // Target 0, one rank 0, one parameter `w`, then 2^16 + 1 pieces.
+        let mut body = vec![0, 1, 0, 1, 1, b'w', 0x81, 0x80, 0x04];
+        (0..MANY).for_each(|_| body.extend_from_slice(piece));
+        let magic = b"refit\0d1".as_slice();
+        let bytes = [magic, blake3::hash(&body).as_bytes(), &body].concat();
+        let (decoded, peak) = allocations::peak(|| DigestRequest::decode(&bytes));
+        assert_eq!(decoded.unwrap().ranks().next(), Some((0, MANY)));
+        let bound = 96 * bytes.len() + (4 << 10);
+        println!("a request of {what}: {} bytes took {peak}, {bound} allowed", bytes.len());
+        assert!(peak <= bound, "{what}: {} bytes took {peak}, {bound} allowed", bytes.len());
     }
 }

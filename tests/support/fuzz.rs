@@ -7,6 +7,7 @@
 mod bands;
 mod case;
 mod config;
+mod digests;
 pub mod mutate;
 mod publication;
 mod request;
@@ -14,6 +15,7 @@ mod request;
 pub use bands::bands;
 pub use case::case;
 pub use config::config;
+pub use digests::digests;
 pub use publication::publication;
 pub use request::request;
 
@@ -39,7 +41,7 @@ impl Target {
 }
 
 /// Every target.
-pub const TARGETS: [Target; 5] = [
+pub const TARGETS: [Target; 6] = [
     // Two layers of 2^16 key-value heads, three bands each, on both sides.
     Target { name: "config", run: config, bytes_per_byte: 64, bytes: 128 << 20 },
     Target { name: "case", run: case, bytes_per_byte: 64, bytes: 1 << 20 },
@@ -47,6 +49,7 @@ pub const TARGETS: [Target; 5] = [
     Target { name: "bands", run: bands, bytes_per_byte: 64, bytes: 256 << 20 },
     Target { name: "publication", run: publication, bytes_per_byte: 96, bytes: 64 << 10 },
     Target { name: "request", run: request, bytes_per_byte: 96, bytes: 64 << 10 },
+    Target { name: "digests", run: digests, bytes_per_byte: 160, bytes: 64 << 10 },
 ];
 
 /// The parts of an input.
