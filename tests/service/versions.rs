@@ -6,6 +6,9 @@
 #[path = "versions/fleet.rs"]
 mod fleet;
 
+#[path = "versions/coverage.rs"]
+mod coverage;
+
 #[path = "versions/fence.rs"]
 mod fence;
 
