@@ -3,9 +3,9 @@
 #![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
 
 use proptest::prelude::*;
-use refit::PackRequest;
+use refit::{Digests, PackRequest, Stamp};
 use refit_service::message::{
-    Announcement, Decision, Health, Kind, MAX_LEASE_MILLIS, Member, Message, MessageError,
+    Announcement, Answer, Decision, Health, Kind, MAX_LEASE_MILLIS, Member, Message, MessageError,
     Offering, Outcome, Prepared, RankState, ReaderLease, Standing, Wish,
 };
 
@@ -50,6 +50,11 @@ fn examples() -> Vec<(Kind, Vec<u8>)> {
                 Kind::Wish => {
                     let pack = Some(PackRequest::nothing(3));
                     Wish { incarnation: 4, pack, digests: None }.encode()
+                }
+                Kind::Answer => {
+                    let stamp = Stamp { epoch: 4, version: 300 };
+                    let (request, values) = ([8; 32], vec![1, 300, u64::MAX]);
+                    Answer(Digests { rank: 2, incarnation: 5, stamp, request, values }).encode()
                 }
                 other => panic!("no example of a {other}"),
             };

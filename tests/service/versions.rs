@@ -9,6 +9,9 @@ mod fleet;
 #[path = "versions/coverage.rs"]
 mod coverage;
 
+#[path = "versions/digests.rs"]
+mod digests;
+
 #[path = "versions/fence.rs"]
 mod fence;
 

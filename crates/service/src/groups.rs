@@ -172,8 +172,6 @@ pub fn census(model: &Model, snapshot: &Snapshot) -> Result<Census, RendezvousEr
             ["reader", _] => {
                 census.leases.entry(group.to_owned()).or_default().push(key.clone());
             }
-            // Answers to requests for digests are looked at by whoever asked.
-            ["digests", _, _] => {}
             _ => entries.stray = entries.stray.or(Some(key)),
         }
     }

@@ -80,6 +80,30 @@ impl Model {
         self.at(["group", group, "reader", lease])
     }
 
+    /// All answers of a group. They stand apart from the groups, because they may be large.
+    ///
+    /// # Errors
+    /// See [`groups`](Self::groups).
+    pub fn digests_of(&self, group: &str) -> Result<Key, RendezvousError> {
+        self.at(["digests", group])
+    }
+
+    /// An [`Answer`](crate::message::Answer) of this rank of a group to this target.
+    ///
+    /// # Errors
+    /// See [`groups`](Self::groups).
+    pub fn digests(&self, group: &str, rank: u32, target: &str) -> Result<Key, RendezvousError> {
+        self.at(["digests", group, &rank.to_string(), target])
+    }
+
+    /// All wishes.
+    ///
+    /// # Errors
+    /// See [`groups`](Self::groups).
+    pub fn wishes(&self) -> Result<Key, RendezvousError> {
+        self.at(["wish"])
+    }
+
     /// A [`Wish`](crate::message::Wish).
     ///
     /// # Errors

@@ -4,6 +4,7 @@
 //! in its first bytes, every field is checked, and bytes that are not exactly what [`Message::encode`] writes are refused.
 
 mod announcement;
+mod answer;
 mod codec;
 mod decision;
 mod member;
@@ -12,6 +13,7 @@ mod reader_lease;
 mod wish;
 
 pub use self::announcement::{Announcement, Offering};
+pub use self::answer::Answer;
 pub use self::decision::{Decision, Outcome, Standing};
 pub use self::member::Member;
 pub use self::rank_state::{Health, Prepared, RankState};
@@ -32,8 +34,8 @@ pub trait Message: Sized {
     /// The bytes that travel: magic, format, body.
     fn encode(&self) -> Vec<u8>;
 
-    /// Reads what [`encode`](Self::encode) wrote and checks all of it. Takes no more than three times the memory of the
-    /// bytes given, and 4 KiB.
+    /// Reads what [`encode`](Self::encode) wrote and checks all of it. Takes at most 96 bytes of memory for every byte
+    /// given, and 4 KiB.
     ///
     /// # Errors
     /// [`MessageError`].
@@ -56,17 +58,20 @@ pub enum Kind {
     Decision,
     /// [`Wish`].
     Wish,
+    /// [`Answer`].
+    Answer,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Member,
         Self::Announcement,
         Self::ReaderLease,
         Self::RankState,
         Self::Decision,
         Self::Wish,
+        Self::Answer,
     ];
 
     /// What errors call it.
@@ -79,6 +84,7 @@ impl Kind {
             Self::RankState => "rank state",
             Self::Decision => "decision",
             Self::Wish => "wish",
+            Self::Answer => "answer",
         }
     }
 
@@ -92,6 +98,7 @@ impl Kind {
             Self::RankState => b"refit\0s1",
             Self::Decision => b"refit\0c1",
             Self::Wish => b"refit\0w1",
+            Self::Answer => b"refit\0g1",
         }
     }
 
@@ -100,6 +107,8 @@ impl Kind {
     pub fn max_bytes(self) -> usize {
         match self {
             Self::Wish => refit::MAX_REQUEST_BYTES + refit::MAX_DIGEST_REQUEST_BYTES + 64,
+            // A million segments.
+            Self::Answer => 16 << 20,
             Self::Member
             | Self::Announcement
             | Self::ReaderLease
@@ -124,6 +133,7 @@ impl Kind {
             Self::RankState => again::<RankState>(bytes),
             Self::Decision => again::<Decision>(bytes),
             Self::Wish => again::<Wish>(bytes),
+            Self::Answer => again::<Answer>(bytes),
         }
     }
 }

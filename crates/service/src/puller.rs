@@ -4,7 +4,7 @@ use std::error::Error;
 use std::fmt;
 use std::time::Instant;
 
-use refit::{Expected, Publication};
+use refit::{DigestRequest, Digests, Expected, Publication};
 
 /// A version to read, under a lease: every rank of a group, and what its header has to say behind the last read.
 #[derive(Clone, Copy, Debug)]
@@ -17,6 +17,28 @@ pub struct Reading<'a> {
     pub publications: &'a [Publication],
     /// In the same order.
     pub expected: &'a [Expected],
+    /// Who vouches for the bytes, if they are to be compared with what their source says of them.
+    pub vouch: Option<&'a dyn Vouch>,
+}
+
+/// Gets word from sources of what their bytes hash to.
+pub trait Vouch: fmt::Debug {
+    /// Asks for it, so that it may be there when the bytes are.
+    ///
+    /// # Errors
+    /// [`PullFailure`], here and below.
+    fn ask(&self, request: &DigestRequest) -> Result<(), PullFailure>;
+
+    /// The answers of all ranks that were asked, for the version that is read. `None` where the bytes are to be taken
+    /// without.
+    ///
+    /// # Errors
+    /// See [`ask`](Self::ask); when there are none at the deadline and there have to be.
+    fn answers(
+        &self,
+        request: &DigestRequest,
+        deadline: Instant,
+    ) -> Result<Option<Vec<Digests>>, PullFailure>;
 }
 
 /// One target rank's memory, and what reads into it.

@@ -6,7 +6,7 @@ mod pulls;
 mod shadow;
 
 use refit::transport::Transport;
-use refit::{Expected, PackedSource, Publication, RefitError, Source};
+use refit::{DigestRequest, Digests, Expected, PackedSource, Publication, RefitError, Source};
 
 use crate::source::SourceRank;
 
@@ -17,6 +17,10 @@ pub use self::shadow::Shadow;
 impl<T: Transport> SourceRank for Source<T> {
     fn publication(&self) -> Result<Publication, RefitError> {
         Self::publication(self)
+    }
+
+    fn digests(&self, request: &DigestRequest) -> Result<Digests, RefitError> {
+        Self::digests(self, request)
     }
 
     fn begin(&mut self) -> Result<(), RefitError> {
@@ -32,6 +36,10 @@ impl<T: Transport> SourceRank for Source<T> {
 impl<T: Transport> SourceRank for PackedSource<T> {
     fn publication(&self) -> Result<Publication, RefitError> {
         Self::publication(self)
+    }
+
+    fn digests(&self, request: &DigestRequest) -> Result<Digests, RefitError> {
+        Self::digests(self, request)
     }
 
     fn begin(&mut self) -> Result<(), RefitError> {

@@ -3,7 +3,9 @@
 mod choice;
 mod error;
 mod lease;
+mod vouch;
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
@@ -22,6 +24,7 @@ pub use self::choice::{Load, choose};
 pub use self::error::{Attempt, Ended, RefreshError};
 pub use self::lease::Lease;
 use self::lease::NotLeased;
+use self::vouch::Desk;
 
 /// How a target reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +37,20 @@ pub struct ReaderOptions {
     pub lease: Duration,
     /// For how long one attempt may go on before another group is tried.
     pub attempt: Duration,
+    /// Whether what has landed is compared with what its source says of it.
+    pub checks: Checks,
+}
+
+/// Whether what has landed is compared with what its source says of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Checks {
+    /// It is not.
+    #[default]
+    Never,
+    /// Where the source has answered: it does so for those who asked before it committed.
+    IfAnswered,
+    /// It is, and waited for until the deadline.
+    Always,
 }
 
 impl Default for ReaderOptions {
@@ -43,6 +60,7 @@ impl Default for ReaderOptions {
             fanout: NonZeroU32::MIN.saturating_add(15),
             lease: Duration::from_secs(30),
             attempt: Duration::from_secs(10),
+            checks: Checks::Never,
         }
     }
 }
@@ -59,6 +77,13 @@ impl ReaderOptions {
     #[must_use]
     pub fn with_lease(mut self, lease: Duration) -> Self {
         self.lease = lease;
+        self
+    }
+
+    /// These options with or without checks.
+    #[must_use]
+    pub fn with_checks(mut self, checks: Checks) -> Self {
+        self.checks = checks;
         self
     }
 
@@ -109,6 +134,8 @@ pub struct Reader<R: Rendezvous> {
     options: ReaderOptions,
     /// Leases taken so far, so that no two have one name.
     leases: u64,
+    /// The request for digests that was written last.
+    asked: RefCell<Option<[u8; 32]>>,
     books: BTreeMap<String, LeaseBook>,
     /// By group: its publications as they were read last.
     publications: BTreeMap<String, Vec<Publication>>,
@@ -136,6 +163,7 @@ impl<R: Rendezvous> Reader<R> {
             incarnation,
             options,
             leases: 0,
+            asked: RefCell::new(None),
             books: BTreeMap::new(),
             publications: BTreeMap::new(),
             stats: ServiceStats::default(),
@@ -151,6 +179,8 @@ impl<R: Rendezvous> Reader<R> {
     /// Goes on under another session, after one has ended.
     pub fn reseat(&mut self, seat: Seat<R>) {
         self.seat = seat;
+        // It went with the session.
+        *self.asked.borrow_mut() = None;
     }
 
     /// What there is to read now.
@@ -278,7 +308,18 @@ impl<R: Rendezvous> Reader<R> {
         let lease = self.lease(offer, time)?;
         self.seat.at(Point::Reading);
         // The lease counts from when its source sees it, which was after this clock began.
-        let read = puller.pull(&lease.reading(), began + time);
+        let mut reading = lease.reading();
+        let desk = Desk {
+            seat: &self.seat,
+            name: &self.name,
+            incarnation: self.incarnation,
+            group: reading.group,
+            expected: reading.expected,
+            checks: self.options.checks,
+            asked: &self.asked,
+        };
+        reading.vouch = (self.options.checks != Checks::Never).then_some(&desk);
+        let read = puller.pull(&reading, began + time);
         self.seat.at(Point::Read);
         self.give_back(lease);
         read.map_err(Missed::Pull)

@@ -7,16 +7,16 @@
 //!                                    └── closed, no reader left, header odd ◀─────────┘
 //! ```
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
 use refit::transport::draw_incarnation;
-use refit::{Expected, Publication, RefitError};
+use refit::{DigestRequest, Digests, Expected, Publication, RefitError};
 
 use crate::keys::Model;
 use crate::leases::LeaseBook;
-use crate::message::{Announcement, Member, Message, MessageError, Offering};
+use crate::message::{Announcement, Answer, Member, Message, MessageError, Offering, Wish};
 use crate::rendezvous::{Created, Key, Rendezvous, RendezvousError};
 use crate::seat::{Point, Seat};
 use crate::stats::ServiceStats;
@@ -28,6 +28,12 @@ pub trait SourceRank: Debug {
     /// # Errors
     /// [`RefitError`], here and below, from what holds the parameters.
     fn publication(&self) -> Result<Publication, RefitError>;
+
+    /// Hashes what a target asks of it.
+    ///
+    /// # Errors
+    /// See [`publication`](Self::publication).
+    fn digests(&self, request: &DigestRequest) -> Result<Digests, RefitError>;
 
     /// Makes the header say that the parameters are being written, if it does not. Behind this they may be.
     ///
@@ -114,6 +120,8 @@ struct Desk<R: Rendezvous> {
     stable: bool,
     /// Whether readers may believe that it is offered.
     open: bool,
+    /// By target: the request that was answered last, and the epoch that the answer is of.
+    answered: BTreeMap<String, ([u8; 32], u64)>,
     stats: ServiceStats,
 }
 
@@ -180,6 +188,7 @@ impl<R: Rendezvous, S: SourceRank> LiveSource<R, S> {
             last: None,
             stable: false,
             open: false,
+            answered: BTreeMap::new(),
             stats: ServiceStats::default(),
         };
         desk.enter(None, deadline)?;
@@ -256,6 +265,18 @@ impl<R: Rendezvous, S: SourceRank> LiveSource<R, S> {
         source.begin()?;
         desk.seat.at(Point::Writing);
         Ok(Updating { source, desk })
+    }
+
+    /// Answers targets that have asked since the last commit what its bytes hash to. Takes as long as hashing does.
+    ///
+    /// # Errors
+    /// [`SourceError`] when the store cannot be reached.
+    pub fn answer(&mut self) -> Result<(), SourceError> {
+        let source = self.source.as_ref().ok_or(SourceError::Gone)?;
+        match self.desk.last.filter(|_| self.desk.open) {
+            Some(last) => self.desk.answer(source, last.epoch),
+            None => Ok(()),
+        }
     }
 
     /// Leaves the group: withdraws what was published, waits for readers until the deadline, and gives the rank back.
@@ -383,7 +404,44 @@ impl<R: Rendezvous> Desk<R> {
             self.member = member;
         }
         self.stats.commits += 1;
+        // So that the answers are there when the version is.
+        self.answer(source, epoch)?;
         self.announce(announcement)
+    }
+
+    /// Tells the targets that ask what this version's bytes hash to.
+    fn answer(&mut self, source: &impl SourceRank, epoch: u64) -> Result<(), SourceError> {
+        let model = self.seat.model().clone();
+        let GroupRank { group, rank, .. } = &self.place;
+        let wishes = self.seat.list(&model.wishes()?)?;
+        let mut asking = BTreeSet::new();
+        for (key, value) in &wishes.entries {
+            let Some(target) = key.parts().last() else { continue };
+            // What one target writes is no reason to fail for the others.
+            let Ok(Wish { digests: Some(request), .. }) = Wish::decode(value) else { continue };
+            asking.insert(target.to_owned());
+            let known = (*request.digest(), epoch);
+            if self.answered.get(target) == Some(&known) {
+                continue;
+            }
+            match source.digests(&request) {
+                Ok(digests) => {
+                    let key = model.digests(group, *rank, target)?;
+                    self.seat.put(&key, &Answer(digests).encode())?;
+                }
+                Err(error) => {
+                    tracing::debug!(target, %error, "a request for digests is not for this source");
+                }
+            }
+            self.answered.insert(target.to_owned(), known);
+        }
+        let gone: Vec<String> =
+            self.answered.keys().filter(|target| !asking.contains(*target)).cloned().collect();
+        for target in gone {
+            self.seat.rendezvous().remove(&model.digests(group, *rank, &target)?)?;
+            self.answered.remove(&target);
+        }
+        Ok(())
     }
 
     fn busy(&self, readers: BTreeSet<Key>) -> SourceError {

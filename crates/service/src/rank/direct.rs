@@ -2,7 +2,7 @@ use std::time::Instant;
 
 use refit::pool::Memory;
 use refit::transport::Transport;
-use refit::{Expected, Publication, RefitError, Target};
+use refit::{DigestRequest, Digests, Expected, Publication, RefitError, Target};
 
 use super::engine::{Engine, EngineError};
 use super::pulls::Pulls;
@@ -79,6 +79,10 @@ impl<T: Transport, E: Engine> Puller for Direct<T, E> {
 impl<T: Transport, E: Engine> SourceRank for Direct<T, E> {
     fn publication(&self) -> Result<Publication, RefitError> {
         self.pulls.publication()
+    }
+
+    fn digests(&self, request: &DigestRequest) -> Result<Digests, RefitError> {
+        self.pulls.digests(request)
     }
 
     fn begin(&mut self) -> Result<(), RefitError> {

@@ -3,8 +3,8 @@ use std::time::Instant;
 use refit::pool::Memory;
 use refit::transport::{Transport, TransportError};
 use refit::{
-    Cancelled, Expected, Failed, Installed, InvalidTarget, Lent, Publication, Pulling, RefitError,
-    Target, Unfinished,
+    Cancelled, DigestRequest, Digests, Expected, Failed, Installed, InvalidTarget, Lent,
+    Publication, Pulling, RefitError, Target, Unfinished,
 };
 
 use crate::puller::{Cause, PullFailure, Reading};
@@ -79,6 +79,14 @@ impl<T: Transport> Pulls<T> {
         Ok(())
     }
 
+    /// Digests of what is lent.
+    pub(super) fn digests(&self, request: &DigestRequest) -> Result<Digests, RefitError> {
+        match &self.0 {
+            Held::Lent(lent) => lent.digests(request),
+            _ => Err(RefitError::NothingInstalled),
+        }
+    }
+
     /// Where what is lent can be read.
     pub(super) fn publication(&self) -> Result<Publication, RefitError> {
         match &self.0 {
@@ -128,6 +136,16 @@ impl<T: Transport> Pulls<T> {
                 return Err(failure(error));
             }
         };
+        let asked = reading.vouch.map(|vouch| (vouch, prepared.digest_request()));
+        if let Some((vouch, request)) = &asked
+            && let Err(failure) = vouch.ask(request)
+        {
+            self.0 = match prepared.cancel() {
+                Cancelled::Whole(target) => Held::Whole(target),
+                Cancelled::Invalid(target) => Held::Mixed(target),
+            };
+            return Err(failure);
+        }
         let arrived = {
             let span = tracing::debug_span!("wire_transfer", group = reading.group);
             let _entered = span.enter();
@@ -144,6 +162,17 @@ impl<T: Transport> Pulls<T> {
             let span = tracing::debug_span!("transformation", group = reading.group);
             let _entered = span.enter();
             pulled.land()
+        };
+        let landed = match (landed, asked) {
+            (Ok(landed), Some((vouch, request))) => match vouch.answers(&request, deadline) {
+                Ok(Some(answers)) => landed.verify(&answers),
+                Ok(None) => Ok(landed),
+                Err(failure) => {
+                    self.0 = Held::Mixed(landed.install().stale());
+                    return Err(failure);
+                }
+            },
+            (landed, _) => landed,
         };
         match landed {
             Err(Failed { error, state }) => {
@@ -207,6 +236,7 @@ fn failure(error: RefitError) -> PullFailure {
         RefitError::Torn { .. } | RefitError::MixedVersions { .. } => Cause::Torn,
         RefitError::StaleIncarnation { .. } | RefitError::NoHeader { .. } => Cause::Stale,
         RefitError::Deadline { .. } => Cause::Late,
+        RefitError::Corrupt { .. } => Cause::Damaged,
         RefitError::Transport(TransportError::Connect { .. }) => Cause::Vanished,
         RefitError::Transport(TransportError::Lost { .. } | TransportError::Suspect { .. }) => {
             Cause::Lost

@@ -4,7 +4,7 @@ use std::time::Instant;
 use refit::pool::Memory;
 use refit::translate::PostAction;
 use refit::transport::Transport;
-use refit::{Expected, Publication, RefitError, Target};
+use refit::{DigestRequest, Digests, Expected, Publication, RefitError, Target};
 
 use super::engine::Engine;
 use super::pulls::Pulls;
@@ -149,6 +149,10 @@ impl<T: Transport, E: Engine> Stage for Shadow<T, E> {
 impl<T: Transport, E: Engine> SourceRank for Shadow<T, E> {
     fn publication(&self) -> Result<Publication, RefitError> {
         self.pulls.publication()
+    }
+
+    fn digests(&self, request: &DigestRequest) -> Result<Digests, RefitError> {
+        self.pulls.digests(request)
     }
 
     fn begin(&mut self) -> Result<(), RefitError> {

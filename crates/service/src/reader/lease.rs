@@ -136,6 +136,7 @@ impl<R: Rendezvous> Lease<R> {
             version: self.offer.version,
             publications: &self.publications,
             expected: &self.expected,
+            vouch: None,
         }
     }
 
