@@ -6,8 +6,8 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use refit::planner::{
     Band, Bulk, Capabilities, Destination, Dtype, ElementMap, LayoutBuilder, LayoutError,
-    LowerOptions, Mode, Param, Plan, PlanError, PlanOptions, Policy, RankLayout, Replicas,
-    SourceLayout, Transform, lower, lower_for, plan,
+    LowerOptions, Method, Mode, Param, Plan, PlanError, PlanOptions, Policy, Position, RankLayout,
+    Replicas, SourceLayout, Transform, lower, lower_for, lower_placed, plan,
 };
 use refit_tests::execute::{self, Sources};
 use refit_tests::strategies::{Model, model};
@@ -21,6 +21,59 @@ fn source(model: &Model) -> SourceLayout {
 
 fn sources(model: &Model) -> Sources {
     model.source.iter().map(|layout| (layout.rank(), oracle::buffers(layout))).collect()
+}
+
+/// How source parameters lie in their ranks' memory.
+#[derive(Clone, Copy, Debug)]
+enum Arranged {
+    /// Nobody knows.
+    Unknown,
+    /// By name, without gaps, or with a gap of so many bytes every so often, from this offset on.
+    ByName { first: u64, gap: u64, every: usize },
+    /// In an order that has nothing to do with names, some of them unknown.
+    Shuffled(u64),
+}
+
+fn arrangements() -> impl Strategy<Value = Arranged> {
+    prop_oneof![
+        Just(Arranged::Unknown),
+        (0u64..300, 0u64..300, 1usize..9).prop_map(|(first, gap, every)| Arranged::ByName {
+            first,
+            gap,
+            every
+        }),
+        any::<u64>().prop_map(Arranged::Shuffled),
+    ]
+}
+
+impl Arranged {
+    fn positions(self, plan: &Plan) -> Vec<Option<Position>> {
+        let sources = plan.sources();
+        let mut order: Vec<usize> = (0..sources.len()).collect();
+        match self {
+            Self::Unknown => return Vec::new(),
+            Self::ByName { .. } => {}
+            Self::Shuffled(seed) => order.sort_by_key(|&index| {
+                (index as u64 ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23)
+            }),
+        }
+        let mut positions = vec![None; sources.len()];
+        let mut ends = std::collections::BTreeMap::<u32, u64>::new();
+        for (nth, index) in order.into_iter().enumerate() {
+            let end = ends.entry(sources[index].rank).or_insert(match self {
+                Self::ByName { first, .. } => first,
+                _ => 0,
+            });
+            match self {
+                Self::ByName { gap, every, .. } if nth % every == 0 => *end += gap,
+                Self::Shuffled(seed) if (seed >> (nth % 60)) & 7 == 7 => continue,
+                _ => {}
+            }
+            positions[index] = Some(Position { block: 0, offset: *end });
+            *end += sources[index].bytes;
+        }
+        positions
+    }
 }
 
 fn every_option() -> impl Strategy<Value = (Capabilities, LowerOptions)> {
@@ -74,12 +127,17 @@ proptest! {
     #[test]
     fn executing_a_program_equals_the_oracle(
         model in model(), (capabilities, options) in every_option(), (other, _) in every_option(), mixed in any::<bool>(),
+        arranged in arrangements(),
     ) {
         let (joined, sources) = (source(&model), sources(&model));
         for target in &model.target {
             let plan = plan(&joined, target, &PlanOptions::default()).unwrap();
             let link = |rank| if mixed && rank % 2 == 1 { other } else { capabilities };
-            let program = lower_for(&plan, link, &options).unwrap();
+            let positions = arranged.positions(&plan);
+            let program = lower_placed(&plan, link, &positions, &options).unwrap();
+            if positions.is_empty() {
+                prop_assert_eq!(&program, &lower_for(&plan, link, &options).unwrap());
+            }
             for read in program.reads() {
                 let link = link(program.sources()[read.source as usize].rank);
                 prop_assert!(read.dims.is_none() || (link.strided_reads && !read.bulk));
@@ -94,7 +152,9 @@ proptest! {
             }
             let choices = program.choices();
             prop_assert_eq!(choices.iter().map(|choice| choice.reads).sum::<u64>(), program.reads().len() as u64);
-            prop_assert_eq!(choices.iter().map(|choice| choice.wire_bytes).sum::<u64>(), program.wire_bytes());
+            let gaps: u64 = program.reads().iter().map(|read| read.gap).sum();
+            prop_assert_eq!(choices.iter().map(|choice| choice.wire_bytes).sum::<u64>() + gaps, program.wire_bytes());
+            prop_assert!(gaps * 64 <= program.needed_bytes(), "{} bytes of gaps", gaps);
             if options.mode == Mode::Staged {
                 prop_assert_eq!(program.waves().len(), 1);
             }
@@ -235,6 +295,77 @@ proptest! {
 }
 
 /// The same layout, its parameters and bands added in another order.
+/// A rank that holds one column of `params` tensors of 4,000 bytes.
+fn column(params: usize) -> RankLayout {
+    let mut layout = LayoutBuilder::new(0);
+    for param in 0..params {
+        let name = format!("w{param:03}");
+        let tensor = layout.tensor(&name, 2_000, 1).unwrap();
+        let param = Param::new(name.as_str(), Dtype::Bf16, 2_000, 1);
+        layout.param(param.band(Band::new(tensor, 0..2_000, 0..1))).unwrap();
+    }
+    layout.build()
+}
+
+#[test]
+fn neighbours_are_read_in_few_reads_where_landing_goes_on_beside_them() {
+    let layout = column(100);
+    let joined = SourceLayout::new([layout.clone()]).unwrap();
+    let plan = plan(&joined, &layout, &PlanOptions::default()).unwrap();
+    let options =
+        LowerOptions::default().with_slots(2).with_wave_bytes(100_000).with_landing_rate(1_000_000);
+    let at = |nth: usize, gap: u64| Some(Position { block: 3, offset: nth as u64 * (4_000 + gap) });
+    let lowered = |gap, options: &LowerOptions| {
+        let positions: Vec<_> = (0..100).map(|nth| at(nth, gap)).collect();
+        lower_placed(&plan, |_| CAPABILITIES, &positions, options).unwrap()
+    };
+    let staged = |program: &refit::planner::Program, gap: u64| {
+        let mut reads = 0;
+        for wave in program.waves() {
+            let mut end = None;
+            for read in wave.reads {
+                let Destination::Staging { offset } = read.destination else { return None };
+                let from = u64::from(read.source) * (4_000 + gap) + read.offset;
+                // What binding joins.
+                reads += usize::from(end != Some((from, offset)));
+                let read_along = read.run + read.gap;
+                end = Some((from + read_along, offset + read_along));
+            }
+        }
+        Some(reads)
+    };
+    let gathered = lowered(0, &options);
+    assert!(gathered.choices().iter().all(|choice| choice.method == Method::Gathered));
+    assert_eq!(staged(&gathered, 0), Some(5), "one for each wave: {}", gathered.waves().len());
+    assert_eq!(gathered.wire_bytes(), 400_000);
+    assert!(gathered.staging_bytes() <= 200_192);
+    // Small gaps are read along, as far as that does not show in the bytes on the wire.
+    let loose = lowered(16, &options);
+    assert_eq!(staged(&loose, 16), Some(5));
+    assert_eq!(loose.wire_bytes(), 400_000 + 16 * 95);
+
+    let exact = options.with_policy(Policy::ExactWire);
+    for (gap, options) in [(70, options), (16, exact), (0, options.with_slots(1))] {
+        let apart = lowered(gap, &options);
+        assert!(apart.choices().iter().all(|choice| choice.method == Method::Direct));
+        assert_eq!(apart, lower(&plan, &CAPABILITIES, &options).unwrap());
+    }
+    // Another arrangement is another program.
+    let mut positions: Vec<_> = (0..100).rev().map(|nth| at(nth, 0)).collect();
+    let backwards = lower_placed(&plan, |_| CAPABILITIES, &positions, &options).unwrap();
+    assert_ne!(backwards.hash(), gathered.hash());
+    // A source that is nowhere known is read as ever.
+    positions[50] = None;
+    let broken = lower_placed(&plan, |_| CAPABILITIES, &positions, &options).unwrap();
+    let direct = |choice: &&refit::planner::Choice| choice.method == Method::Direct;
+    assert_eq!(broken.choices().iter().filter(direct).count(), 1);
+    // Where a transport allows fewer reads than pieces, nothing is gathered.
+    let few = Capabilities { max_reads: 100, ..CAPABILITIES };
+    let tiny = options.with_wave_bytes(3_000);
+    let program = lower_placed(&plan, |_| few, &positions, &tiny).unwrap();
+    assert!(program.reads().len() <= 100);
+}
+
 fn rebuilt(layout: &RankLayout, seed: u64) -> RankLayout {
     rebuilder(layout, seed).build()
 }

@@ -4,10 +4,11 @@
 
 use std::time::{Duration, Instant};
 
-use refit::planner::{Dtype, LayoutBuilder, LowerOptions, Mode, Param, RankLayout};
+use refit::planner::{Band, Dtype, LayoutBuilder, LowerOptions, Mode, Param, RankLayout};
+use refit::pool::HostAllocator;
 use refit::transport::Progress;
 use refit::transport::local::Network;
-use refit::{RefitError, Source, Target, TargetOptions, Unfinished};
+use refit::{RefitError, Source, Target, TargetOptions, Unfinished, allocate};
 use refit_tests::oracle::{self, Buffers};
 use refit_tests::{models, ranks};
 use refit_translate::PostAction;
@@ -179,6 +180,55 @@ fn waves_end_with_the_same_bytes_and_need_less_memory() {
 }
 
 #[test]
+fn neighbours_in_the_trainer_s_memory_are_read_together() {
+    let network = Network::new();
+    let (trainer, engine) = (ranks::agent(&network, "trainer"), ranks::agent(&network, "engine"));
+    let (rows, cols) = (64, 64);
+    let rank = |rank: u32, mine: std::ops::Range<u64>| {
+        let mut layout = LayoutBuilder::new(rank);
+        for number in 0..40 {
+            let name = format!("w{number}");
+            let tensor = layout.tensor(name.as_str(), rows, cols).unwrap();
+            let param = Param::new(name, Dtype::Bf16, mine.end - mine.start, cols);
+            layout.param(param.band(Band::new(tensor, mine.clone(), 0..cols))).unwrap();
+        }
+        layout.build()
+    };
+    let (mut published, mut sources) = (Vec::new(), Vec::new());
+    for layout in [rank(0, 0..32), rank(1, 32..64)] {
+        // One arena, as trainers have one buffer.
+        let params = allocate(&layout, &HostAllocator).unwrap();
+        let mut source =
+            Source::new(trainer.clone(), &ranks::pool(&trainer), layout.clone(), params).unwrap();
+        ranks::write(&mut source, &oracle::buffers(&layout));
+        published.push(source.publication().unwrap());
+        sources.push(source);
+    }
+    let apart = LowerOptions::default().with_landing_rate(u64::MAX);
+    for layout in [rank(0, 0..64), rank(0, 16..48)] {
+        let wanted = oracle::buffers(&layout);
+        let options = TargetOptions::default().with_lower(apart);
+        let (target, _, canaries) = ranks::target(&engine, &layout, options);
+        let (mut target, apart) = ranks::refit(target, &published);
+        target.set_options(options.with_lower(options.lower.with_slots(2)));
+        let (mut target, together) = ranks::refit(target, &published);
+        assert_eq!(ranks::held(&target), wanted);
+        // Whole parameters touch each other; halves of them lie apart.
+        let whole = wanted["w0"].len() == 64 * 64 * 2;
+        assert_eq!((apart.reads, together.reads), (80, if whole { 2 } else { 80 }));
+        assert_eq!(together.wire_bytes, apart.wire_bytes);
+        // Poisoned and again, from the same memory.
+        for (_, memory) in target.params_mut() {
+            memory.host_bytes_mut().unwrap().fill(0xa5);
+        }
+        let (target, warm) = ranks::refit(target, &published);
+        assert_eq!(ranks::held(&target), wanted);
+        assert_eq!((warm.plans, warm.prepared_reads), (0, 0));
+        canaries.check();
+    }
+}
+
+#[test]
 fn a_source_that_leaves_between_waves_leaves_an_invalid_target() {
     let network = Network::new();
     let engine = ranks::agent(&network, "engine");
@@ -243,7 +293,7 @@ fn an_engine_that_has_not_derived_its_state_anew_is_not_whole() {
 fn whole(rank: u32, dtype: Dtype) -> RankLayout {
     let mut layout = LayoutBuilder::new(rank);
     let tensor = layout.tensor("w", 40, 6).unwrap();
-    let band = refit::planner::Band::new(tensor, 0..40, 0..6);
+    let band = Band::new(tensor, 0..40, 0..6);
     layout.param(Param::new("w", dtype, 40, 6).band(band)).unwrap();
     layout.build()
 }

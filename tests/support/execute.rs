@@ -74,6 +74,14 @@ pub fn program(program: &Program, sources: &Sources) -> Buffers {
                     other => panic!("unknown destination {other:?}"),
                 }
             }
+            wire += read.gap;
+            if let (Destination::Staging { offset }, gap @ 1..) = (read.destination, read.gap) {
+                // What lies in the gap is anything, and nobody else's.
+                let at = usize::try_from(offset + read.run).unwrap();
+                for seen in &mut staged[at..at + usize::try_from(gap).unwrap()] {
+                    assert!(!std::mem::replace(seen, true), "a gap is written by two reads");
+                }
+            }
         }
         for landing in wave.landings {
             for (from, into) in landing.dims.offsets() {

@@ -7,7 +7,7 @@ use refit_pool::cuda::{Event, Stream};
 use refit_pool::{KeepAlive, Memory, Region};
 
 use crate::error::{KernelError, Side};
-use crate::mover::{Mover, Resident};
+use crate::mover::{Mover, Pace, Resident};
 use crate::moves::{Extent, Move};
 use crate::raw::ALIGN;
 use crate::table::Table;
@@ -141,6 +141,14 @@ impl Landing {
     /// [`KernelError::Staging`] when that memory is missing, too short, not the device's or does not start at a multiple
     /// of 16; [`KernelError::Cuda`] when the driver fails, or an earlier start did.
     pub fn start(&mut self, staging: Option<&Memory>) -> Result<(), KernelError> {
+        self.start_at(Pace::Alone, staging)
+    }
+
+    /// As [`start`](Self::start), at this pace.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_at(&mut self, pace: Pace, staging: Option<&Memory>) -> Result<(), KernelError> {
         self.wait()?;
         let base = match self.staged {
             None => 0,
@@ -155,7 +163,7 @@ impl Landing {
         // SAFETY: `new` found every target in memory of the device and every source in the first bytes of the staging
         // memory, which `base` found there; `held` keeps both, with the table, and goes only when this has ended. Others
         // that write there are excluded by nothing, but see nothing and show nothing except bytes of a device.
-        unsafe { self.mover.launch_from(base, &self.held.table, &self.stream) }?;
+        unsafe { self.mover.launch_from(base, &self.held.table, &self.stream, pace) }?;
         self.event.record(&self.stream)?;
         self.state = State::Marked;
         Ok(())

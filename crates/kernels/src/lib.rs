@@ -30,7 +30,7 @@ pub use error::{KernelError, Side};
 pub use landing::Landing;
 #[doc(hidden)]
 pub use mover::Shape;
-pub use mover::{Mover, Resident};
+pub use mover::{Mover, Pace, Resident};
 pub use moves::{Effect, Move};
 pub use table::Table;
 

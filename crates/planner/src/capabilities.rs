@@ -50,6 +50,12 @@ impl Capabilities {
         reads.saturating_mul(self.ns_per_read).saturating_add(nanoseconds(bytes, self.bytes_per_us))
     }
 
+    /// How many bytes move in the time that one more read costs.
+    pub(crate) fn bytes_in_a_read(&self) -> u64 {
+        let bytes = u128::from(self.ns_per_read) * u128::from(self.bytes_per_us) / 1_000;
+        u64::try_from(bytes).unwrap_or(u64::MAX)
+    }
+
     /// What it costs to read these contiguous runs by the second way, if that is cheaper than the ordinary one.
     pub(crate) fn bulk_cost(&self, ordinary: u64, runs: u64, bytes: u64) -> Option<u64> {
         let bulk = self.bulk?;

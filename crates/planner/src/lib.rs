@@ -64,7 +64,7 @@ pub use dtype::Dtype;
 pub use error::{LayoutError, LowerError, PlanError};
 pub use hash::Hash;
 pub use layout::{Band, FillBox, LayoutBuilder, Param, RankLayout, Tensor, TensorId};
-pub use lower::{LowerOptions, Mode, Policy, lower, lower_for};
+pub use lower::{LowerOptions, Mode, Policy, Position, lower, lower_for, lower_placed};
 pub use pack::{PackError, PackSlot, Packed, TensorSlice, Wish, is_scattered, pack, wish};
 pub use plan::{
     Coverage, Fill, Plan, PlanOptions, Replicas, Segment, SourceParam, TargetParam, plan,

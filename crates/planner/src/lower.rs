@@ -1,5 +1,6 @@
 //! Choosing, per pair of parameters, the cheapest form a transport can execute.
 
+mod gather;
 mod stage;
 
 use alloc::vec;
@@ -34,6 +35,16 @@ pub enum Mode {
     Direct,
     /// The engine serves on: everything arrives in staging, live parameters are written only by landing.
     Staged,
+}
+
+/// Where a source parameter lies among the others of its rank. It tells neighbours, and says nothing of addresses: a source that
+/// starts anew and lays out its memory alike has the same positions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Position {
+    /// Which registered range of the rank it lies in.
+    pub block: u32,
+    /// Its first byte in there.
+    pub offset: u64,
 }
 
 /// Which forms the lowering may use.
@@ -161,25 +172,48 @@ pub fn lower_for(
     capabilities: impl Fn(u32) -> Capabilities,
     options: &LowerOptions,
 ) -> Result<Program, LowerError> {
-    lower_links(plan, &Links::new(plan, capabilities), options)
+    lower_placed(plan, capabilities, &[], options)
+}
+
+/// As [`lower_for`], where it is known for some source parameters what lies beside them: with two waves under way or more
+/// ([`LowerOptions::slots`], in [`Mode::Direct`]), neighbours are read together where that saves reads and moves no byte more. `positions` are in the
+/// order of [`Plan::sources`]; those that are missing at its end count as unknown.
+///
+/// # Errors
+/// As [`lower_for`].
+pub fn lower_placed(
+    plan: &Plan,
+    capabilities: impl Fn(u32) -> Capabilities,
+    positions: &[Option<Position>],
+    options: &LowerOptions,
+) -> Result<Program, LowerError> {
+    lower_links(plan, &Links::new(plan, capabilities, positions), options)
 }
 
 /// What the way to each source can do.
 struct Links {
     /// By index into the plan's sources.
     by_source: Vec<Capabilities>,
+    /// Likewise: where they lie, if that is known.
+    positions: Vec<Option<Position>>,
     max_reads: u64,
 }
 
 impl Links {
-    fn new(plan: &Plan, capabilities: impl Fn(u32) -> Capabilities) -> Self {
+    fn new(
+        plan: &Plan,
+        capabilities: impl Fn(u32) -> Capabilities,
+        positions: &[Option<Position>],
+    ) -> Self {
         let mut by_source = Vec::with_capacity(plan.sources().len());
         for of_rank in plan.sources().chunk_by(|a, b| a.rank == b.rank) {
             let link = capabilities(of_rank[0].rank);
             by_source.extend(of_rank.iter().map(|_| link));
         }
         let max_reads = by_source.iter().map(|link| link.max_reads).min().unwrap_or(MAX_READS);
-        Self { by_source, max_reads: max_reads.min(MAX_READS) }
+        let mut positions = positions.to_vec();
+        positions.resize(plan.sources().len(), None);
+        Self { by_source, positions, max_reads: max_reads.min(MAX_READS) }
     }
 
     fn of(&self, source: u32) -> &Capabilities {
@@ -195,13 +229,14 @@ impl Links {
 fn lower_links(plan: &Plan, links: &Links, options: &LowerOptions) -> Result<Program, LowerError> {
     let groups =
         group(plan, links, options).and_then(|groups| limit_reads(groups, links.max_reads));
-    let groups = match groups {
+    let mut groups = match groups {
         // Cutting to waves takes more reads: where they are too many, memory gives way.
         Err(LowerError::TooManyReads { .. }) if options.wave_limit() != u64::MAX => {
             return lower_links(plan, links, &options.with_wave_bytes(u64::MAX));
         }
         result => result?,
     };
+    gather::gather(plan, &mut groups, links, options, &links.room(options))?;
 
     let mut out = Emitter {
         links,
@@ -212,6 +247,11 @@ fn lower_links(plan: &Plan, links: &Links, options: &LowerOptions) -> Result<Pro
     };
     for of_target in groups.chunk_by(|a, b| a.chosen().target == b.chosen().target) {
         out.emit(of_target)?;
+    }
+    let (gathered, most) = gather::waves(plan, &groups, links, options.wave_limit())?;
+    out.stager.most = out.stager.most.max(most);
+    for pieces in gathered {
+        out.gathered(&pieces);
     }
     let staged = out.waves.len();
     if staged == 0 || !out.direct.is_empty() {
@@ -235,7 +275,9 @@ fn lower_links(plan: &Plan, links: &Links, options: &LowerOptions) -> Result<Pro
         plan_hash: plan.hash(),
         sources: plan.sources().clone(),
         targets: plan.targets().clone(),
-        wire_bytes: reads.iter().fold(0, |sum: u64, read| sum.saturating_add(read.bytes())),
+        wire_bytes: reads
+            .iter()
+            .fold(0, |sum: u64, read| sum.saturating_add(read.bytes()).saturating_add(read.gap)),
         needed_bytes: plan.coverage().needed_bytes,
         reads,
         landings,
@@ -266,7 +308,15 @@ fn hash(plan: &Plan, links: &Links, options: &LowerOptions, choices: &[Choice]) 
             Method::Direct => 0,
             Method::Span => 1,
             Method::Packed => 2,
+            Method::Gathered => 3,
         });
+        // Neighbours decide what lies where in staging.
+        if choice.method == Method::Gathered
+            && let Some(Position { block, offset }) = links.positions[choice.source as usize]
+        {
+            encoder.u64(u64::from(block));
+            encoder.u64(offset);
+        }
     }
     encoder.finish()
 }
@@ -274,8 +324,10 @@ fn hash(plan: &Plan, links: &Links, options: &LowerOptions, choices: &[Choice]) 
 /// The segments between one source and one target parameter, and the forms they may take, cheapest first.
 struct Group<'a> {
     segments: Vec<&'a Segment>,
-    /// What [`Method::Span`] reads, cut to waves.
+    /// What [`Method::Span`] or [`Method::Gathered`] reads, cut to waves.
     spans: Vec<Piece>,
+    /// The gap in front of it, if it is read together with the neighbour before it.
+    neighbour: Option<u64>,
     forms: Vec<Choice>,
 }
 
@@ -350,7 +402,7 @@ fn forms<'a>(
         && direct.reads == 1
     {
         // No other form has fewer reads or costs less, and most parameters are such.
-        return Ok(Group { segments, spans: Vec::new(), forms: vec![direct] });
+        return Ok(Group { segments, spans: Vec::new(), neighbour: None, forms: vec![direct] });
     }
     let spans = spans(&segments, capabilities, room)?;
     let spanned = spans.iter().fold(0, |sum: u64, span| sum.saturating_add(Form::Span.bytes(span)));
@@ -376,7 +428,7 @@ fn forms<'a>(
             param: plan.targets()[target as usize].name.clone(),
         });
     }
-    Ok(Group { segments, spans, forms })
+    Ok(Group { segments, spans, neighbour: None, forms })
 }
 
 /// The source ranges that cover all segments, neighbours joined where reading the gap costs less than another read,
@@ -494,6 +546,7 @@ impl Emitter<'_> {
                 Method::Span => {
                     staged.extend(group.spans.iter().map(|piece| (Form::Span, piece.clone())));
                 }
+                Method::Gathered => {}
             }
         }
         // In the order of the target: what several sources bring to one place is landed together.
@@ -512,24 +565,7 @@ impl Emitter<'_> {
             self.waves.push(WaveParts::default());
         }
         match form {
-            Form::Span => {
-                let (start, end) = stage::range(piece);
-                let (source, run) = (piece[0].source, end - start);
-                let link = self.links.of(source);
-                self.waves[wave].reads.push(Read {
-                    source,
-                    offset: start,
-                    destination: Destination::Staging { offset: base },
-                    run,
-                    dims: Dims::none(),
-                    transform: Transform::Copy,
-                    bulk: link.bulk_cost(link.cost(1, run), 1, run).is_some(),
-                });
-                for segment in piece {
-                    let from = base + (segment.source_offset - start);
-                    self.land(wave, segment, from, segment.dims.clone());
-                }
-            }
+            Form::Span => self.span(wave, base, piece, 0),
             Form::Packed => {
                 for segment in piece {
                     // The runs lie in staging in order: the destination strides are those of a dense pattern.
@@ -551,6 +587,37 @@ impl Emitter<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Reads a piece as it lies in the source, and the gap behind it if it may.
+    fn span(&mut self, wave: usize, base: u64, piece: &[Segment], gap: u64) {
+        let (start, end) = stage::range(piece);
+        let (source, run) = (piece[0].source, end - start);
+        let link = self.links.of(source);
+        self.waves[wave].reads.push(Read {
+            source,
+            offset: start,
+            destination: Destination::Staging { offset: base },
+            run,
+            dims: Dims::none(),
+            transform: Transform::Copy,
+            bulk: link.bulk_cost(link.cost(1, run), 1, run).is_some(),
+            gap,
+        });
+        for segment in piece {
+            let from = base + (segment.source_offset - start);
+            self.land(wave, segment, from, segment.dims.clone());
+        }
+    }
+
+    /// Emits a wave of what is read together with its neighbours.
+    fn gathered(&mut self, pieces: &[gather::Placed]) {
+        let wave = self.waves.len();
+        self.waves.push(WaveParts::default());
+        for gather::Placed { base, piece, gap } in pieces {
+            self.span(wave, *base, piece, *gap);
+        }
+        self.waves[wave].landings.sort_by_key(|landing| (landing.target, landing.offset));
     }
 
     fn land(&mut self, wave: usize, segment: &Segment, staging_offset: u64, dims: Dims) {
@@ -584,6 +651,7 @@ fn read(
         dims,
         transform,
         bulk,
+        gap: 0,
     };
     if strided && !bulk {
         reads.push(read(source_offset, to(0), dims.clone()));

@@ -278,7 +278,7 @@ fn held<'a>(layout: &'a RankLayout, param: &Arc<str>) -> Result<&'a Param, PackE
 /// or by few large ones that land from staging.
 fn is_good(choice: &Choice, boxes: u64) -> bool {
     choice.wire_bytes <= choice.needed_bytes
-        && (choice.method == Method::Span || choice.reads <= boxes)
+        && (matches!(choice.method, Method::Span | Method::Gathered) || choice.reads <= boxes)
 }
 
 /// Where the bands of a target parameter meet those of a source parameter.

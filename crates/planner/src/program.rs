@@ -40,10 +40,14 @@ pub struct Read {
     pub transform: Transform,
     /// Whether the transport's second way is the cheaper one for this contiguous copy.
     pub bulk: bool,
+    /// Bytes behind it, in the source's memory and in staging alike, that nobody needs and that may be read along: where
+    /// they have come to an end begins the next read of the wave from the same rank, and the two can be one. 0 in all but
+    /// [`Method::Gathered`].
+    pub gap: u64,
 }
 
 impl Read {
-    /// Bytes that cross the wire.
+    /// Bytes that cross the wire, the gap behind them apart.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.run.saturating_mul(self.dims.runs())
@@ -77,6 +81,9 @@ pub enum Method {
     Span,
     /// Exactly the needed runs are read into staging, densely, then copied to their place locally.
     Packed,
+    /// The bytes are read into staging together with those of parameters beside it in the source's memory, then copied to
+    /// their place locally.
+    Gathered,
 }
 
 /// A choice the lowering made, with what it expects it to cost.
@@ -90,7 +97,7 @@ pub struct Choice {
     pub method: Method,
     /// Reads it takes.
     pub reads: u64,
-    /// Bytes it moves over the wire.
+    /// Bytes it moves over the wire, gaps to neighbours apart.
     pub wire_bytes: u64,
     /// Bytes of them that are needed.
     pub needed_bytes: u64,
@@ -213,7 +220,7 @@ impl Program {
         self.staging_bytes
     }
 
-    /// Bytes that cross the wire.
+    /// Bytes that cross the wire, gaps included.
     #[must_use]
     pub fn wire_bytes(&self) -> u64 {
         self.wire_bytes

@@ -76,10 +76,10 @@ pub(crate) fn bind(
             let remote = remote.get(&rank).ok_or(missing)?;
             let mut reads = Vec::with_capacity(of_rank.len());
             for read in of_rank {
-                reads.push(operation(read, places[read.source as usize], live, staging)?);
+                let place = places[read.source as usize];
+                reads.push((operation(read, place, live, staging)?, read.gap));
             }
-            join(&mut reads);
-            batches.push(Batch { rank, reads: cut(reads, &local, remote)? });
+            batches.push(Batch { rank, reads: cut(join(reads), &local, remote)? });
         }
     }
     Ok(batches)
@@ -203,25 +203,28 @@ fn kind(region: &PublishedRegion) -> MemoryKind {
     region.cuda.map_or(MemoryKind::Host, MemoryKind::Cuda)
 }
 
-/// Unites copies that continue each other on both sides.
-fn join(reads: &mut Vec<ReadOp>) {
-    reads.sort_by_key(|read| (read.into.kind, read.into.address));
-    reads.dedup_by(|next, last| {
+/// Unites copies that continue each other on both sides, behind the gap that each may read along.
+fn join(mut reads: Vec<(ReadOp, u64)>) -> Vec<ReadOp> {
+    reads.sort_by_key(|(read, _)| (read.into.kind, read.into.address));
+    reads.dedup_by(|(next, next_gap), (last, gap)| {
         let plain = |read: &ReadOp| read.dims.is_none() && read.transform == Transform::Copy;
         let continues = plain(last)
             && plain(next)
             && last.from.kind == next.from.kind
             && last.into.kind == next.into.kind
-            && last.from.address + last.from.len == next.from.address
-            && last.into.address + last.into.len == next.into.address;
+            && last.from.address.checked_add(last.from.len + *gap) == Some(next.from.address)
+            && last.into.address.checked_add(last.into.len + *gap) == Some(next.into.address);
         if continues {
-            last.run += next.run;
-            last.from.len += next.run;
-            last.into.len += next.run;
+            let more = *gap + next.run;
+            last.run += more;
+            last.from.len += more;
+            last.into.len += more;
             last.bulk |= next.bulk;
+            *gap = *next_gap;
         }
         continues
     });
+    reads.into_iter().map(|(read, _)| read).collect()
 }
 
 /// Cuts reads at the borders of registrations. A strided read that crosses one becomes its runs first.

@@ -14,6 +14,9 @@ use refit_pool::{Memory, MemoryKind};
 use crate::error::RefitError;
 
 #[cfg(feature = "cuda")]
+use refit_kernels::Pace;
+
+#[cfg(feature = "cuda")]
 pub use self::device::DeviceLander;
 
 /// A build without devices has none that could land.
@@ -41,8 +44,7 @@ impl Landings {
         match device {
             #[cfg(feature = "cuda")]
             Some(lander) if live.iter().any(|memory| memory.kind() != MemoryKind::Host) => {
-                let landings = device::Landings::new(program, lander, live)?;
-                Ok(Self::Device(Box::new(landings)))
+                Ok(Self::Device(Box::new(device::Landings::new(lander, live))))
             }
             _ => {
                 // Better now than after the bytes have moved.
@@ -57,6 +59,18 @@ impl Landings {
                     }
                 }
             }
+        }
+    }
+
+    /// Prepares what takes a while, at a time when reads are under way.
+    pub(crate) fn make_ready(&mut self, program: &Program) -> Result<(), RefitError> {
+        match self {
+            Self::Host => {
+                let _ = program;
+                Ok(())
+            }
+            #[cfg(feature = "cuda")]
+            Self::Device(landings) => landings.make_ready(program),
         }
     }
 
@@ -76,7 +90,12 @@ impl Landings {
                 host::land(program.wave(wave).landings, staging, program.targets(), live)
             }
             #[cfg(feature = "cuda")]
-            Self::Device(landings) => landings.start(wave, staging),
+            Self::Device(landings) => {
+                // Of the last wave all has arrived, and none comes behind it.
+                let last = wave + 1 == program.waves().len();
+                let pace = if last { Pace::Alone } else { Pace::BesideCopies };
+                landings.start(program, wave, pace, staging)
+            }
         }
     }
 
@@ -117,7 +136,7 @@ impl Landings {
         match self {
             Self::Host => host::fill(program.fills(), program.targets(), live),
             #[cfg(feature = "cuda")]
-            Self::Device(landings) => landings.fill(),
+            Self::Device(landings) => landings.fill(program),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use refit_planner::{Param, RankLayout};
+use refit_planner::{Param, Position, RankLayout};
 use refit_pool::MemoryKind;
 use serde::{Deserialize, Serialize};
 
@@ -196,6 +196,20 @@ impl Publication {
         let index =
             params.binary_search_by(|candidate| candidate.name().as_ref().cmp(param)).ok()?;
         self.body.places.get(index).copied()
+    }
+
+    /// In which registered region the parameter of this name lies, and where in there. It may reach into regions
+    /// that follow and touch.
+    #[must_use]
+    pub fn position(&self, param: &str) -> Option<Position> {
+        let Place { address, cuda } = self.place(param)?;
+        let regions = &self.body.regions;
+        let after =
+            regions.partition_point(|region| (region.cuda, region.address) <= (cuda, address));
+        let block = after.checked_sub(1)?;
+        let region = regions[block];
+        let offset = address.checked_sub(region.address).filter(|_| region.cuda == cuda)?;
+        (offset < region.len).then_some(Position { block: u32::try_from(block).ok()?, offset })
     }
 
     /// The registered regions, sorted by memory kind and address.

@@ -387,7 +387,10 @@ impl<T: Transport> Prepared<T> {
         refit.started = Instant::now();
         match refit.begin(lease) {
             Reading::Stopped(stop) => Err(refit.stopped(stop)),
-            reading => Ok(Pulling { reading: Some(reading), refit }),
+            reading => {
+                refit.make_ready_to_land();
+                Ok(Pulling { reading: Some(reading), refit })
+            }
         }
     }
 }

@@ -62,6 +62,11 @@ impl Room {
         Self { limit, most, left: if limit == u64::MAX { u64::MAX } else { most } }
     }
 
+    /// The same room for pieces of another size, whoever had some of it before.
+    pub(super) fn with_limit(&self, limit: u64) -> Self {
+        Self::new(if self.limit == u64::MAX { u64::MAX } else { limit }, self.most)
+    }
+
     /// Refuses to cut where it takes more than there is room for.
     fn check(&self, pieces: u64) -> Result<(), LowerError> {
         if pieces <= self.left {

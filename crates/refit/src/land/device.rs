@@ -1,10 +1,10 @@
-//! Landing in the memory of a GPU: one table of moves for every wave, on the device since the program was lowered.
+//! Landing in the memory of a GPU: one table of moves for every wave, on the device from the first refit of a program on.
 
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use refit_kernels::{Effect, Landing, Move, Mover};
+use refit_kernels::{Effect, Landing, Move, Mover, Pace};
 use refit_planner::Program;
 use refit_pool::cuda::Stream;
 use refit_pool::{Memory, Region};
@@ -39,21 +39,89 @@ impl DeviceLander {
     }
 }
 
-/// The landings of a program.
+/// The landings of a program. They are brought to the device when they are first needed, or before that by
+/// [`make_ready`](Self::make_ready): while the first reads are under way there is time for it.
 pub(crate) struct Landings {
+    lander: DeviceLander,
+    /// The live parameters.
+    regions: Vec<Region>,
+    ready: Option<Ready>,
+}
+
+/// What is on the device.
+struct Ready {
     /// One for each wave; none where it lands nothing.
     waves: Vec<Option<Landing>>,
     fills: Option<Landing>,
 }
 
 impl Landings {
-    pub(super) fn new(
+    pub(super) fn new(lander: &DeviceLander, live: &[Memory]) -> Self {
+        let regions = live.iter().map(Memory::region).collect();
+        Self { lander: lander.clone(), regions, ready: None }
+    }
+
+    /// Brings everything to the device that is not there yet.
+    pub(super) fn make_ready(&mut self, program: &Program) -> Result<(), RefitError> {
+        self.ready(program).map(drop)
+    }
+
+    fn ready(&mut self, program: &Program) -> Result<&mut Ready, RefitError> {
+        let ready = match self.ready.take() {
+            Some(ready) => ready,
+            None => Ready::new(program, &self.lander, &self.regions)?,
+        };
+        Ok(self.ready.insert(ready))
+    }
+
+    /// Begins to land a wave.
+    pub(super) fn start(
+        &mut self,
+        program: &Program,
+        wave: usize,
+        pace: Pace,
+        staging: Option<&Memory>,
+    ) -> Result<(), RefitError> {
+        let Some(landing) = &mut self.ready(program)?.waves[wave] else { return Ok(()) };
+        let staging = staging.ok_or(RefitError::NoStaging)?;
+        landing.start_at(pace, Some(staging)).map_err(RefitError::device)
+    }
+
+    /// Whether what was begun of a wave has ended.
+    pub(super) fn has_landed(&mut self, wave: usize) -> Result<bool, RefitError> {
+        let landing = self.ready.as_mut().and_then(|ready| ready.waves[wave].as_mut());
+        landing.map_or(Ok(true), |landing| landing.poll().map_err(RefitError::device))
+    }
+
+    /// Waits until these waves have landed, as far as they were begun.
+    pub(super) fn wait(&mut self, waves: Range<usize>) -> Result<(), RefitError> {
+        let Some(ready) = &mut self.ready else { return Ok(()) };
+        for landing in ready.waves[waves].iter_mut().flatten() {
+            landing.wait().map_err(RefitError::device)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the fills, and waits for everything.
+    pub(super) fn fill(&mut self, program: &Program) -> Result<(), RefitError> {
+        let Ready { waves, fills } = self.ready(program)?;
+        if let Some(fills) = fills {
+            fills.start(None).map_err(RefitError::device)?;
+        }
+        for landing in waves.iter_mut().chain([fills]).flatten() {
+            landing.wait().map_err(RefitError::device)?;
+        }
+        Ok(())
+    }
+}
+
+impl Ready {
+    fn new(
         program: &Program,
         lander: &DeviceLander,
-        live: &[Memory],
+        regions: &[Region],
     ) -> Result<Self, RefitError> {
-        let regions: Vec<Region> = live.iter().map(Memory::region).collect();
-        let place = |target: u32, offset: u64| live[target as usize].address() + offset;
+        let place = |target: u32, offset: u64| regions[target as usize].address() + offset;
         let mut lists = Vec::with_capacity(program.waves().len());
         for wave in program.waves() {
             let moves: Vec<Move> = wave
@@ -72,7 +140,7 @@ impl Landings {
         let series = |lists: &[Vec<Move>], staged| {
             let DeviceLander { mover, stream } = lander;
             let full: Vec<&Vec<Move>> = lists.iter().filter(|moves| !moves.is_empty()).collect();
-            let landings = Landing::series(mover, stream, &full, staged, &regions);
+            let landings = Landing::series(mover, stream, &full, staged, regions);
             let mut landings = landings.map_err(RefitError::device)?.into_iter();
             let of = |moves: &Vec<Move>| if moves.is_empty() { None } else { landings.next() };
             Ok::<_, RefitError>(lists.iter().map(of).collect::<Vec<_>>())
@@ -92,44 +160,10 @@ impl Landings {
         let fills = series(&[fills], 0)?.pop().flatten();
         Ok(Self { waves, fills })
     }
-
-    /// Begins to land a wave.
-    pub(super) fn start(
-        &mut self,
-        wave: usize,
-        staging: Option<&Memory>,
-    ) -> Result<(), RefitError> {
-        let Some(landing) = &mut self.waves[wave] else { return Ok(()) };
-        let staging = staging.ok_or(RefitError::NoStaging)?;
-        landing.start(Some(staging)).map_err(RefitError::device)
-    }
-
-    /// Whether what was begun of a wave has ended.
-    pub(super) fn has_landed(&mut self, wave: usize) -> Result<bool, RefitError> {
-        let landing = self.waves[wave].as_mut();
-        landing.map_or(Ok(true), |landing| landing.poll().map_err(RefitError::device))
-    }
-
-    /// Waits until these waves have landed.
-    pub(super) fn wait(&mut self, waves: Range<usize>) -> Result<(), RefitError> {
-        for landing in self.waves[waves].iter_mut().flatten() {
-            landing.wait().map_err(RefitError::device)?;
-        }
-        Ok(())
-    }
-
-    /// Writes the fills, and waits for everything.
-    pub(super) fn fill(&mut self) -> Result<(), RefitError> {
-        if let Some(fills) = &mut self.fills {
-            fills.start(None).map_err(RefitError::device)?;
-        }
-        self.wait(0..self.waves.len())?;
-        self.fills.iter_mut().try_for_each(|fills| fills.wait().map_err(RefitError::device))
-    }
 }
 
 impl fmt::Debug for Landings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Landings").field("waves", &self.waves.len()).finish_non_exhaustive()
+        f.debug_struct("Landings").field("ready", &self.ready.is_some()).finish_non_exhaustive()
     }
 }

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use refit_planner::{Capabilities, Plan, Program, SourceLayout, SourceParam, lower_for, plan};
+use refit_planner::{
+    Capabilities, Plan, Position, Program, SourceLayout, SourceParam, lower_placed, plan,
+};
 use refit_pool::Memory;
 use refit_transport::{Peer, Transport, TransportLease};
 
@@ -27,6 +29,8 @@ pub(super) struct Planned {
     program: Arc<Program>,
     /// What the ways to the sources could do when it was lowered, by source rank.
     links: Vec<(u32, Capabilities)>,
+    /// Where its source parameters lay in their ranks' memory.
+    positions: Vec<Option<Position>>,
     /// Where each wave ends among the batches.
     pub(super) ends: Arc<[usize]>,
     pub(super) plan: Arc<Plan>,
@@ -166,7 +170,10 @@ impl<T: Transport> Inner<T> {
                 if !met {
                     self.connect(publications, program.sources(), report)?;
                 }
-                let same = met || self.links(program.sources()) == self.planned[0].links;
+                let planned = &self.planned[0];
+                let same = met
+                    || (self.links(program.sources()) == planned.links
+                        && positions(program.sources(), publications) == planned.positions);
                 if !same {
                     self.planned.remove(0);
                 }
@@ -187,13 +194,25 @@ impl<T: Transport> Inner<T> {
                 let met = links.iter().find(|link| link.0 == rank);
                 met.map_or_else(|| self.transport.capabilities(), |link| link.1)
             };
-            let program = Arc::new(lower_for(&plan, link, &self.options.lower)?);
+            let positions = positions(plan.sources(), publications);
+            let program = lower_placed(&plan, link, &positions, &self.options.lower)?;
+            let program = Arc::new(program);
             let landings = Landings::new(&program, self.device.as_ref(), &self.live)?;
             report.plans += 1;
             let (options, ends, bound) = (self.options, bind::batch_ends(&program), None);
             self.planned.truncate(PLANS_KEPT - 1);
             let plan = Arc::new(plan);
-            let planned = Planned { layouts, options, program, links, ends, plan, landings, bound };
+            let planned = Planned {
+                layouts,
+                options,
+                program,
+                links,
+                positions,
+                ends,
+                plan,
+                landings,
+                bound,
+            };
             self.planned.insert(0, planned);
             report.plan += started.elapsed();
         }
@@ -240,6 +259,8 @@ impl<T: Transport> Inner<T> {
             }
             let peer = self.meet(publication)?;
             self.peers.insert(rank, (*publication.digest(), peer));
+            // Plans that were bound to others who had this rank have to meet them again.
+            self.planned.iter_mut().for_each(|planned| planned.bound = None);
         }
         self.part();
         report.connect += started.elapsed();
@@ -297,6 +318,17 @@ impl<T: Transport> Inner<T> {
             })
             .collect()
     }
+}
+
+/// Where each of these parameters lies in its rank's registered memory: in which range, and where in there.
+fn positions(sources: &[SourceParam], publications: &[Publication]) -> Vec<Option<Position>> {
+    let mut positions = Vec::with_capacity(sources.len());
+    for of_rank in sources.chunk_by(|a, b| a.rank == b.rank) {
+        let rank = of_rank[0].rank;
+        let publication = publications.iter().find(|publication| publication.rank() == rank);
+        positions.extend(of_rank.iter().map(|source| publication?.position(&source.name)));
+    }
+    positions
 }
 
 fn digest(

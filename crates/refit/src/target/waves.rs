@@ -46,6 +46,11 @@ impl<T: Transport> Refit<T> {
         }
     }
 
+    /// Prepares landing while the first reads are under way. If that fails, they have to settle before anybody is told.
+    pub(super) fn make_ready_to_land(&mut self) {
+        self.failed = self.inner.planned[0].landings.make_ready(&self.program).err();
+    }
+
     /// Posts the next waves, as many as may be under way, when none is.
     fn post(&mut self, lease: TransportLease<T>) -> Reading<T> {
         let first = self.posted;
