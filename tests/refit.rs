@@ -449,3 +449,27 @@ fn memory_and_layout_must_agree() {
     params.push(("v".to_owned(), ranks::memory(&layout).0.remove(0).1));
     assert!(matches!(new(params), RefitError::StrayMemory { rank: 3, .. }));
 }
+
+/// A target that goes from one copy of a trainer to another and back finds everything as it left it. Once it has gone to
+/// very many others, it meets the first again.
+#[test]
+fn a_target_goes_back_to_a_source_it_has_left() {
+    let network = Network::new();
+    let layout = &models::source(&models::tiny(), 1, 1, 1)[0];
+    let wanted = models::target(&models::tiny(), 1).remove(0);
+    let copies: Vec<_> = (0..70)
+        .map(|copy| ranks::source(&ranks::agent(&network, &format!("trainer-{copy}")), layout))
+        .collect();
+    let published: Vec<_> = copies.iter().map(|copy| [copy.publication().unwrap()]).collect();
+    let engine = ranks::agent(&network, "engine");
+    let (mut target, _, _) = ranks::target(&engine, &wanted, TargetOptions::default());
+    for (copy, built) in [(0, true), (1, true), (0, false), (1, false), (0, false)] {
+        let (next, report) = ranks::refit(target, &published[copy]);
+        target = next;
+        assert_eq!(report.prepared_reads > 0, built, "copy {copy}");
+    }
+    for copy in published.iter().chain(&published[..2]) {
+        (target, _) = ranks::refit(target, copy);
+        assert_eq!(ranks::held(&target), oracle::buffers(&wanted));
+    }
+}

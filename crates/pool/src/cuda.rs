@@ -9,7 +9,7 @@
 //! - Contexts are the devices' primary ones, which the CUDA runtime and torch use too. None is created.
 //! - Every call leaves the thread's current context as it found it, [`Device::make_current`] apart.
 //! - No call uses a default stream. Streams of the caller are [adopted](Stream::adopt); [`upload`], [`download`],
-//!   [`set`] and [`copy_within`] use streams of their own, are done when they return, and wait for nobody else's work:
+//!   [`set`], [`copy_within`] and [`copy_all`] use streams of their own, are done when they return, and wait for nobody else's work:
 //!   synchronise what produces or uses the bytes first.
 //! - Whatever a value needs it keeps alive: a stream, an event and an allocation hold their [`Device`], which holds the
 //!   context.
@@ -24,7 +24,7 @@ mod stream;
 
 pub use adopt::adopt;
 pub use allocator::CudaAllocator;
-pub use copy::{copy_within, download, set, upload};
+pub use copy::{copy_all, copy_within, download, set, upload};
 pub use device::{Device, Entered};
 pub use driver::Driver;
 pub use error::CudaError;

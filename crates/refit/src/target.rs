@@ -33,7 +33,7 @@ use crate::source::Source;
 
 use self::lend::Installation;
 pub use self::lend::Lent;
-use self::prepare::{Planned, prepare};
+use self::prepare::{Met, Planned, prepare};
 use self::versions::{Phase, Watched};
 use self::waves::{Reading, Stop};
 
@@ -186,6 +186,10 @@ struct Inner<T: Transport> {
     live: Vec<Memory>,
     /// By source rank: the publication a peer was met under, and the peer.
     peers: BTreeMap<u32, ([u8; 32], Peer)>,
+    /// Every agent that is connected, the one met last at the end.
+    met: Vec<Met>,
+    /// How many times agents were connected.
+    connects: u64,
     /// What lands in memory that the processor cannot write.
     device: Option<DeviceLander>,
     reach: Reach,
@@ -243,6 +247,8 @@ impl<T: Transport> Target<T> {
             options,
             live,
             peers: BTreeMap::new(),
+            met: Vec::new(),
+            connects: 0,
             device: None,
             reach: Reach::default(),
             planned: Vec::new(),

@@ -13,7 +13,7 @@
 //!
 //! use refit::Publication;
 //! # use refit::planner::{Band, Dtype, LayoutBuilder, Param};
-//! # use refit::{Place, PublishedRegion};
+//! # use refit::{Place, PublishedHeader, PublishedRegion};
 //! use refit_service::rendezvous::{Directory, Key};
 //! use refit_service::{Meeting, MeetingError};
 //!
@@ -21,8 +21,9 @@
 //! #     let mut layout = LayoutBuilder::new(0);
 //! #     let w = layout.tensor("w", 8, 4)?;
 //! #     layout.param(Param::new("w", Dtype::Bf16, 8, 4).band(Band::new(w, 0..8, 0..4)))?;
-//! #     let (place, region) = (Place { address: 64, cuda: None }, PublishedRegion { address: 64, len: 64, cuda: None });
-//! #     Ok(Publication::new("trainer-0".to_owned(), vec![], layout.build(), vec![place], vec![region])?)
+//! #     let (place, region) = (Place { address: 64, cuda: None }, PublishedRegion { address: 64, len: 128, cuda: None });
+//! #     let header = PublishedHeader { incarnation: 1, place: Place { address: 128, cuda: None } };
+//! #     Ok(Publication::new("trainer-0".to_owned(), vec![], layout.build(), header, vec![place], vec![region])?)
 //! # }
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let folder = tempfile::tempdir()?;
@@ -47,8 +48,22 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+pub mod groups;
+pub mod keys;
+mod leases;
 mod meeting;
+pub mod message;
+pub mod puller;
 mod random;
+pub mod rank;
+pub mod reader;
+pub mod relay;
 pub mod rendezvous;
+pub mod replica;
+mod seat;
+pub mod source;
+mod stats;
 
-pub use meeting::{Meeting, MeetingError};
+pub use self::meeting::{Meeting, MeetingError};
+pub use self::seat::{Observer, Point, Seat};
+pub use self::stats::{Retries, ServiceStats};

@@ -134,6 +134,41 @@ pub fn copy_within(
     })
 }
 
+/// Copies whole memories of a device to others of the same sizes, by the device itself, all of them behind each other.
+///
+/// Work on other streams is not waited for; see the [module](super).
+///
+/// # Errors
+/// As [`upload`]; [`CudaError::OutOfRange`] when two that belong together differ in size, before anything is copied.
+pub fn copy_all<'a>(
+    device: &Device,
+    pairs: impl IntoIterator<Item = (&'a Memory, &'a mut Memory)>,
+) -> Result<(), CudaError> {
+    let mut copies = Vec::new();
+    // Kept until the copies are done, as what they borrow is.
+    let pairs: Vec<_> = pairs.into_iter().collect();
+    for (from, into) in &pairs {
+        let len = from.len();
+        let copy = (span(device, from, 0, into.len())?, span(device, into, 0, len)?, len);
+        if len > 0 {
+            copies.push(copy);
+        }
+    }
+    if copies.is_empty() {
+        return Ok(());
+    }
+    with_lane(device, |lane| {
+        for (source, target, len) in copies {
+            // SAFETY: both memories have the bytes, `&mut` says that nobody else uses those written and `&` that nobody
+            // writes those read, until `pairs` is dropped, which is behind the wait below or the one of `with_lane`.
+            unsafe { sys::cuMemcpyDtoDAsync_v2(target, source, len, lane.stream) }
+                .result()
+                .map_err(CudaError::of("cuMemcpyDtoDAsync"))?;
+        }
+        lane.synchronize()
+    })
+}
+
 /// Sets every byte of device memory.
 ///
 /// Work on other streams is not waited for; see the [module](super).

@@ -7,7 +7,7 @@ use refit_planner::{
     Capabilities, Plan, Position, Program, SourceLayout, SourceParam, lower_placed, plan,
 };
 use refit_pool::Memory;
-use refit_transport::{Transport, TransportLease};
+use refit_transport::{Peer, Transport, TransportLease};
 
 use super::versions::{Phase, Watched};
 use super::{Inner, Prepared, Refit, TargetOptions};
@@ -38,6 +38,20 @@ pub(super) struct Planned {
     pub(super) landings: Landings,
     /// The last binding of it: digest of the publications, and the pool's key.
     bound: Option<([u8; 32], [u8; 32])>,
+}
+
+/// Agents that stay connected while others are read from. A target that goes from one copy of a source to another, and
+/// back, finds its reads as it left them; and agents that are connected anew cost some transports a descriptor each time.
+const MET_KEPT: usize = 64;
+
+/// An agent that is connected.
+#[derive(Debug)]
+pub(super) struct Met {
+    /// The publication that it was met under last.
+    publication: [u8; 32],
+    peer: Peer,
+    /// Which of this target's connections it is: reads that were built over another one are of no use.
+    connection: u64,
 }
 
 type Refused<T> = (RefitError, Box<Inner<T>>);
@@ -202,16 +216,17 @@ impl<T: Transport> Inner<T> {
             self.planned.insert(0, planned);
             report.plan += started.elapsed();
         }
-        let planned = &mut self.planned[0];
-        let key = match planned.bound {
+        let program = self.planned[0].program.clone();
+        let key = match self.planned[0].bound {
             Some((known, key)) if known == bindings => key,
             _ => {
-                let key = lease_key(&planned.program, &bindings, &self.live);
-                planned.bound = Some((bindings, key));
+                let connections = self.connections(program.sources());
+                let key = lease_key(&program, &bindings, &connections, &self.live);
+                self.planned[0].bound = Some((bindings, key));
                 key
             }
         };
-        Ok((planned.program.clone(), key))
+        Ok((program, key))
     }
 
     /// What can be done with each of these sources' ranks, which have been met.
@@ -242,19 +257,66 @@ impl<T: Transport> Inner<T> {
             if met.is_some_and(|(digest, _)| digest == publication.digest()) {
                 continue;
             }
-            if let Some((_, stale)) = self.peers.remove(&rank)
-                && stale.name != publication.agent()
-                && self.peers.values().all(|(_, other)| other.name != stale.name)
-                && let Err(error) = self.transport.disconnect(&stale)
-            {
-                // It may be gone already; that nobody reads from it any more is what counts.
-                tracing::debug!(agent = stale.name, %error, "a peer could not be forgotten");
-            }
-            let peer = self.transport.connect(publication.agent(), publication.metadata())?;
+            let peer = self.meet(publication)?;
             self.peers.insert(rank, (*publication.digest(), peer));
+            // Plans that were bound to others who had this rank have to meet them again.
+            self.planned.iter_mut().for_each(|planned| planned.bound = None);
         }
+        self.part();
         report.connect += started.elapsed();
         Ok(())
+    }
+
+    /// Connects an agent, unless it is, as this publication describes it.
+    fn meet(&mut self, publication: &Publication) -> Result<Peer, RefitError> {
+        let (agent, digest) = (publication.agent(), publication.digest());
+        let known = self.met.iter().position(|met| met.peer.name == agent);
+        let met = match known.map(|index| self.met.remove(index)) {
+            Some(met) if met.publication == *digest => met,
+            // Reads that were built before stay good, so it is the same connection.
+            Some(met) => {
+                let peer = self.transport.connect(agent, publication.metadata())?;
+                Met { publication: *digest, peer, ..met }
+            }
+            None => {
+                let peer = self.transport.connect(agent, publication.metadata())?;
+                self.connects += 1;
+                Met { publication: *digest, peer, connection: self.connects }
+            }
+        };
+        let peer = met.peer.clone();
+        self.met.push(met);
+        Ok(peer)
+    }
+
+    /// Forgets those agents that nothing was read from for longest, if they are many.
+    fn part(&mut self) {
+        let Self { met, peers, transport, .. } = self;
+        let read_from = |met: &Met| peers.values().any(|(_, peer)| peer.name == met.peer.name);
+        let idle = met.iter().filter(|met| !read_from(met)).count();
+        let mut surplus = idle.saturating_sub(MET_KEPT);
+        met.retain(|met| {
+            if surplus == 0 || read_from(met) {
+                return true;
+            }
+            surplus -= 1;
+            if let Err(error) = transport.disconnect(&met.peer) {
+                // It may be gone already; that nobody reads from it any more is what counts.
+                tracing::debug!(agent = met.peer.name, %error, "a peer could not be forgotten");
+            }
+            false
+        });
+    }
+
+    /// The connections that a program's reads go over.
+    fn connections(&self, sources: &[SourceParam]) -> Vec<u64> {
+        let ranks = sources.chunk_by(|a, b| a.rank == b.rank).map(|of_rank| of_rank[0].rank);
+        ranks
+            .filter_map(|rank| {
+                let (_, peer) = self.peers.get(&rank)?;
+                self.met.iter().find(|met| met.peer == *peer).map(|met| met.connection)
+            })
+            .collect()
     }
 }
 
@@ -281,11 +343,20 @@ fn digest(
     *hasher.finalize().as_bytes()
 }
 
-/// What decides the prepared reads: the program, where the sources are, where our own parameters are.
-fn lease_key(program: &Program, bindings: &[u8; 32], live: &[Memory]) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new_derive_key("refit lease v1");
+/// What decides the prepared reads: the program, where the sources are and how they were met, where our own parameters are.
+fn lease_key(
+    program: &Program,
+    bindings: &[u8; 32],
+    connections: &[u64],
+    live: &[Memory],
+) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("refit lease v2");
     hasher.update(program.hash().as_bytes());
     hasher.update(bindings);
+    hasher.update(&(connections.len() as u64).to_le_bytes());
+    for connection in connections {
+        hasher.update(&connection.to_le_bytes());
+    }
     for memory in live {
         hasher.update(&memory.address().to_le_bytes());
     }

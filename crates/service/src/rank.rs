@@ -1,0 +1,52 @@
+//! Ranks of [`refit`], as the protocol sees them: a source that is read, and targets that read in place or beside.
+
+mod direct;
+mod engine;
+mod pulls;
+mod shadow;
+
+use refit::transport::Transport;
+use refit::{DigestRequest, Digests, Expected, PackedSource, Publication, RefitError, Source};
+
+use crate::source::SourceRank;
+
+pub use self::direct::Direct;
+pub use self::engine::{Engine, EngineError, Unattended};
+pub use self::shadow::Shadow;
+
+impl<T: Transport> SourceRank for Source<T> {
+    fn publication(&self) -> Result<Publication, RefitError> {
+        Self::publication(self)
+    }
+
+    fn digests(&self, request: &DigestRequest) -> Result<Digests, RefitError> {
+        Self::digests(self, request)
+    }
+
+    fn begin(&mut self) -> Result<(), RefitError> {
+        // Without a commit the header stays as it is now.
+        self.begin_update().map(drop)
+    }
+
+    fn commit(&mut self, version: u64) -> Result<Expected, RefitError> {
+        self.begin_update()?.commit(version)
+    }
+}
+
+impl<T: Transport> SourceRank for PackedSource<T> {
+    fn publication(&self) -> Result<Publication, RefitError> {
+        Self::publication(self)
+    }
+
+    fn digests(&self, request: &DigestRequest) -> Result<Digests, RefitError> {
+        Self::digests(self, request)
+    }
+
+    fn begin(&mut self) -> Result<(), RefitError> {
+        self.begin_update().map(drop)
+    }
+
+    fn commit(&mut self, version: u64) -> Result<Expected, RefitError> {
+        self.begin_update()?.commit(version)
+    }
+}

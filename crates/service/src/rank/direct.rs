@@ -1,0 +1,99 @@
+use std::time::Instant;
+
+use refit::pool::Memory;
+use refit::transport::Transport;
+use refit::{DigestRequest, Digests, Expected, Publication, RefitError, Target};
+
+use super::engine::{Engine, EngineError};
+use super::pulls::Pulls;
+use crate::puller::{Cause, PullFailure, Puller, Reading};
+use crate::source::SourceRank;
+
+/// A target rank that reads into its live parameters, while its engine stands still.
+///
+/// A pull that fails leaves them a mix: the engine does not go on until another has succeeded. It saves the memory and the
+/// copy of a [`Shadow`](super::Shadow); it cannot cut over together with other ranks, so it is for replicas of one rank, or
+/// for engines that stop as a whole.
+#[derive(Debug)]
+pub struct Direct<T: Transport, E: Engine> {
+    pulls: Pulls<T>,
+    engine: E,
+    /// The version that is live and whole.
+    version: Option<u64>,
+}
+
+impl<T: Transport, E: Engine> Direct<T, E> {
+    /// A rank that reads into this target's parameters.
+    #[must_use]
+    pub fn new(target: Target<T>, engine: E) -> Self {
+        Self { pulls: Pulls::new(target), engine, version: None }
+    }
+
+    /// The version that is live and whole.
+    #[must_use]
+    pub fn version(&self) -> Option<u64> {
+        self.version
+    }
+
+    /// The live parameters by name, if they are whole and not being read into.
+    #[must_use]
+    pub fn params(&self) -> Option<Box<dyn Iterator<Item = (&str, &Memory)> + '_>> {
+        self.pulls.params()
+    }
+
+    /// The engine.
+    #[must_use]
+    pub fn engine(&self) -> &E {
+        &self.engine
+    }
+}
+
+impl<T: Transport, E: Engine> Puller for Direct<T, E> {
+    fn pull(&mut self, reading: &Reading<'_>, deadline: Instant) -> Result<(), PullFailure> {
+        let stopped = |what: &str, error: EngineError| {
+            PullFailure::new(Cause::Failed, format!("the engine could not {what}: {error}"))
+        };
+        let engine = &mut self.engine;
+        engine.pause().map_err(|error| stopped("pause", error))?;
+        self.version = None;
+        let derived = self.pulls.pull(reading, deadline, |installed| {
+            let span = tracing::debug_span!("post_install", version = reading.version);
+            let _entered = span.enter();
+            let derived = engine.derive(installed.post_actions(), &mut installed.params());
+            match derived {
+                Ok(()) => Ok(installed.refreshed().0),
+                Err(error) => Err((installed.stale(), error)),
+            }
+        })?;
+        derived.map_err(|error| stopped("derive", error))?;
+        self.version = Some(reading.version);
+        self.engine.resume(reading.version);
+        Ok(())
+    }
+
+    fn make_ready(&mut self, deadline: Instant) -> Result<(), PullFailure> {
+        self.pulls.settle(deadline)
+    }
+}
+
+impl<T: Transport, E: Engine> SourceRank for Direct<T, E> {
+    fn publication(&self) -> Result<Publication, RefitError> {
+        self.pulls.publication()
+    }
+
+    fn digests(&self, request: &DigestRequest) -> Result<Digests, RefitError> {
+        self.pulls.digests(request)
+    }
+
+    fn begin(&mut self) -> Result<(), RefitError> {
+        self.pulls.take_back()
+    }
+
+    /// Lends what it holds.
+    fn commit(&mut self, version: u64) -> Result<Expected, RefitError> {
+        if self.version != Some(version) {
+            return Err(RefitError::NothingInstalled);
+        }
+        self.pulls.lend()
+    }
+}

@@ -1,0 +1,210 @@
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use refit::pool::Memory;
+use refit::translate::PostAction;
+use refit::transport::Transport;
+use refit::{DigestRequest, Digests, Expected, Publication, RefitError, Target};
+
+use super::engine::Engine;
+use super::pulls::Pulls;
+use crate::puller::{PullFailure, Puller, Reading};
+use crate::replica::{InstallError, Stage};
+use crate::source::SourceRank;
+
+/// A target rank that reads into a second set of parameters, and copies them to the live ones when it is told to. The
+/// engine serves the old version until then, and live addresses never change.
+#[derive(Debug)]
+pub struct Shadow<T: Transport, E: Engine> {
+    pulls: Pulls<T>,
+    /// In the order of the layout, as the shadow's parameters are.
+    live: Vec<Memory>,
+    names: Vec<String>,
+    post_actions: Vec<PostAction>,
+    engine: E,
+    copier: Copier,
+    /// The version in the shadow, if it is whole.
+    staged: Option<u64>,
+}
+
+/// What copies.
+#[derive(Debug)]
+enum Copier {
+    Host,
+    #[cfg(feature = "cuda")]
+    Device(refit::pool::cuda::Device),
+}
+
+impl<T: Transport, E: Engine> Shadow<T, E> {
+    /// A rank that reads into `shadow`, a target of a second set of parameters, and copies to `live`, which has the same
+    /// names and sizes. `post_actions` are what the engine does behind that.
+    ///
+    /// # Errors
+    /// [`RefitError::NoMemory`], [`RefitError::StrayMemory`], [`RefitError::Size`] when the two differ.
+    pub fn new(
+        shadow: Target<T>,
+        live: impl IntoIterator<Item = (String, Memory)>,
+        post_actions: Vec<PostAction>,
+        engine: E,
+    ) -> Result<Self, RefitError> {
+        let rank = shadow.layout().rank();
+        let mut given: Vec<(String, Memory)> = live.into_iter().collect();
+        given.sort_by(|a, b| a.0.cmp(&b.0));
+        if let Some(pair) = given.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+            return Err(RefitError::StrayMemory { rank, param: pair[0].0.clone() });
+        }
+        let (mut names, mut live) = (Vec::new(), Vec::new());
+        for (param, staged) in shadow.params() {
+            let name = || param.to_owned();
+            let at = given.binary_search_by(|(given, _)| given.as_str().cmp(param));
+            let Ok(at) = at else { return Err(RefitError::NoMemory { rank, param: name() }) };
+            let (_, memory) = given.remove(at);
+            if memory.len() != staged.len() {
+                let (memory, layout) = (memory.len() as u64, staged.len() as u64);
+                return Err(RefitError::Size { rank, param: name(), memory, layout });
+            }
+            names.push(name());
+            live.push(memory);
+        }
+        if let Some((param, _)) = given.pop() {
+            return Err(RefitError::StrayMemory { rank, param });
+        }
+        let pulls = Pulls::new(shadow);
+        let copier = Copier::Host;
+        Ok(Self { pulls, live, names, post_actions, engine, copier, staged: None })
+    }
+
+    /// Copies within this device, where parameters in its memory are.
+    #[cfg(feature = "cuda")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+    #[must_use]
+    pub fn with_device(mut self, device: refit::pool::cuda::Device) -> Self {
+        self.copier = Copier::Device(device);
+        self
+    }
+
+    /// The version in the shadow, if it is whole.
+    #[must_use]
+    pub fn staged(&self) -> Option<u64> {
+        self.staged
+    }
+
+    /// Every live parameter, by name.
+    pub fn params(&self) -> impl Iterator<Item = (&str, &Memory)> {
+        self.names.iter().map(String::as_str).zip(&self.live)
+    }
+
+    /// The engine.
+    #[must_use]
+    pub fn engine(&self) -> &E {
+        &self.engine
+    }
+}
+
+impl<T: Transport, E: Engine> Puller for Shadow<T, E> {
+    fn pull(&mut self, reading: &Reading<'_>, deadline: Instant) -> Result<(), PullFailure> {
+        self.staged = None;
+        let pulled = self.pulls.pull(reading, deadline, |installed| {
+            // Nothing is derived from a shadow.
+            Ok::<_, (_, std::convert::Infallible)>(installed.refreshed().0)
+        })?;
+        match pulled {
+            Ok(()) => self.staged = Some(reading.version),
+            Err(never) => match never {},
+        }
+        Ok(())
+    }
+
+    fn make_ready(&mut self, deadline: Instant) -> Result<(), PullFailure> {
+        self.pulls.settle(deadline)
+    }
+}
+
+impl<T: Transport, E: Engine> Stage for Shadow<T, E> {
+    fn install(&mut self, version: u64) -> Result<(), InstallError> {
+        let Some(staged) = self.pulls.params().filter(|_| self.staged == Some(version)) else {
+            return Err(InstallError::new(format!("version {version} is not staged")));
+        };
+        self.engine.pause().map_err(InstallError::new)?;
+        // By name: what is lent comes before what is not.
+        let staged: BTreeMap<&str, &Memory> = staged.collect();
+        let from = self.names.iter().map(|name| staged.get(name.as_str()).copied());
+        let Some(from) = from.collect::<Option<Vec<&Memory>>>() else {
+            return Err(InstallError::new("a parameter is not staged; please report this"));
+        };
+        self.copier
+            .copy(from.into_iter().zip(&mut self.live))
+            .map_err(|error| InstallError::new(format!("copying failed: {error}")))?;
+        let span = tracing::debug_span!("post_install", version);
+        let _entered = span.enter();
+        let mut params = self.names.iter().map(String::as_str).zip(&self.live);
+        self.engine.derive(&self.post_actions, &mut params).map_err(InstallError::new)
+    }
+
+    fn resume(&mut self, version: u64) {
+        self.engine.resume(version);
+    }
+}
+
+impl<T: Transport, E: Engine> SourceRank for Shadow<T, E> {
+    fn publication(&self) -> Result<Publication, RefitError> {
+        self.pulls.publication()
+    }
+
+    fn digests(&self, request: &DigestRequest) -> Result<Digests, RefitError> {
+        self.pulls.digests(request)
+    }
+
+    fn begin(&mut self) -> Result<(), RefitError> {
+        self.pulls.take_back()
+    }
+
+    /// Lends what it holds.
+    fn commit(&mut self, version: u64) -> Result<Expected, RefitError> {
+        if self.staged != Some(version) {
+            return Err(RefitError::NothingInstalled);
+        }
+        self.pulls.lend()
+    }
+}
+
+type CopyError = Box<dyn std::error::Error + Send + Sync>;
+
+impl Copier {
+    /// Copies memories, each to one of its length.
+    fn copy<'a>(
+        &self,
+        pairs: impl Iterator<Item = (&'a Memory, &'a mut Memory)>,
+    ) -> Result<(), CopyError> {
+        let mut on_device = Vec::new();
+        for (from, into) in pairs {
+            match from.host_bytes() {
+                Some(bytes) if into.kind() == from.kind() => {
+                    let into =
+                        into.host_bytes_mut().ok_or("memory that calls itself the host's")?;
+                    // Past the caches: the engine reads all of them next, not this one.
+                    refit::pool::copy_runs(bytes, into, bytes.len(), |copy| copy(0, 0));
+                }
+                _ => on_device.push((from, into)),
+            }
+        }
+        if on_device.is_empty() { Ok(()) } else { self.copy_on_device(on_device) }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn copy_on_device(&self, pairs: Vec<(&Memory, &mut Memory)>) -> Result<(), CopyError> {
+        match self {
+            Self::Device(device) => Ok(refit::pool::cuda::copy_all(device, pairs)?),
+            Self::Host => Err("some of it is a device's: give the rank that device \
+                               (`Shadow::with_device`)"
+                .into()),
+        }
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn copy_on_device(&self, _: Vec<(&Memory, &mut Memory)>) -> Result<(), CopyError> {
+        match self {
+            Self::Host => Err("some of it is a device's; build with feature `cuda`".into()),
+        }
+    }
+}

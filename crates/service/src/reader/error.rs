@@ -1,0 +1,97 @@
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::fmt;
+use std::time::Duration;
+
+use super::Wanted;
+use crate::groups::Withheld;
+use crate::puller::PullFailure;
+use crate::rendezvous::RendezvousError;
+
+/// One attempt to read a group.
+#[derive(Debug)]
+pub struct Attempt {
+    /// The group.
+    pub group: String,
+    /// What it offered.
+    pub version: u64,
+    /// What went wrong.
+    pub failure: PullFailure,
+    /// How long it took.
+    pub took: Duration,
+}
+
+/// What ended a refresh that read nothing.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Ended {
+    /// Time.
+    Deadline,
+    /// Reads of an attempt are still out, or others read what would be overwritten.
+    Unsettled(PullFailure),
+    /// Reads can no longer be watched: this rank has to start anew.
+    Lost(PullFailure),
+    /// The store.
+    Store(RendezvousError),
+}
+
+/// Nothing was read. Lists every attempt, and why groups that were not tried had nothing to offer.
+#[derive(Debug)]
+pub struct RefreshError {
+    /// What was wanted.
+    pub wanted: Wanted,
+    /// The first attempts, in their order.
+    pub attempts: Vec<Attempt>,
+    /// How many more there were.
+    pub omitted: u64,
+    /// Groups that offered nothing when this was last looked at, and why.
+    pub withheld: BTreeMap<String, Withheld>,
+    /// How long all of it took.
+    pub took: Duration,
+    /// What ended it.
+    pub ended: Ended,
+}
+
+impl fmt::Display for RefreshError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let version = self.wanted.at_least;
+        write!(f, "no version from {version} on was read in {:?}", self.took)?;
+        match &self.ended {
+            Ended::Deadline => write!(f, ", when the deadline passed")?,
+            Ended::Unsettled(failure) => write!(f, ", and nothing can be read yet ({failure})")?,
+            Ended::Lost(failure) => {
+                write!(
+                    f,
+                    ", and reads cannot be watched any more ({failure}): start this rank anew"
+                )?;
+            }
+            Ended::Store(error) => write!(f, ": {error}")?,
+        }
+        let mut join = "; tried ";
+        for Attempt { group, version, failure, took } in &self.attempts {
+            write!(f, "{join}version {version} of group `{group}` ({took:?}): {failure}")?;
+            join = ", ";
+        }
+        if self.omitted > 0 {
+            write!(f, ", and {} more times", self.omitted)?;
+        }
+        for (group, why) in &self.withheld {
+            write!(f, "; group `{group}` offered nothing: {why}")?;
+        }
+        if self.attempts.is_empty() && self.withheld.is_empty() {
+            write!(f, "; no group offers one")?;
+        }
+        Ok(())
+    }
+}
+
+impl Error for RefreshError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match (&self.ended, self.attempts.last()) {
+            (Ended::Store(error), _) => Some(error),
+            (Ended::Unsettled(failure) | Ended::Lost(failure), _)
+            | (_, Some(Attempt { failure, .. })) => Some(failure),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! Where a process takes part: a store, its session there, and a model.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::keys::Model;
+use crate::rendezvous::{Created, Key, Life, Rendezvous, RendezvousError, Snapshot};
+
+/// A process's place at the rendezvous of a model. Clones are the same place.
+pub struct Seat<R: Rendezvous> {
+    rendezvous: Arc<R>,
+    session: Arc<R::Session>,
+    model: Model,
+    observer: Option<Observer>,
+}
+
+/// What is told of every [`Point`] that is passed, before anything else happens.
+pub type Observer = Arc<dyn Fn(Point) + Send + Sync>;
+
+/// Points of the protocol between which a process may die without anybody reading or serving what it should not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Point {
+    /// A source rank is a member, and has published.
+    Joined,
+    /// It is about to close its version.
+    Closing,
+    /// It has closed it, and has not looked for readers yet.
+    Closed,
+    /// No reader is left.
+    Drained,
+    /// Its header says that its parameters are being written.
+    Writing,
+    /// Its header says the new version, which nobody has been told of.
+    Committed,
+    /// The new version is announced.
+    Opened,
+    /// It has left, and its readers may not have.
+    Withdrawn,
+    /// A reader has written its lease, and has not looked again.
+    Leased,
+    /// It has looked again, and is about to read.
+    Reading,
+    /// It has read, and still holds its lease.
+    Read,
+    /// It has given its lease back.
+    Released,
+    /// A rank of a replica is there.
+    RankJoined,
+    /// It holds the version in its staging memory, and has told nobody.
+    Staged,
+    /// It is bound to keep it until the round is decided.
+    Prepared,
+    /// It is about to decide the round.
+    Deciding,
+    /// The round is decided.
+    Decided,
+    /// It has said that its parameters are being written.
+    Installing,
+    /// Its parameters are new, and it has told nobody.
+    Installed,
+    /// It has said so.
+    Reported,
+}
+
+impl Point {
+    /// Every point.
+    pub const ALL: [Self; 20] = [
+        Self::Joined,
+        Self::Closing,
+        Self::Closed,
+        Self::Drained,
+        Self::Writing,
+        Self::Committed,
+        Self::Opened,
+        Self::Withdrawn,
+        Self::Leased,
+        Self::Reading,
+        Self::Read,
+        Self::Released,
+        Self::RankJoined,
+        Self::Staged,
+        Self::Prepared,
+        Self::Deciding,
+        Self::Decided,
+        Self::Installing,
+        Self::Installed,
+        Self::Reported,
+    ];
+}
+
+impl<R: Rendezvous> Seat<R> {
+    /// A place in this store, whose entries this session keeps.
+    #[must_use]
+    pub fn new(rendezvous: Arc<R>, session: Arc<R::Session>, model: Model) -> Self {
+        Self { rendezvous, session, model, observer: None }
+    }
+
+    /// Tells `observer` of every point that is passed from here.
+    #[must_use]
+    pub fn with_observer(mut self, observer: Observer) -> Self {
+        self.observer = Some(observer);
+        self
+    }
+
+    /// The model.
+    #[must_use]
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The store.
+    #[must_use]
+    pub fn rendezvous(&self) -> &Arc<R> {
+        &self.rendezvous
+    }
+
+    pub(crate) fn at(&self, point: Point) {
+        if let Some(observer) = &self.observer {
+            observer(point);
+        }
+    }
+
+    /// Writes an entry that goes with this process.
+    pub(crate) fn put(&self, key: &Key, value: &[u8]) -> Result<(), RendezvousError> {
+        self.rendezvous.put(key, value, Life::Session(&self.session))
+    }
+
+    /// Writes one unless there is one.
+    pub(crate) fn create(&self, key: &Key, value: &[u8]) -> Result<Created, RendezvousError> {
+        self.rendezvous.create(key, value, Life::Session(&self.session))
+    }
+
+    pub(crate) fn list(&self, prefix: &Key) -> Result<Snapshot, RendezvousError> {
+        self.rendezvous.list(prefix)
+    }
+}
+
+impl<R: Rendezvous> Clone for Seat<R> {
+    fn clone(&self) -> Self {
+        Self {
+            rendezvous: self.rendezvous.clone(),
+            session: self.session.clone(),
+            model: self.model.clone(),
+            observer: self.observer.clone(),
+        }
+    }
+}
+
+impl<R: Rendezvous> fmt::Debug for Seat<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Seat")
+            .field("rendezvous", &self.rendezvous)
+            .field("model", &self.model)
+            .finish_non_exhaustive()
+    }
+}

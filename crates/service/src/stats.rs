@@ -1,0 +1,76 @@
+use std::time::Duration;
+
+use crate::puller::Cause;
+
+/// What one rank has done and met since it began, as plain data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ServiceStats {
+    /// Versions committed by a source.
+    pub commits: u64,
+    /// Times a source waited for readers before it wrote.
+    pub waits: u64,
+    /// For how long in all.
+    pub waited: Duration,
+    /// Leases that ran out before their readers gave them back.
+    pub leases_expired: u64,
+    /// Versions read whole.
+    pub refits: u64,
+    /// Versions installed by a rank of a replica.
+    pub installs: u64,
+    /// Rounds of a replica that this rank saw aborted.
+    pub aborts: u64,
+    /// Attempts to read that failed, by cause.
+    pub retries: Retries,
+    /// Times a group was passed over because enough others read it.
+    pub crowded: u64,
+    /// Bytes that abandoned reads may still write.
+    pub quarantined_bytes: u64,
+}
+
+/// Failed attempts to read, by cause.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Retries {
+    /// The source wrote meanwhile.
+    pub torn: u64,
+    /// The source had restarted.
+    pub stale: u64,
+    /// The offer or its ranks were gone.
+    pub vanished: u64,
+    /// The reads did not settle in time.
+    pub late: u64,
+    /// What arrived was not what the source holds.
+    pub damaged: u64,
+    /// The sides cannot be joined.
+    pub refused: u64,
+    /// The transport failed.
+    pub failed: u64,
+    /// The reads cannot be watched any more.
+    pub lost: u64,
+}
+
+impl Retries {
+    pub(crate) fn count(&mut self, cause: Cause) {
+        let counter = match cause {
+            Cause::Torn => &mut self.torn,
+            Cause::Stale => &mut self.stale,
+            Cause::Vanished => &mut self.vanished,
+            Cause::Late => &mut self.late,
+            Cause::Damaged => &mut self.damaged,
+            Cause::Refused => &mut self.refused,
+            Cause::Failed => &mut self.failed,
+            Cause::Lost => &mut self.lost,
+        };
+        *counter = counter.saturating_add(1);
+    }
+
+    /// All of them.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        let Self { torn, stale, vanished, late, damaged, refused, failed, lost } = *self;
+        [torn, stale, vanished, late, damaged, refused, failed, lost]
+            .into_iter()
+            .fold(0, u64::saturating_add)
+    }
+}
