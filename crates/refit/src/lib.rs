@@ -94,6 +94,6 @@ pub use report::Report;
 pub use request::{MAX_REQUEST_BYTES, PackRequest, RequestError};
 pub use source::{PackedSource, ParamsMut, Repacked, Source};
 pub use target::{
-    Cancelled, Failed, Installed, InvalidTarget, Landed, Prepared, Pulled, Pulling, Target,
-    TargetOptions, Unfinished,
+    Cancelled, Failed, Installed, InvalidTarget, Landed, ParkedTarget, Prepared, Pulled, Pulling,
+    Settling, Target, TargetOptions, Unfinished,
 };

@@ -7,6 +7,7 @@
 //!                        └── cancel         └────── a failure in direct mode ──▶ InvalidTarget ──prepare──▶ …
 //! ```
 
+mod parked;
 mod prepare;
 mod waves;
 
@@ -28,6 +29,7 @@ use crate::publication::Publication;
 use crate::report::Report;
 use crate::request::PackRequest;
 
+pub use self::parked::{ParkedTarget, Settling};
 use self::prepare::{Planned, prepare};
 use self::waves::{Reading, Stop};
 
@@ -443,12 +445,6 @@ impl<T: Transport> Landed<T> {
 impl<T: Transport> Refit<T> {
     /// What reading that did not end well leaves behind.
     fn stopped(mut self, stop: Stop<T>) -> Failed<Unfinished<T>> {
-        let first = |errors: Vec<TransportError>| {
-            errors.into_iter().next().map_or(
-                RefitError::Unsupported { what: "a pull that failed without a reason" },
-                RefitError::Transport,
-            )
-        };
         // Whether the wave at hand may have written something.
         let (error, live, touched) = match stop {
             Stop::Landing(error) => (error, None, true),
@@ -491,4 +487,11 @@ impl<T: Transport> Refit<T> {
         };
         Failed { error, state }
     }
+}
+
+fn first(errors: Vec<TransportError>) -> RefitError {
+    errors.into_iter().next().map_or(
+        RefitError::Unsupported { what: "a pull that failed without a reason" },
+        RefitError::Transport,
+    )
 }
