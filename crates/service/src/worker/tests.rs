@@ -204,7 +204,7 @@ fn p03_a_panic_is_an_error_for_all_who_wait() {
         });
         thread::sleep(Duration::from_millis(20));
         go_on.send(()).unwrap();
-        said(falls.join().unwrap().map(|()| ()).unwrap_err());
+        said(falls.join().unwrap().unwrap_err());
         behind.into_iter().for_each(|thread| thread.join().unwrap());
     });
     in_time(Duration::ZERO, || said(number(&worker).unwrap_err()));
