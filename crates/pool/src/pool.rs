@@ -419,3 +419,6 @@ impl<R: Registrar, P> fmt::Debug for Shared<R, P> {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(all(test, loom))]
+mod models;

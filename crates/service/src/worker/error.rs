@@ -8,7 +8,7 @@ use std::sync::Arc;
 pub enum WorkerError {
     /// The command was not begun by its deadline.
     #[error(
-        "worker `{worker}` did not begin to {what} in time and will not: it has been about to {doing} for {millis} ms; \
+        "worker `{worker}` did not begin `{what}` in time and will not: its thread has been in `{doing}` for {millis} ms; \
          wait for that, or renew the worker"
     )]
     Busy {
@@ -23,8 +23,8 @@ pub enum WorkerError {
     },
     /// The command was begun and has not returned.
     #[error(
-        "worker `{worker}`, agent `{agent}`, was told to {what} and has been about to {doing} for {millis} ms: a call of \
-         the backend does not return; what it holds stays with it, renew the worker to go on with a fresh agent"
+        "worker `{worker}`, agent `{agent}`, did not end `{what}` in time: its thread has been in `{doing}` for {millis} ms, \
+         in a call that does not return; what it holds stays with it, renew the worker to go on with a fresh agent"
     )]
     Stuck {
         /// The worker.
@@ -40,7 +40,7 @@ pub enum WorkerError {
     },
     /// A command, or the agent itself, panicked. The worker does nothing more.
     #[error(
-        "worker `{worker}` panicked while it was to {what}: {message}; its agent is retired, renew the worker to go on"
+        "worker `{worker}` panicked in `{what}`: {message}; its agent is retired, renew the worker to go on"
     )]
     Panicked {
         /// The worker.
@@ -72,7 +72,7 @@ pub enum WorkerError {
         limit: u64,
     },
     /// The worker was renewed or shut down while the command waited.
-    #[error("worker `{worker}` ended before it could {what}; call it again if it was renewed")]
+    #[error("worker `{worker}` ended before `{what}`; call it again if it was renewed")]
     Ended {
         /// The worker.
         worker: String,
