@@ -393,7 +393,7 @@ fn check_bytes(arena: &Memory, live: &Memory, key: u8) {
     let (arena, live) = (arena.host_bytes().unwrap(), live.host_bytes().unwrap());
     for read in 0..2 * READS {
         let start = usize::try_from(read * READ).unwrap();
-        let bytes = if read + 1 == 2 * READS { live } else { &arena[start..][..READ as usize] };
+        let bytes = if read + 1 == 2 * READS { live } else { &arena[start..start + live.len()] };
         for (at, &byte) in (0..).zip(bytes) {
             assert_eq!(byte, T::byte(from(key, read) + at), "read {read}, byte {at}");
         }
