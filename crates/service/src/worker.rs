@@ -35,7 +35,7 @@ use parking_lot::Mutex;
 
 pub use self::agent::{Agent, Standing};
 pub use self::error::WorkerError;
-use self::lane::{Job, Lane, Ticket};
+use self::lane::{Deliver, Job, Lane, Ticket};
 use self::reaper::Charges;
 
 /// How long a caller waits beyond its deadline, so that a command which keeps it can say itself what went wrong.
@@ -175,8 +175,12 @@ impl<A: Agent> Worker<A> {
         let (answer, answers) = mpsc::sync_channel(1);
         let (ticket, open) = (Arc::new(Ticket::default()), answer.clone());
         let run = move |agent: &mut A| {
-            // Whoever asked may have gone.
-            let _ = answer.send(command(agent, deadline));
+            let result = command(agent, deadline);
+            let deliver = move || {
+                // Whoever asked may have gone.
+                let _ = answer.send(result);
+            };
+            Box::new(deliver) as Deliver
         };
         let job =
             Job { what, ticket: Arc::clone(&ticket), run: Box::new(run), open: Box::new(open) };

@@ -16,11 +16,14 @@ use super::{Agent, Build, Standing, WorkerError, WorkerStats};
 /// How often an agent is polled that nobody waits for.
 const POLL: Duration = Duration::from_millis(2);
 
+/// Gives the answer, after the agent has been looked at: whoever has it finds the agent's standing and bytes as they are.
+pub(super) type Deliver = Box<dyn FnOnce() + Send>;
+
 /// A command on its way.
 pub(super) struct Job<A> {
     pub(super) what: &'static str,
     pub(super) ticket: Arc<Ticket>,
-    pub(super) run: Box<dyn FnOnce(&mut A) + Send>,
+    pub(super) run: Box<dyn FnOnce(&mut A) -> Deliver + Send>,
     /// Keeps the caller waiting until the job is gone: by then it can be told why.
     pub(super) open: Box<dyn Send>,
 }
@@ -150,16 +153,20 @@ impl<A: Agent> Lane<A> {
                 drop(message);
                 return self.leave(agent, false);
             }
+            let mut answer = None;
             match message {
                 Ok(Message::Job(job)) => {
                     let Job { what, ticket, run, open } = job;
                     if !ticket.begin() {
                         continue;
                     }
-                    if let Err(failure) = self.guarded(what, || run(&mut agent)) {
-                        self.fail(inbox, failure);
-                        drop(open);
-                        return self.leave(agent, true);
+                    match self.guarded(what, || run(&mut agent)) {
+                        Ok(deliver) => answer = Some((deliver, open)),
+                        Err(failure) => {
+                            self.fail(inbox, failure);
+                            drop(open);
+                            return self.leave(agent, true);
+                        }
                     }
                 }
                 Ok(Message::Wake) | Err(RecvTimeoutError::Timeout) => {}
@@ -169,8 +176,17 @@ impl<A: Agent> Lane<A> {
                 Ok(found) => standing = found,
                 Err(failure) => {
                     self.fail(inbox, failure);
+                    drop(answer);
                     return self.leave(agent, true);
                 }
+            }
+            // An answer that nobody waits for is dropped here, and may panic.
+            if let Some((deliver, open)) = answer
+                && let Err(failure) = self.guarded("answer", deliver)
+            {
+                self.fail(inbox, failure);
+                drop(open);
+                return self.leave(agent, true);
             }
             if standing == Standing::Quiet && agent.joins() >= self.recycle_after {
                 tracing::info!(
