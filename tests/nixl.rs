@@ -9,6 +9,8 @@
     reason = "the lint spares test functions, not what they call"
 )]
 
+#[path = "nixl/faults.rs"]
+mod faults;
 #[path = "nixl/guard.rs"]
 mod guard;
 #[path = "nixl/isolated.rs"]
@@ -24,12 +26,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use refit_planner::{Dims, Transform};
-use refit_pool::{HostAllocator, Key, Pool, PoolOptions};
+use refit_pool::{HostAllocator, Key, LeaseError, Pool, PoolOptions};
 use refit_transport::conformance::{Case, Harness, Outcome, cases};
 use refit_transport::nixl::{NixlOptions, NixlTransport};
 use refit_transport::{
     LocalRange, Pull, PullError, ReadOp, RemoteRange, Settled, Transport, TransportError,
-    TransportPool, TransportRegistrar,
+    TransportLease, TransportPool, TransportRegistrar,
 };
 
 use crate::isolated::{isolated, library};
@@ -169,8 +171,18 @@ impl Target {
 
     /// Pulls everything in 64 reads.
     fn start(&self) -> Result<Pull<NixlTransport>, PullError<NixlTransport>> {
+        let lease = self.lease().unwrap();
+        Pull::start(Arc::clone(&self.transport), lease, Vec::new(), ..)
+    }
+
+    /// As [`start`](Self::start), where the peer may not even be reached.
+    fn try_start(&self) -> Result<Pull<NixlTransport>, Box<dyn std::error::Error>> {
+        Ok(Pull::start(Arc::clone(&self.transport), self.lease()?, Vec::new(), ..)?)
+    }
+
+    fn lease(&self) -> Result<TransportLease<NixlTransport>, LeaseError<TransportError>> {
         let Offer { name, metadata, address, len } = &self.offer;
-        let lease = self.pool.lease(Key::from([1; 32]), |build| {
+        self.pool.lease(Key::from([1; 32]), |build| {
             let arena = build.arena(*len).unwrap();
             let peer = self.transport.connect(name, metadata)?;
             let run = len / 64;
@@ -192,9 +204,8 @@ impl Target {
                     bulk: false,
                 })
                 .collect();
-            Ok::<_, TransportError>(vec![self.transport.prepare(&peer, &reads)?])
-        });
-        Pull::start(Arc::clone(&self.transport), lease.unwrap(), Vec::new(), ..)
+            Ok(vec![self.transport.prepare(&peer, &reads)?])
+        })
     }
 
     fn pull(&self, patience: Duration) -> Result<Settled<NixlTransport>, PullError<NixlTransport>> {

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use refit_planner::Capabilities;
 use refit_pool::{Allocator, HostAllocator, Key, Memory, Pool, PoolOptions, Region};
 use refit_transport::{
-    Cause, Peer, Progress, Pull, PullError, ReadOp, Refusal, Settled, Status, Transport,
-    TransportError, TransportPool, TransportRegistrar, Written,
+    Cause, Parked, Peer, Progress, Pull, PullError, ReadOp, Refusal, Settled, Status, Transport,
+    TransportError, TransportPool, TransportRegistrar, Unsettled, Written,
 };
 
 use Step::{Done, Failed, Lost, Pending};
@@ -405,5 +405,52 @@ fn dropping_leaks_exactly_while_something_may_write() {
 
     let mut world = World::new();
     drop(world.start(&[&[Done], &[Done]]).unwrap());
+    world.check(0, false, 0);
+}
+
+/// Polls until nothing is pending.
+fn poll_out(parked: &mut Parked<Scripted>) {
+    while parked.poll() == Progress::Pending {}
+}
+
+#[test]
+fn p02_parked_memory_comes_back_when_its_reads_have_settled() {
+    let mut world = World::new();
+    let mut parked = world.start(&[&[Pending, Pending, Done], &[Pending, Failed]]).unwrap().park();
+    world.check(2 * 4096, true, 0);
+    assert_eq!((parked.bytes(), world.pool.stats().quarantined_entries), (3 * 4096, 1));
+    assert_eq!(parked.poll(), Progress::Pending);
+    let Err(Unsettled::Pending(mut parked)) = parked.settle() else { panic!() };
+    world.check(2 * 4096, true, 0);
+    poll_out(&mut parked);
+    let returned = parked.settle().unwrap();
+    assert_eq!((returned.live.len(), returned.errors.len()), (1, 1));
+    world.check(0, true, 0);
+    // It lies ready under its key.
+    assert_eq!((world.pool.stats().entries, world.pool.stats().bytes), (1, 2 * 4096));
+    drop(returned);
+    world.check(0, false, 0);
+}
+
+#[test]
+fn p02_parked_reads_that_are_lost_keep_their_memory() {
+    let mut world = World::new();
+    let mut parked = world.start(&[&[Pending, Lost], &[Pending, Done]]).unwrap().park();
+    poll_out(&mut parked);
+    let Err(Unsettled::Lost { errors, bytes }) = parked.settle() else { panic!() };
+    assert_eq!((errors.len(), bytes), (1, 2 * 4096));
+    world.check(2 * 4096, true, 1);
+}
+
+#[test]
+fn p02_dropping_what_is_parked_leaks_exactly_while_something_may_write() {
+    let mut world = World::new();
+    drop(world.start(&[&[Done], &[Pending]]).unwrap().park());
+    world.check(2 * 4096, true, 1);
+
+    let mut world = World::new();
+    let mut parked = world.start(&[&[Pending, Done]]).unwrap().park();
+    poll_out(&mut parked);
+    drop(parked);
     world.check(0, false, 0);
 }

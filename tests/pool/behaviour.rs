@@ -17,6 +17,10 @@ use refit_pool::{
 };
 use watched::*;
 
+fn test_pool(budget_bytes: u64, max_registration: Option<u64>) -> (TestPool, Shared) {
+    test_pool_with(PoolOptions { budget_bytes, max_registration, ..PoolOptions::default() })
+}
+
 fn one_arena(
     shared: &Shared,
     bytes: u64,
@@ -114,11 +118,15 @@ fn a_build_that_goes_on_after_a_refusal_keeps_what_it_has() {
 
 #[test]
 fn errors_say_what_to_do() {
-    let (pool, shared) = test_pool(1000, None);
+    let (pool, shared) = test_pool_with(PoolOptions {
+        budget_bytes: 1000,
+        quarantine_bytes: Some(600),
+        ..PoolOptions::default()
+    });
     let held = pool.lease(key(0xab), one_arena(&shared, 600)).unwrap();
     let error = pool.lease(key(0xab), one_arena(&shared, 1)).unwrap_err();
     assert!(error.to_string().contains("entry abababab is leased"), "{error}");
-    held.quarantine();
+    drop(held.quarantine());
     let error = pool.lease(key(1), one_arena(&shared, 500)).unwrap_err().to_string();
     for part in [
         "500 bytes does not fit",
@@ -130,7 +138,7 @@ fn errors_say_what_to_do() {
         assert!(error.contains(part), "{error}");
     }
     let fresh = pool.lease(key(0xab), one_arena(&shared, 400)).unwrap();
-    assert!(!fresh.is_hit(), "a quarantined entry never comes back");
+    assert!(!fresh.is_hit(), "a leaked entry never comes back");
     assert!(
         fresh.arenas()[0].host_bytes().is_some_and(|bytes| bytes.iter().all(|&byte| byte == 0))
     );
@@ -215,9 +223,13 @@ fn four_threads_never_see_each_others_bytes() {
     const KEYS: usize = 6;
     const ROUNDS: u64 = 3_000;
     // Room for three or four of the six, so that eviction never stops; quarantine takes a little away for good.
-    let (pool, shared) = test_pool(260_000, Some(16_384));
+    let (pool, shared) = test_pool_with(PoolOptions {
+        budget_bytes: 260_000,
+        quarantine_bytes: Some(u64::MAX),
+        max_registration: Some(16_384),
+    });
     let in_use = [const { AtomicBool::new(false) }; KEYS];
-    let quarantines = AtomicU64::new(0);
+    let leaks = AtomicU64::new(0);
     let work = |seed: u64| {
         let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         let mut next = || {
@@ -260,8 +272,12 @@ fn four_threads_never_see_each_others_bytes() {
             );
             in_use[name].store(false, Ordering::Release);
             // The key is free only when the lease is gone, so nobody can have it in between.
-            if next() % 1000 == 0 && quarantines.fetch_add(1, Ordering::Relaxed) < 1 {
-                lease.quarantine();
+            if next() % 1000 == 0 && leaks.fetch_add(1, Ordering::Relaxed) < 1 {
+                drop(lease.quarantine());
+            } else if next() % 50 == 0 {
+                let quarantined = lease.quarantine();
+                thread::yield_now();
+                quarantined.release();
             }
         }
         leases
@@ -284,7 +300,56 @@ fn four_threads_never_see_each_others_bytes() {
     let world = shared.world();
     assert_eq!(world.allocated.values().sum::<u64>(), stats.quarantined_bytes);
     assert_eq!(world.registered.values().sum::<u64>(), stats.registrations - stats.deregistrations);
-    assert_eq!(world.prepared, stats.quarantines);
+    assert_eq!(world.prepared, stats.quarantines - stats.releases);
+}
+
+#[test]
+fn p02_quarantined_memory_is_not_lent_until_it_is_released() {
+    let (pool, shared) = test_pool_with(PoolOptions {
+        budget_bytes: 1000,
+        quarantine_bytes: None,
+        ..PoolOptions::default()
+    });
+    let first = pool.lease(key(1), one_arena(&shared, 200)).unwrap();
+    let address = first.arenas()[0].address();
+    let first = first.quarantine();
+    assert_eq!((first.bytes(), first.key()), (200, key(1)));
+    // Within the limit the pool goes on, in memory of its own.
+    let second = pool.lease(key(1), one_arena(&shared, 100)).unwrap();
+    assert!(!second.is_hit() && second.arenas()[0].address() != address);
+    let stats = pool.stats();
+    assert_eq!((stats.bytes, stats.quarantined_bytes, stats.quarantined_entries), (300, 200, 1));
+
+    // Above it, nobody is given anything, not even what lies ready.
+    drop(pool.lease(key(3), one_arena(&shared, 10)).unwrap());
+    let second = second.quarantine();
+    let error = pool.lease(key(3), one_arena(&shared, 10)).unwrap_err();
+    let LeaseError::Pool(PoolError::Quarantine { quarantined: 300, entries: 2, limit: 250 }) =
+        error
+    else {
+        panic!("{error:?}")
+    };
+    let error = error.to_string();
+    assert!(error.contains("end the silent peer") && error.contains("restart this process"));
+
+    // What settles first is idle again, and what settles when the key is taken is undone.
+    second.release();
+    let stats = pool.stats();
+    assert_eq!((stats.bytes, stats.quarantined_bytes, stats.releases), (310, 200, 1));
+    let again = pool.lease(key(1), one_arena(&shared, 999)).unwrap();
+    assert!(again.is_hit());
+    first.release();
+    let stats = pool.stats();
+    assert_eq!((stats.bytes, stats.quarantined_bytes, stats.quarantined_entries), (110, 0, 0));
+    // Clearing frees nothing that is quarantined.
+    let again = again.quarantine();
+    pool.clear();
+    assert_eq!(shared.world().allocated.len(), 1);
+    drop(pool);
+    assert_eq!(shared.world().allocated.len(), 1);
+    again.release();
+    assert!(shared.world().allocated.is_empty() && shared.world().registered.is_empty());
+    shared.assert_no_violations();
 }
 
 #[test]

@@ -10,7 +10,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use refit_pool::{
-    Allocator, Build, HostAllocator, Lease, LeaseError, Memory, PoolError, PoolStats, Region,
+    Allocator, Build, HostAllocator, Lease, LeaseError, Memory, PoolError, PoolOptions, PoolStats,
+    Quarantined, Region,
 };
 use watched::*;
 
@@ -18,6 +19,8 @@ type TestLease = Lease<WatchedRegistrar, Prepared>;
 
 const KEYS: u8 = 5;
 const BUDGET: u64 = 60_000;
+/// A little over the default, to see that it is the option that counts.
+const QUARANTINE: u64 = 20_000;
 /// Bytes of the allocation that entries of one key adopt.
 const ADOPTED: usize = 9_000;
 
@@ -30,9 +33,18 @@ enum End {
 
 #[derive(Clone, Debug)]
 enum Op {
-    Lease { key: u8, arenas: Vec<u64>, adopt: u8, end: End, refuse_after: Option<u64> },
+    Lease {
+        key: u8,
+        arenas: Vec<u64>,
+        adopt: u8,
+        end: End,
+        refuse_after: Option<u64>,
+    },
     Release(Index),
     Quarantine(Index),
+    Settle(Index),
+    /// Nobody watches its transfers any more.
+    Abandon(Index),
     Clear,
     Evict(u8),
     Complain(u64),
@@ -56,7 +68,9 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
     let op = prop_oneof![
         12 => lease,
         8 => any::<Index>().prop_map(Op::Release),
-        1 => any::<Index>().prop_map(Op::Quarantine),
+        2 => any::<Index>().prop_map(Op::Quarantine),
+        2 => any::<Index>().prop_map(Op::Settle),
+        1 => any::<Index>().prop_map(Op::Abandon),
         1 => Just(Op::Clear),
         2 => (0..KEYS).prop_map(Op::Evict),
         1 => (1..4_u64).prop_map(Op::Complain),
@@ -80,6 +94,7 @@ enum Outcome {
     Leased,
     Deregister(u64),
     Budget { needed: u64, leased: u64, quarantined: u64 },
+    Quarantine { quarantined: u64, entries: u64 },
     Register,
     Failed,
     Panicked,
@@ -94,7 +109,9 @@ struct Model {
     clock: u64,
     complaints: u64,
     failures: u64,
-    quarantined_pieces: u64,
+    /// In the order in which they were quarantined.
+    quarantined: Vec<(u8, ModelEntry)>,
+    leaked: Vec<ModelEntry>,
 }
 
 impl Model {
@@ -207,6 +224,11 @@ impl Model {
         if self.failures > 0 {
             return Outcome::Deregister(std::mem::take(&mut self.failures));
         }
+        let PoolStats { quarantined_bytes: quarantined, quarantined_entries: entries, .. } =
+            self.stats;
+        if quarantined > QUARANTINE {
+            return Outcome::Quarantine { quarantined, entries };
+        }
         match self.entries.get_mut(&key) {
             Some(ModelEntry { returned: None, .. }) => Outcome::Leased,
             Some(entry) => {
@@ -238,7 +260,34 @@ impl Model {
         let entry = self.entries.remove(&key).unwrap();
         self.stats.quarantines += 1;
         self.stats.quarantined_bytes += entry.bytes;
-        self.quarantined_pieces += entry.pieces;
+        self.stats.quarantined_entries += 1;
+        self.quarantined.push((key, entry));
+    }
+
+    fn settle(&mut self, index: usize) {
+        let (key, mut entry) = self.quarantined.remove(index);
+        self.stats.releases += 1;
+        self.stats.quarantined_bytes -= entry.bytes;
+        self.stats.quarantined_entries -= 1;
+        self.clock += 1;
+        if self.entries.contains_key(&key) {
+            self.stats.bytes -= entry.bytes;
+            self.deregister(entry.pieces);
+        } else {
+            entry.returned = Some(self.clock);
+            self.entries.insert(key, entry);
+        }
+    }
+
+    fn abandon(&mut self, index: usize) {
+        let (_, entry) = self.quarantined.remove(index);
+        self.leaked.push(entry);
+    }
+
+    /// Registered pieces, and entries, that are quarantined or leaked.
+    fn apart(&self) -> (u64, u64) {
+        let apart = self.quarantined.iter().map(|(_, entry)| entry).chain(&self.leaked);
+        apart.fold((0, 0), |(pieces, entries), entry| (pieces + entry.pieces, entries + 1))
     }
 
     fn stats(&self) -> PoolStats {
@@ -305,6 +354,9 @@ fn run_lease(
             leased,
             quarantined,
         })) => Outcome::Budget { needed, leased, quarantined },
+        LeaseError::Pool(PoolError::Quarantine { quarantined, entries, limit: QUARANTINE }) => {
+            Outcome::Quarantine { quarantined, entries }
+        }
         LeaseError::Pool(PoolError::Leased { key: refused }) if refused == key(*name) => {
             Outcome::Leased
         }
@@ -346,12 +398,17 @@ fn take<T>(from: &mut BTreeMap<u8, T>, index: &Index) -> Option<(u8, T)> {
 }
 
 fn run(ops: &[Op], max_registration: Option<u64>, pool_first: bool) {
-    let (pool, shared) = test_pool(BUDGET, max_registration);
+    let (pool, shared) = test_pool_with(PoolOptions {
+        budget_bytes: BUDGET,
+        quarantine_bytes: Some(QUARANTINE),
+        max_registration,
+    });
     let step =
         max_registration.map_or(u64::MAX, |max| if max < 4096 { max } else { max - max % 4096 });
     let mut model = Model { step, ..Model::default() };
     let adopted = (0..KEYS).map(|_| HostAllocator.allocate(ADOPTED).unwrap()).collect::<Vec<_>>();
     let mut held = BTreeMap::<u8, TestLease>::new();
+    let mut apart = Vec::<Quarantined<WatchedRegistrar, Prepared>>::new();
 
     for op in ops {
         match op {
@@ -372,10 +429,24 @@ fn run(ops: &[Op], max_registration: Option<u64>, pool_first: bool) {
             }
             Op::Quarantine(index) => {
                 if let Some((name, lease)) = take(&mut held, index) {
-                    lease.quarantine();
+                    apart.push(lease.quarantine());
                     model.quarantine(name);
                 }
             }
+            Op::Settle(index) if !apart.is_empty() => {
+                let index = index.index(apart.len());
+                let quarantined = apart.remove(index);
+                assert_eq!(quarantined.bytes(), model.quarantined[index].1.bytes);
+                assert_eq!(quarantined.key(), key(model.quarantined[index].0));
+                quarantined.release();
+                model.settle(index);
+            }
+            Op::Abandon(index) if !apart.is_empty() => {
+                let index = index.index(apart.len());
+                drop(apart.remove(index));
+                model.abandon(index);
+            }
+            Op::Settle(_) | Op::Abandon(_) => {}
             Op::Clear => {
                 pool.clear();
                 model.idle().into_iter().for_each(|name| model.evict(name));
@@ -395,12 +466,12 @@ fn run(ops: &[Op], max_registration: Option<u64>, pool_first: bool) {
         assert_eq!(pool.stats(), model.stats(), "after {op:?}");
         shared.assert_no_violations();
         let world = shared.world();
-        assert_eq!(world.prepared, model.entries.len() as u64 + model.stats.quarantines);
+        let (pieces, entries) = model.apart();
+        assert_eq!(world.prepared, model.entries.len() as u64 + entries);
         assert_eq!(world.allocated.values().sum::<u64>(), model.stats.bytes);
         assert_eq!(
             world.registered.values().sum::<u64>(),
-            model.entries.values().map(|entry| entry.pieces).sum::<u64>()
-                + model.quarantined_pieces
+            model.entries.values().map(|entry| entry.pieces).sum::<u64>() + pieces
         );
     }
 
@@ -416,11 +487,14 @@ fn run(ops: &[Op], max_registration: Option<u64>, pool_first: bool) {
         drop(held);
         drop(pool);
     }
+    // The pool is gone: what settles now is undone.
+    apart.into_iter().for_each(Quarantined::release);
+    model.quarantined.clear();
     shared.assert_no_violations();
     let world = shared.world();
-    assert_eq!(world.allocated.values().sum::<u64>(), model.stats.quarantined_bytes);
-    assert_eq!(world.registered.values().sum::<u64>(), model.quarantined_pieces);
-    assert_eq!(world.prepared, model.stats.quarantines);
+    let leaked = model.leaked.iter().map(|entry| entry.bytes).sum::<u64>();
+    assert_eq!(world.allocated.values().sum::<u64>(), leaked);
+    assert_eq!((world.registered.values().sum::<u64>(), world.prepared), model.apart());
 }
 
 proptest! {

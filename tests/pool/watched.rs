@@ -177,9 +177,8 @@ impl Drop for Prepared {
 
 pub(crate) type TestPool = Pool<WatchedRegistrar, Prepared>;
 
-pub(crate) fn test_pool(budget_bytes: u64, max_registration: Option<u64>) -> (TestPool, Shared) {
+pub(crate) fn test_pool_with(options: PoolOptions) -> (TestPool, Shared) {
     let shared = Shared::default();
-    shared.world().budget = Some(budget_bytes);
-    let options = PoolOptions { budget_bytes, max_registration };
+    shared.world().budget = Some(options.budget_bytes);
     (Pool::new(WatchedAllocator(shared.clone()), WatchedRegistrar(shared.clone()), options), shared)
 }

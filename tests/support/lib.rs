@@ -5,6 +5,7 @@
 
 pub mod allocations;
 pub mod execute;
+pub mod faults;
 pub mod floats;
 pub mod fuzz;
 pub mod golden;

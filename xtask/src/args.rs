@@ -26,6 +26,8 @@ pub(crate) enum Task {
         /// Whether to only say if that would change anything.
         check: bool,
     },
+    /// Run the models of the pool's locks.
+    Loom,
     /// Check the rules of the house.
     Tidy,
     /// Run what CI runs.
@@ -71,6 +73,7 @@ impl Task {
                 Some("--check") if rest.len() == 1 => Ok(Self::Ptx { check: true }),
                 _ => none(&name, &rest).map(|()| Self::Ptx { check: false }),
             },
+            "loom" => none(&name, &rest).map(|()| Self::Loom),
             "tidy" => none(&name, &rest).map(|()| Self::Tidy),
             _ => match rest.first().map(String::as_str) {
                 Some("--no-test") if rest.len() == 1 => Ok(Self::Ci { test: false }),

@@ -145,6 +145,13 @@ pub(crate) fn criterion(root: &Path, args: &[String]) -> Result<(), Failure> {
     status(command)
 }
 
+pub(crate) fn loom(root: &Path) -> Result<(), Failure> {
+    let mut command = cargo(root);
+    command.current_dir(root).args(["test", "--package", "refit-pool", "--lib", "models::"]);
+    command.env("RUSTFLAGS", "--cfg loom").env("CARGO_TARGET_DIR", root.join("target/loom"));
+    status(command)
+}
+
 fn with(mut command: Command, args: &[String]) -> Command {
     command.arg("--").args(args);
     command

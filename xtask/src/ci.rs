@@ -29,6 +29,7 @@ pub(crate) fn run(root: &Path, test: bool) -> Result<(), Failure> {
     });
     steps.run("tidy", || tidy::run(root));
     steps.run("ptx", || ptx::check_where_possible(root));
+    steps.run("loom", || cargo::loom(root));
     // By themselves, since in the workspace other crates turn features of theirs on, `serde` and `std` among them.
     steps.run("clippy, pure crates alone", || {
         clippy(&["--package", "refit-planner", "--package", "refit-translate"], &[])

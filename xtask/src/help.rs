@@ -1,8 +1,19 @@
 //! Help texts.
 
 /// Every task, in the order of the overview.
-pub(crate) const NAMES: [&str; 10] =
-    ["bench", "test", "refit", "setup", "criterion", "chart", "bundle", "ptx", "tidy", "ci"];
+pub(crate) const NAMES: [&str; 11] = [
+    "bench",
+    "test",
+    "refit",
+    "setup",
+    "criterion",
+    "chart",
+    "bundle",
+    "ptx",
+    "loom",
+    "tidy",
+    "ci",
+];
 
 /// `cargo xtask --help`.
 pub(crate) const MAIN: &str = "\
@@ -17,6 +28,7 @@ Tasks:
   chart      draw what benches wrote
   bundle     pack the command and NIXL for a host without internet
   ptx        compile the CUDA kernel to PTX, after a change of it
+  loom       run the pool's locks in every order
   tidy       check the rules of the house that no compiler checks
   ci         run what CI runs
 
@@ -34,6 +46,7 @@ pub(crate) fn of(name: &str) -> Option<&'static str> {
         "chart" => CHART,
         "bundle" => BUNDLE,
         "ptx" => PTX,
+        "loom" => LOOM,
         "tidy" => TIDY,
         "ci" => CI,
         _ => return None,
@@ -128,6 +141,13 @@ Compiles crates/kernels/src/move.cu to the move.ptx beside it, with a pinned NVR
 target/setup. Only after a change of move.cu; nobody else needs it. Needs Linux on x86_64, and no GPU.
 
   --check  write nothing, and fail if the PTX would change
+";
+
+const LOOM: &str = "\
+cargo xtask loom
+
+Runs the models of the pool's locks under loom: every order in which two or three threads can take them, within three
+preemptions. Builds into target/loom, because everything is built with `--cfg loom`; half a minute the first time.
 ";
 
 const TIDY: &str = "\

@@ -57,6 +57,7 @@ fn run(task: Task) -> Result<(), Failure> {
         Task::Chart(args) => cargo::chart(&root, &args),
         Task::Bundle(options) => bundle::run(&root, &options),
         Task::Ptx { check } => ptx::run(&root, check),
+        Task::Loom => cargo::loom(&root),
         Task::Tidy => tidy::run(&root),
         Task::Ci { test } => ci::run(&root, test),
     }

@@ -3,20 +3,23 @@
 use std::error::Error;
 use std::mem;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use std::sync::atomic::Ordering;
 
 use crate::PoolError;
+use crate::sync::{AtomicBool, Condvar, Mutex, MutexGuard};
 
 /// The books. Locked after the pool's entries where both are needed, and never across a foreign call.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Ledger {
     books: Mutex<Books>,
     /// Signalled whenever bytes are given back.
     freed: Condvar,
     /// Whether `books.failure` holds something, so that a warm lease need not look.
     failed: AtomicBool,
+    /// Bytes that may be quarantined at once.
+    limit: u64,
+    /// Whether there are more, so that a warm lease need not look.
+    exceeded: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -25,8 +28,9 @@ pub(crate) struct Books {
     pub(crate) bytes: u64,
     /// The part of `bytes` that threads are freeing right now.
     pub(crate) leaving: u64,
-    /// The part of `bytes` that will never be given back.
+    /// The part of `bytes` that transfers may still write, and in how many entries.
     pub(crate) quarantined: u64,
+    pub(crate) quarantined_entries: u64,
     pub(crate) allocations: u64,
     pub(crate) registrations: u64,
     pub(crate) deregistrations: u64,
@@ -41,6 +45,16 @@ struct Failure {
 }
 
 impl Ledger {
+    pub(crate) fn new(limit: u64) -> Self {
+        Self {
+            books: Mutex::default(),
+            freed: Condvar::default(),
+            failed: AtomicBool::new(false),
+            limit,
+            exceeded: AtomicBool::new(false),
+        }
+    }
+
     pub(crate) fn books(&self) -> MutexGuard<'_, Books> {
         self.books.lock()
     }
@@ -48,6 +62,20 @@ impl Ledger {
     /// Waits until somebody gives bytes back.
     pub(crate) fn wait(&self, books: &mut MutexGuard<'_, Books>) {
         self.freed.wait(books);
+    }
+
+    pub(crate) fn quarantine(&self, bytes: u64) {
+        let mut books = self.books();
+        books.quarantined += bytes;
+        books.quarantined_entries += 1;
+        self.exceeded.store(books.quarantined > self.limit, Ordering::Release);
+    }
+
+    pub(crate) fn release(&self, bytes: u64) {
+        let mut books = self.books();
+        books.quarantined -= bytes;
+        books.quarantined_entries -= 1;
+        self.exceeded.store(books.quarantined > self.limit, Ordering::Release);
     }
 
     pub(crate) fn allocated(&self) {
@@ -71,8 +99,21 @@ impl Ledger {
         }
     }
 
-    /// The failed deregistrations since the last call, as an error.
+    /// The failed deregistrations since the last call, or a quarantine that is full, as an error.
     pub(crate) fn check(&self) -> Result<(), PoolError> {
+        self.check_failures()?;
+        if !self.exceeded.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let (books, limit) = (self.books(), self.limit);
+        let (quarantined, entries) = (books.quarantined, books.quarantined_entries);
+        if quarantined > limit {
+            return Err(PoolError::Quarantine { quarantined, entries, limit });
+        }
+        Ok(())
+    }
+
+    fn check_failures(&self) -> Result<(), PoolError> {
         if !self.failed.load(Ordering::Acquire) {
             return Ok(());
         }

@@ -26,8 +26,21 @@ pub enum PoolError {
         budget: u64,
         /// Bytes of leased entries and of entries being built, the one that asks included.
         leased: u64,
-        /// Bytes that will never be freed, because a transfer may still write them.
+        /// Bytes that cannot be freed now, because a transfer may still write them.
         quarantined: u64,
+    },
+    /// Too much memory waits for transfers that do not end.
+    #[error(
+        "{quarantined} bytes in {entries} entries are quarantined, more than {limit}: reads into them have not ended; end \
+         the silent peer, which settles them, or restart this process"
+    )]
+    Quarantine {
+        /// Bytes that a transfer may still write.
+        quarantined: u64,
+        /// Entries they are in.
+        entries: u64,
+        /// Bytes there may be, [`PoolOptions::quarantine_bytes`](crate::PoolOptions::quarantine_bytes).
+        limit: u64,
     },
     /// The allocator gave no memory.
     #[error(transparent)]

@@ -1,15 +1,15 @@
 use std::any::Any;
 use std::fmt;
-use std::mem::{self, ManuallyDrop};
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
 use crate::pool::{Entry, Shared};
-use crate::{BuildCost, Key, Memory, Region, Registrar};
+use crate::{BuildCost, Key, Memory, Quarantined, Region, Registrar};
 
 /// Exclusive use of a pool entry. Dropping it returns the entry, as it is, for the next refit.
 ///
 /// Not to be dropped while a transfer may still write the memory: whoever posted one keeps the lease until every
-/// read has settled, or gives it to [`quarantine`](Self::quarantine).
+/// read has settled, or sets it apart by [`quarantine`](Self::quarantine).
 #[must_use = "dropping a lease returns it"]
 pub struct Lease<R: Registrar, P> {
     /// Taken by `drop`, and by nothing else.
@@ -97,15 +97,19 @@ impl<R: Registrar, P> Lease<R, P> {
         self.entry.holdings.registrations.regions()
     }
 
-    /// Gives the entry up without freeing anything, ever: for memory that a transfer may still write when nobody can
-    /// wait for it any longer.
+    /// Sets the entry apart because a transfer may still write it and nobody wants to wait for that here.
     ///
-    /// The bytes stay in the budget and are counted in [`quarantined_bytes`](crate::PoolStats::quarantined_bytes).
-    /// The registrar stays too, because dropping it might undo registrations. The key is free again: its next lease
-    /// builds a new entry.
-    pub fn quarantine(self) {
-        self.shared.quarantine(self.key, self.entry.bytes());
-        mem::forget(self);
+    /// The bytes stay in the budget and are counted in [`quarantined_bytes`](crate::PoolStats::quarantined_bytes) until
+    /// the entry is [released](Quarantined::release). The key is free again: its next lease builds a new entry.
+    pub fn quarantine(self) -> Quarantined<R, P> {
+        // Not to be dropped: that would return the entry.
+        let mut this = ManuallyDrop::new(self);
+        // SAFETY: `entry` is taken here only, and `this` is never dropped.
+        let entry = unsafe { ManuallyDrop::take(&mut this.entry) };
+        // SAFETY: read once, and `this` is never dropped. The other fields own nothing.
+        let shared = unsafe { std::ptr::read(&this.shared) };
+        shared.quarantine(this.key, entry.bytes());
+        Quarantined::new(shared, this.key, entry)
     }
 }
 

@@ -7,7 +7,8 @@
 //!
 //! - This crate does not know what a plan is: keys are opaque bytes.
 //! - Registrations are dropped before the memory they cover, always.
-//! - A leased entry is never evicted, and memory that a transfer may still write is never freed: it is quarantined.
+//! - A leased entry is never evicted, and memory that a transfer may still write is never freed: it is quarantined,
+//!   counted, and released when the transfer has ended.
 //! - No lock is held across a call of the allocator, the registrar, or the caller's code.
 
 mod allocator;
@@ -22,8 +23,10 @@ mod key;
 mod lease;
 mod memory;
 mod pool;
+mod quarantined;
 mod registrar;
 mod stats;
+mod sync;
 
 pub use allocator::{Allocator, HostAllocator};
 pub use arena::ArenaPlan;
@@ -34,5 +37,6 @@ pub use key::Key;
 pub use lease::Lease;
 pub use memory::{KeepAlive, Memory, MemoryKind, Region};
 pub use pool::{Pool, PoolOptions};
+pub use quarantined::Quarantined;
 pub use registrar::Registrar;
 pub use stats::PoolStats;

@@ -5,11 +5,10 @@ use std::fmt;
 use std::mem;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
-
 use crate::budget::{Ledger, Reservation};
 use crate::build::{Build, BuildCost, Holdings, Reserve};
 use crate::registrar::Core;
+use crate::sync::Mutex;
 use crate::{Allocator, Key, Lease, LeaseError, PoolError, PoolStats, Registrar};
 
 /// How a pool is bounded.
@@ -17,6 +16,9 @@ use crate::{Allocator, Key, Lease, LeaseError, PoolError, PoolStats, Registrar};
 pub struct PoolOptions {
     /// Arena bytes that the pool may hold at once, quarantined ones included. Unlimited by default.
     pub budget_bytes: u64,
+    /// Arena bytes that may be quarantined at once: while there are more, the pool gives no lease. `None`, the default,
+    /// means a quarter of the budget.
+    pub quarantine_bytes: Option<u64>,
     /// The longest registration the transport takes, in bytes; longer regions are registered in pieces, cut at
     /// multiples of 4 KiB. Unlimited by default, as `Some(0)` is.
     pub max_registration: Option<u64>,
@@ -24,7 +26,7 @@ pub struct PoolOptions {
 
 impl Default for PoolOptions {
     fn default() -> Self {
-        Self { budget_bytes: u64::MAX, max_registration: None }
+        Self { budget_bytes: u64::MAX, quarantine_bytes: None, max_registration: None }
     }
 }
 
@@ -70,8 +72,20 @@ struct Entries<R: Registrar, P> {
     misses: u64,
     evictions: u64,
     quarantines: u64,
+    releases: u64,
 }
 
+/// What a key stands for. A quarantined entry has no slot: its key is free.
+///
+/// ```text
+/// (free) ──lease──▶ Building ──▶ Leased ──drop──▶ Idle ──lease──▶ Leased
+///   ▲                  │           │                ▲  └──evict──▶ (free)
+///   └──── failed ──────┘      quarantine            │
+///                                  ▼                │ the key is free still
+///                             Quarantined ──release─┤
+///                                  │                └ otherwise the entry is undone
+///                                  └──drop──▶ leaked for good
+/// ```
 enum Slot<R: Registrar, P> {
     Building,
     Leased { bytes: u64 },
@@ -97,8 +111,9 @@ impl<R: Registrar, P: Send> Pool<R, P> {
     /// An empty pool.
     #[must_use]
     pub fn new(allocator: impl Allocator + 'static, registrar: R, options: PoolOptions) -> Self {
-        let PoolOptions { budget_bytes, max_registration } = options;
-        let core = Core { registrar, max_registration, ledger: Arc::new(Ledger::default()) };
+        let PoolOptions { budget_bytes, quarantine_bytes, max_registration } = options;
+        let ledger = Arc::new(Ledger::new(quarantine_bytes.unwrap_or(budget_bytes / 4)));
+        let core = Core { registrar, max_registration, ledger };
         let shared = Shared {
             entries: Mutex::new(Entries::default()),
             core: Arc::new(core),
@@ -114,8 +129,8 @@ impl<R: Registrar, P: Send> Pool<R, P> {
     /// had built is undone and the key is free again.
     ///
     /// # Errors
-    /// [`LeaseError::Build`] with what `build` said, or [`LeaseError::Pool`] with [`PoolError::Leased`] or
-    /// [`PoolError::Deregister`].
+    /// [`LeaseError::Build`] with what `build` said, or [`LeaseError::Pool`] with [`PoolError::Leased`],
+    /// [`PoolError::Deregister`], or [`PoolError::Quarantine`] while more is quarantined than may be.
     pub fn lease<E>(
         &self,
         key: Key,
@@ -155,9 +170,11 @@ impl<R: Registrar, P: Send> Pool<R, P> {
             misses: entries.misses,
             evictions: entries.evictions,
             quarantines: entries.quarantines,
+            releases: entries.releases,
             bytes: books.bytes,
             leased_bytes: entries.slots.values().map(leased).sum(),
             quarantined_bytes: books.quarantined,
+            quarantined_entries: books.quarantined_entries,
             entries: entries.slots.len() as u64,
         }
     }
@@ -248,14 +265,34 @@ impl<R: Registrar, P> Shared<R, P> {
         }
     }
 
-    /// Forgets a leased entry that nobody will ever free. Its key is free again.
+    /// Takes a leased entry that is quarantined from here on off the map.
     pub(crate) fn quarantine(&self, key: Key, bytes: u64) {
         let mut entries = self.entries.lock();
         entries.slots.remove(&key);
         entries.quarantines += 1;
-        self.core.ledger.books().quarantined += bytes;
+        self.core.ledger.quarantine(bytes);
         drop(entries);
-        tracing::warn!(%key, bytes, "memory quarantined for good: a transfer may still write it");
+        tracing::warn!(%key, bytes, "memory quarantined: a transfer may still write it");
+    }
+
+    /// Takes a quarantined entry back that nothing writes any more.
+    pub(crate) fn release(&self, key: Key, entry: Box<Entry<R, P>>) {
+        let mut entries = self.entries.lock();
+        entries.releases += 1;
+        entries.clock += 1;
+        let (returned, bytes) = (entries.clock, entry.bytes());
+        self.core.ledger.release(bytes);
+        let closed = entries.closed;
+        let undone = match entries.slots.entry(key) {
+            hash_map::Entry::Vacant(slot) if !closed => {
+                slot.insert(Slot::Idle { entry, returned });
+                None
+            }
+            _ => Some(entry),
+        };
+        drop(entries);
+        tracing::info!(%key, bytes, idle = undone.is_none(), "memory released from quarantine");
+        drop(undone);
     }
 
     fn clear(&self) {
@@ -337,6 +374,7 @@ impl<R: Registrar, P> Default for Entries<R, P> {
             misses: 0,
             evictions: 0,
             quarantines: 0,
+            releases: 0,
         }
     }
 }
@@ -381,3 +419,6 @@ impl<R: Registrar, P> fmt::Debug for Shared<R, P> {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(all(test, loom))]
+mod models;

@@ -21,13 +21,17 @@ pub struct PoolStats {
     pub evictions: u64,
     /// Counter: entries quarantined.
     pub quarantines: u64,
+    /// Counter: quarantined entries that were released because nothing writes them any more.
+    pub releases: u64,
     /// Gauge: arena bytes allocated and not freed, quarantined ones included. Never more than the budget. Adopted
     /// memory is not counted.
     pub bytes: u64,
     /// Gauge, part of `bytes`: those of leased entries.
     pub leased_bytes: u64,
-    /// Gauge, part of `bytes`: those that are never freed, because a transfer may still write them.
+    /// Gauge, part of `bytes`: those that are not lent or freed, because a transfer may still write them.
     pub quarantined_bytes: u64,
+    /// Gauge: entries that these are in.
+    pub quarantined_entries: u64,
     /// Gauge: entries in the pool, idle, leased or being built. Quarantined ones are no longer among them.
     pub entries: u64,
 }

@@ -101,6 +101,6 @@ pub use report::Report;
 pub use request::{MAX_REQUEST_BYTES, PackRequest, RequestError};
 pub use source::{PackedSource, ParamsMut, Repacked, Source, Updating};
 pub use target::{
-    Cancelled, Failed, Installed, InvalidTarget, Landed, Lent, Prepared, Pulled, Pulling, Target,
-    TargetOptions, Unfinished,
+    Cancelled, Failed, Installed, InvalidTarget, Landed, Lent, ParkedTarget, Prepared, Pulled,
+    Pulling, Settling, Target, TargetOptions, Unfinished,
 };

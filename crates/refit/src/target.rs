@@ -8,6 +8,7 @@
 //! ```
 
 mod lend;
+mod parked;
 mod prepare;
 mod versions;
 mod waves;
@@ -33,6 +34,7 @@ use crate::source::Source;
 
 use self::lend::Installation;
 pub use self::lend::Lent;
+pub use self::parked::{ParkedTarget, Settling};
 use self::prepare::{Met, Planned, prepare};
 use self::versions::{Phase, Watched};
 use self::waves::{Reading, Stop};
@@ -470,12 +472,6 @@ impl<T: Transport> Landed<T> {
 impl<T: Transport> Refit<T> {
     /// What reading that did not end well leaves behind.
     fn stopped(mut self, stop: Stop<T>) -> Failed<Unfinished<T>> {
-        let first = |errors: Vec<TransportError>| {
-            errors.into_iter().next().map_or(
-                RefitError::Unsupported { what: "a pull that failed without a reason" },
-                RefitError::Transport,
-            )
-        };
         // Whether the wave at hand may have written something.
         let (error, live, touched) = match stop {
             Stop::Landing(error) | Stop::Version(error) => (error, None, true),
@@ -518,4 +514,11 @@ impl<T: Transport> Refit<T> {
         };
         Failed { error, state }
     }
+}
+
+fn first(errors: Vec<TransportError>) -> RefitError {
+    errors.into_iter().next().map_or(
+        RefitError::Unsupported { what: "a pull that failed without a reason" },
+        RefitError::Transport,
+    )
 }

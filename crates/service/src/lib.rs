@@ -1,7 +1,8 @@
 //! Refits between many processes that come, go and fail.
 //!
 //! [`refit`] moves one version's weights once everybody is there and nothing goes wrong. This crate adds what it takes to do
-//! that for weeks: where processes meet ([`rendezvous`]), and who may read or write which version when.
+//! that for weeks: where processes meet ([`rendezvous`]), who may read or write which version when ([`source`], [`reader`],
+//! [`replica`]), and what becomes of callers and memory when a peer falls silent ([`worker`]).
 //!
 //! # Example
 //!
@@ -63,6 +64,7 @@ pub mod replica;
 mod seat;
 pub mod source;
 mod stats;
+pub mod worker;
 
 pub use self::meeting::{Meeting, MeetingError};
 pub use self::seat::{Observer, Point, Seat};

@@ -5,7 +5,7 @@
 //!
 //! - Nothing here runs by itself: no runtime, no thread of ours. Whoever holds a [`Pull`] drives it.
 //! - Memory that a posted read may still write is never freed, reused or handed back: a [`Pull`] owns it until
-//!   every read has settled.
+//!   every read has settled, and a [`Parked`] one keeps it quarantined.
 //! - A transport refuses what a NIC would refuse: unregistered memory, ranges that leave a registration.
 //! - No address enters a message or a log: agents, lengths and positions do.
 //!
@@ -86,6 +86,8 @@ pub use cause::Cause;
 pub use error::{Side, TransportError};
 pub use patterns::Written;
 pub use pool::{TransportLease, TransportPool, TransportRegistrar};
-pub use pull::{Patience, Progress, Pull, PullError, PullStats, Refusal, Settled};
+pub use pull::{
+    Parked, Patience, Progress, Pull, PullError, PullStats, Refusal, Returned, Settled, Unsettled,
+};
 pub use random::draw_incarnation;
 pub use transport::{LocalRange, Peer, ReadOp, RemoteRange, Status, Transport};

@@ -2,6 +2,7 @@
 
 mod error;
 mod owned;
+mod parked;
 mod patience;
 
 use std::fmt;
@@ -16,14 +17,16 @@ use crate::{Status, Transport, TransportError, TransportLease};
 
 pub use self::error::PullError;
 pub use self::owned::Refusal;
+pub use self::parked::{Parked, Returned, Unsettled};
 pub use self::patience::Patience;
 
 /// Reads under way. Owns every byte they write until all of them have settled.
 ///
 /// NIXL cannot cancel a posted read, so there is no cancelling here either. [`wait`](Self::wait) keeps a deadline and
-/// gives the pull back when it passes; the caller waits again, or drops it. Dropping a pull that has not settled
-/// leaks its memory, loudly: the lease is quarantined, live memory is never freed, and the transport takes no new
-/// reads. That is the price of never letting a NIC write memory that somebody else has been given.
+/// gives the pull back when it passes; the caller waits again, or [parks](Self::park) it: its memory is quarantined then
+/// until the reads have settled. Dropping a pull that has not settled is the last resort and leaks its memory, loudly:
+/// the lease stays quarantined, live memory is never freed, and the transport takes no new reads. That is the price of
+/// never letting a NIC write memory that somebody else has been given.
 #[must_use = "dropping a pull that has not settled leaks its memory"]
 pub struct Pull<T: Transport> {
     transport: Arc<T>,
@@ -210,15 +213,8 @@ impl<T: Transport> Pull<T> {
     /// Moves every batch on that has not settled.
     pub fn poll(&mut self) -> Progress {
         let Some(owned) = &mut self.owned else { return Progress::Done };
-        let mut pending = false;
         let batches = &mut owned.lease.prepared_mut()[self.batches.clone()];
-        for (batch, state) in batches.iter_mut().zip(&mut self.states) {
-            if *state == State::Pending {
-                pending = true;
-                *state = step(self.transport.poll(batch), &mut self.errors);
-            }
-        }
-        if pending {
+        if poll_all(&*self.transport, batches, &mut self.states, &mut self.errors) {
             self.stats.polls += 1;
             self.stats.total = self.started.elapsed();
         }
@@ -228,13 +224,7 @@ impl<T: Transport> Pull<T> {
     /// Where the pull stands, as of the last poll.
     #[must_use]
     pub fn progress(&self) -> Progress {
-        if self.states.contains(&State::Pending) {
-            Progress::Pending
-        } else if self.errors.is_empty() {
-            Progress::Done
-        } else {
-            Progress::Failed
-        }
+        progress(&self.states, &self.errors)
     }
 
     /// Polls until everything has settled or the deadline has passed.
@@ -268,6 +258,17 @@ impl<T: Transport> Pull<T> {
                 None => unreachable!("the memory is given back by the methods that take the pull"),
             },
         }
+    }
+
+    /// Gives up waiting. The memory is quarantined until every read has settled, which whoever holds the parked pull
+    /// finds out by polling it; the agent goes on.
+    pub fn park(mut self) -> Parked<T> {
+        let Some(owned) = self.owned.take() else {
+            unreachable!("the memory is given back by the methods that take the pull")
+        };
+        let (states, errors) = (std::mem::take(&mut self.states), std::mem::take(&mut self.errors));
+        let (transport, batches) = (Arc::clone(&self.transport), self.batches.clone());
+        Parked::new(transport, owned, batches, states, errors, self.stats)
     }
 
     fn fail(mut self) -> PullError<T> {
@@ -324,26 +325,65 @@ fn step(result: Result<Status, TransportError>, errors: &mut Vec<TransportError>
     }
 }
 
+/// Polls the batches that have not settled, and says whether there were any.
+fn poll_all<T: Transport>(
+    transport: &T,
+    batches: &mut [T::Prepared],
+    states: &mut [State],
+    errors: &mut Vec<TransportError>,
+) -> bool {
+    let mut pending = false;
+    for (batch, state) in batches.iter_mut().zip(states) {
+        if *state == State::Pending {
+            pending = true;
+            *state = step(transport.poll(batch), errors);
+        }
+    }
+    pending
+}
+
+fn progress(states: &[State], errors: &[TransportError]) -> Progress {
+    if states.contains(&State::Pending) {
+        Progress::Pending
+    } else if errors.is_empty() {
+        Progress::Done
+    } else {
+        Progress::Failed
+    }
+}
+
+/// Tells the transport which of these batches nobody watches any more, and says whether there are any: then their
+/// memory is to be leaked.
+fn abandon<T: Transport>(
+    transport: &T,
+    batches: &[T::Prepared],
+    states: &[State],
+    bytes: u64,
+) -> bool {
+    let restless = |state: &State| matches!(state, State::Pending | State::Lost);
+    let mut abandoned = 0_u64;
+    for (batch, _) in batches.iter().zip(states).filter(|(_, state)| restless(state)) {
+        transport.suspect(batch);
+        abandoned += 1;
+    }
+    if abandoned > 0 {
+        tracing::error!(
+            agent = transport.agent(),
+            batches = abandoned,
+            bytes,
+            "a pull was dropped before it settled: its memory is leaked, the agent takes no new reads"
+        );
+    }
+    abandoned > 0
+}
+
 impl<T: Transport> Drop for Pull<T> {
     fn drop(&mut self) {
         let Some(owned) = self.owned.take() else { return };
-        let restless = |state: &State| matches!(state, State::Pending | State::Lost);
-        if !self.states.iter().any(restless) {
-            return;
+        let batches = &owned.lease.prepared()[self.batches.clone()];
+        if abandon(&*self.transport, batches, &self.states, self.stats.bytes) {
+            owned.leak();
         }
-        let mut batches = 0_u64;
-        let posted = owned.lease.prepared()[self.batches.clone()].iter().zip(&self.states);
-        for (batch, _) in posted.filter(|(_, state)| restless(state)) {
-            self.transport.suspect(batch);
-            batches += 1;
-        }
-        tracing::error!(
-            agent = self.transport.agent(),
-            batches,
-            bytes = self.stats.bytes,
-            "a pull was dropped before it settled: its memory is quarantined, the agent takes no new reads"
-        );
-        owned.leak();
     }
 }
 

@@ -197,4 +197,10 @@ pub trait Transport: Debug + Send + Sync + 'static {
     /// Told when a batch was abandoned before it settled. From then on the agent takes no new reads:
     /// [`prepare`](Self::prepare) and [`post`](Self::post) return [`TransportError::Suspect`].
     fn suspect(&self, prepared: &Self::Prepared);
+
+    /// Polls the reads that the transport posted for itself, to set a connection up, and gave up waiting for; says how
+    /// many have not settled. A transport is not to be dropped before there are none: it would leak itself.
+    fn unsettled(&self) -> usize {
+        0
+    }
 }

@@ -81,7 +81,11 @@ fn parts_of_one_allocation_are_registered_once_and_keep_every_owner() {
     assert_eq!((parts[0].address(), parts[0].len()), (0x10_0200, 0x100));
     let other = part(0x20_0000..0x20_0010, 0x20_0000..0x20_0100, &owners[0]);
     let registrar = Recorder::default();
-    let core = Arc::new(Core { registrar, max_registration: None, ledger: Arc::default() });
+    let core = Arc::new(Core {
+        registrar,
+        max_registration: None,
+        ledger: Arc::new(Ledger::new(u64::MAX)),
+    });
     let mut registrations = Registrations::new(Arc::clone(&core));
     let all = parts.iter().chain([&other]).map(|memory| memory.allocation().clone());
     registrations.add(all.collect::<Vec<_>>()).unwrap();
@@ -175,7 +179,11 @@ impl Registrar for Recorder {
 #[test]
 fn a_refusal_undoes_its_call_and_no_other() {
     let registrar = Recorder { refused: 4, ..Recorder::default() };
-    let core = Arc::new(Core { registrar, max_registration: Some(4096), ledger: Arc::default() });
+    let core = Arc::new(Core {
+        registrar,
+        max_registration: Some(4096),
+        ledger: Arc::new(Ledger::new(u64::MAX)),
+    });
     let mut registrations = Registrations::new(Arc::clone(&core));
     registrations.add([host(0x8000..0x9000)]).unwrap();
     let refused = registrations.add([host(0x1000..0x7000)]).unwrap_err();

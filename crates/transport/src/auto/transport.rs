@@ -516,4 +516,9 @@ impl<N: Transport, F: Transport> Transport for Auto<N, F> {
             _ => {}
         }
     }
+
+    fn unsettled(&self) -> usize {
+        self.near.as_ref().map_or(0, Transport::unsettled)
+            + self.far.as_ref().map_or(0, Transport::unsettled)
+    }
 }

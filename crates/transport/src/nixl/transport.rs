@@ -3,6 +3,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nixl_sys::MemType;
+use parking_lot::Mutex;
 use refit_planner::Capabilities;
 use refit_pool::Region;
 
@@ -20,6 +21,9 @@ use crate::{Cause, Peer, ReadOp, Side, Status, Transport, TransportError, Writte
 
 pub(super) type PeerLink = PeerState<Link>;
 
+/// Reads into scratch memory that nobody waits for any more. Dropped in flight, they leak themselves and the agent.
+pub(super) type Strays = Mutex<Vec<NixlReads>>;
+
 /// A NIXL agent.
 ///
 /// NIXL locks the agent to post and to poll: let one thread at a time drive an agent's pulls.
@@ -32,6 +36,7 @@ pub struct NixlTransport {
     /// Device memory that peers' allocations are touched into. Goes before the agent.
     scratch: Option<Arc<Scratch>>,
     touches: AtomicU64,
+    strays: Strays,
     agent: Arc<Agent>,
 }
 
@@ -59,6 +64,7 @@ impl NixlTransport {
             options,
             scratch,
             touches: AtomicU64::new(0),
+            strays: Mutex::default(),
             agent: Arc::new(agent),
         })
     }
@@ -79,6 +85,10 @@ impl NixlTransport {
         self.scratch.as_ref()
     }
 
+    pub(super) fn strays(&self) -> &Strays {
+        &self.strays
+    }
+
     /// Has UCX map the peer's allocations that these reads read, unless it has.
     fn touch(&self, peer: &Arc<PeerLink>, reads: &[ReadOp]) -> Result<(), Cause> {
         let Some(scratch) = self.scratch().filter(|_| !self.options.first_byte.is_zero()) else {
@@ -88,7 +98,7 @@ impl NixlTransport {
         if places.is_empty() {
             return Ok(());
         }
-        warm_up::read(&self.agent, peer, scratch, &places, self.options.first_byte)?;
+        warm_up::read(&self.agent, &self.strays, peer, scratch, &places, self.options.first_byte)?;
         peer.link.touch(&places);
         self.touches.fetch_add(places.len() as u64, Ordering::Relaxed);
         Ok(())
@@ -248,6 +258,17 @@ impl Transport for NixlTransport {
 
     fn suspect(&self, _prepared: &NixlReads) {
         self.suspect.raise();
+    }
+
+    fn unsettled(&self) -> usize {
+        let mut strays = self.strays.lock();
+        strays.retain_mut(|stray| match stray.poll() {
+            Ok(Status::Pending) => true,
+            Ok(Status::Done) => false,
+            // One that was lost can never be dropped.
+            Err(failure) => !failure.settled,
+        });
+        strays.len()
     }
 }
 

@@ -12,7 +12,7 @@ use super::NixlOptions;
 use super::agent::{Agent, Piece, Registration, place};
 use super::batch::{Destination, Failure, NixlReads, Requests};
 use super::link::Place;
-use super::transport::{NixlTransport, PeerLink};
+use super::transport::{NixlTransport, PeerLink, Strays};
 use crate::{Cause, Status, TransportError};
 
 /// Bytes read of an allocation to have it mapped. UCX may have the peer send a few bytes instead, which maps nothing;
@@ -93,18 +93,19 @@ pub(super) fn first_byte(
     if let Some(scratch) = transport.scratch()
         && let Some(place) = ranges.iter().find(on_device)
     {
-        read(agent, peer, scratch, &[place], wait).map_err(error)?;
+        read(agent, transport.strays(), peer, scratch, &[place], wait).map_err(error)?;
         peer.link.touch(&[place]);
         return Ok(());
     }
     let Some(place) = ranges.iter().next() else { return Ok(()) };
     let byte = Scratch::new(agent, &HostAllocator, 1).map_err(error)?;
-    read(agent, peer, &byte, &[place], wait).map_err(error)
+    read(agent, transport.strays(), peer, &byte, &[place], wait).map_err(error)
 }
 
 /// Reads a little of each place, which are of one type of memory.
 pub(super) fn read(
     agent: &Arc<Agent>,
+    strays: &Strays,
     peer: &Arc<PeerLink>,
     scratch: &Arc<Scratch>,
     places: &[Place],
@@ -150,8 +151,8 @@ pub(super) fn read(
     }
     match status {
         Ok(Status::Done) => Ok(()),
-        // The batch leaks itself and the scratch memory.
         Ok(Status::Pending) => {
+            strays.lock().push(batch);
             Err(Cause::Silent { millis: u64::try_from(wait.as_millis()).unwrap_or(u64::MAX) })
         }
         Err(Failure { cause, .. }) => Err(cause),

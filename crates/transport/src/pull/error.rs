@@ -47,7 +47,7 @@ pub enum PullError<T: Transport> {
     },
     /// Reads were under way when the deadline passed.
     Deadline {
-        /// The pull, to be waited for again, or dropped with its memory.
+        /// The pull, to be waited for again, or parked with its memory.
         pull: Box<Pull<T>>,
     },
     /// Reads can no longer be watched, and may write the pull's memory for ever. It has been leaked.

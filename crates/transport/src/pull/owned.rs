@@ -99,7 +99,7 @@ impl<T: Transport> Owned<T> {
 
     /// Never frees any of it.
     pub(super) fn leak(self) {
-        self.lease.quarantine();
+        drop(self.lease.quarantine());
         mem::forget(self.live);
     }
 }
