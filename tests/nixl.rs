@@ -13,8 +13,12 @@
 mod faults;
 #[path = "nixl/guard.rs"]
 mod guard;
+#[path = "nixl/hostile.rs"]
+mod hostile;
 #[path = "nixl/isolated.rs"]
 mod isolated;
+#[path = "nixl/lanes.rs"]
+mod lanes;
 #[path = "nixl/pack.rs"]
 mod pack;
 #[path = "nixl/peer.rs"]

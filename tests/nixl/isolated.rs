@@ -11,6 +11,8 @@ use refit_transport::nixl::NixlLibrary;
 
 /// Names the test that a child process is to run.
 const CHILD: &str = "REFIT_NIXL_TEST";
+/// In place of a value: the variable is not there.
+pub(crate) const UNSET: &str = "(unset)";
 const LIMIT: Duration = Duration::from_secs(180);
 
 /// Runs the body in a child process with these variables, and fails if that fails, crashes or hangs.
@@ -63,7 +65,14 @@ pub(crate) fn command(test: &str, variables: &[(&str, &str)]) -> Command {
             command.env(key, value);
         }
     }
-    command.envs(variables.iter().copied()).stdin(Stdio::null());
+    for &(key, value) in variables {
+        if value == UNSET {
+            command.env_remove(key);
+        } else {
+            command.env(key, value);
+        }
+    }
+    command.stdin(Stdio::null());
     command
 }
 

@@ -40,6 +40,16 @@ pub enum Cause {
         /// The parameter.
         key: String,
     },
+    /// UCX may not take the ways to a peer that it would.
+    #[cfg(feature = "nixl")]
+    #[error(transparent)]
+    Lanes(Box<crate::nixl::LaneError>),
+    /// Metadata of an agent that nobody is to read from.
+    #[error(
+        "the agent only reads and publishes nothing; make one that does (`NixlOptions::with_publishing`) if others are to \
+         read from it"
+    )]
+    Unpublished,
     /// The metadata is another agent's, or another backend's.
     #[error("the metadata was published by `{found}`; ask the rendezvous for fresh metadata")]
     Published {
@@ -237,4 +247,11 @@ pub enum Cause {
         /// The backend's function.
         call: &'static str,
     },
+}
+
+#[cfg(feature = "nixl")]
+impl From<crate::nixl::LaneError> for Cause {
+    fn from(error: crate::nixl::LaneError) -> Self {
+        Self::Lanes(Box::new(error))
+    }
 }

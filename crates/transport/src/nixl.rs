@@ -17,6 +17,13 @@
 //! - One poll can take as long as the bytes that are ready to move (host memory is copied by the polling thread).
 //!   Deadlines are kept between polls, not inside one.
 //!
+//! # Lanes
+//!
+//! UCX takes every way to a peer that it finds, and over TCP whoever connects can read and write this process. So an agent
+//! takes RDMA, or ways within the host, and TCP over loopback only, unless [`Lanes::InsecureTcp`] is asked for by name. UCX
+//! is told so as its context is made, and once it is, the process's listeners are compared with those before: an agent
+//! that listens beyond loopback is ended again. [`preflight`] tries all of it before anything depends on it.
+//!
 //! # Device memory
 //!
 //! With [`NixlOptions::on_device`] (feature `cuda`) an agent moves memory of a CUDA device. Its context is current in
@@ -35,20 +42,25 @@
 //!
 //! Nothing here sets variables; these are read by the libraries below. `REFIT_NIXL_LIBRARY` is ours: the path of
 //! `libnixl_capi.so` or its folder. `NIXL_PLUGIN_DIR` is needed only for unusual installs: the library looks in
-//! `plugins/` beside itself. `UCX_TLS` and `UCX_NET_DEVICES` choose what UCX uses; it listens on every interface
-//! unless told otherwise. `NIXL_LOG_LEVEL` and `UCX_LOG_LEVEL` choose what they print to standard error, which they
+//! `plugins/` beside itself. `UCX_TLS` and `UCX_NET_DEVICES` win over what [`Lanes`] tells UCX, and are refused where they
+//! would open more. `NIXL_LOG_LEVEL` and `UCX_LOG_LEVEL` choose what they print to standard error, which they
 //! do for every refusal; `fatal` keeps them quiet.
 
 mod agent;
 mod batch;
 mod context;
+mod lanes;
 mod library;
 mod link;
+mod listeners;
 mod options;
+mod preflight;
 mod transport;
 mod warm_up;
 
 pub use batch::NixlReads;
+pub use lanes::{LaneError, Lanes};
 pub use library::{Attempt, NixlLibrary, NixlUnavailable, Origin, Problem};
 pub use options::NixlOptions;
+pub use preflight::{Demands, Preflight, PreflightError, preflight};
 pub use transport::{NixlRegistration, NixlTransport};

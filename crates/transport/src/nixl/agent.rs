@@ -1,5 +1,6 @@
 //! `nixl_sys`, call by call: what it answers becomes a [`Cause`] that names the call.
 
+use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 use std::time::Duration;
@@ -11,7 +12,9 @@ use nixl_sys::{
 use refit_pool::{MemoryKind, Region};
 
 use super::context::Context;
-use super::{NixlLibrary, NixlOptions};
+use super::lanes::{self, Chosen, Environment};
+use super::listeners::Listeners;
+use super::{LaneError, NixlLibrary, NixlOptions};
 use crate::random::random;
 use crate::reads::check_name;
 use crate::{Cause, Status};
@@ -24,7 +27,12 @@ pub(super) struct Agent {
     context: Context,
     handle: Handle,
     _backend: Backend,
+    lanes: Chosen,
+    listens: Vec<SocketAddr>,
 }
+
+/// How often an agent is made anew because it cannot be told whose listeners are new.
+const ATTEMPTS: usize = 3;
 
 /// Memory that NIXL knows, until this is dropped.
 #[derive(Debug)]
@@ -61,8 +69,6 @@ pub(super) struct PostError {
 impl Agent {
     pub(super) fn new(_library: NixlLibrary, options: &NixlOptions) -> Result<Self, Cause> {
         check_name(&options.prefix)?;
-        let name = format!("{}-{:032x}", options.prefix, u128::from_le_bytes(random()?));
-        check_name(&name)?;
         // Reads are told finished by the order of one worker's requests.
         if let Some((key, _)) = options
             .params
@@ -71,25 +77,51 @@ impl Agent {
         {
             return Err(Cause::Parameter { key: key.clone() });
         }
-        let config = AgentConfig {
-            enable_prog_thread: options.progress_thread,
-            enable_listen_thread: false,
-            // `nixl_sys` lets calls that build requests run side by side; NIXL's own lock keeps them apart.
-            thread_sync: ThreadSync::Strict,
-            pthr_delay_us: microseconds(options.progress_interval),
-            ..AgentConfig::default()
-        };
+        let lanes = lanes::choose(&options.lanes, &Environment::current(), &lanes::adapters())?;
+        let params = lanes.params(&options.params)?;
+        // Lanes are UCX's.
+        let params = if options.plugin == "UCX" { &params } else { &options.params };
         let context = Context::of(options);
-        let entered = context.enter()?;
-        let handle = Handle::new_configured(&name, &config)
-            .map_err(call("nixl_capi_create_configured_agent"))?;
-        let params = options.params.iter().map(|(key, value)| (key, value));
-        let params = Params::from(params).map_err(call("nixl_capi_params_add"))?;
-        let backend = handle
-            .create_backend(&options.plugin, &params)
-            .map_err(call("nixl_capi_create_backend"))?;
-        drop(entered);
-        Ok(Self { name, context, handle, _backend: backend })
+        // Somebody else of this process may begin to listen meanwhile: an agent is blamed for what ends with it.
+        for _ in 0..ATTEMPTS {
+            let before = listeners(&lanes)?;
+            let (name, handle, backend) = start(options, params, &context)?;
+            let new = listeners(&lanes)?.without(&before);
+            let beyond = new.clone().beyond_loopback();
+            if beyond.is_empty() || lanes.may_listen_anywhere() {
+                let listens = new.addresses();
+                let (tls, devices) = (&lanes.tls, &lanes.devices);
+                tracing::info!(agent = name, lanes = %lanes.lanes, tls, devices, ?listens, "NIXL agent");
+                return Ok(Self { name, context, handle, _backend: backend, lanes, listens });
+            }
+            {
+                let _entered = context.enter()?;
+                drop((handle, backend));
+            }
+            let ended = beyond.without(&listeners(&lanes)?);
+            if !ended.is_empty() {
+                let (lanes, addresses) = (lanes.lanes, ended.addresses());
+                return Err(LaneError::Listens { lanes, addresses }.into());
+            }
+        }
+        let why = "other threads of this process keep opening listeners".to_owned();
+        Err(LaneError::Unverified { why }.into())
+    }
+
+    /// The lanes, as text.
+    pub(super) fn lanes(&self) -> String {
+        let Chosen { lanes, tls, devices, .. } = &self.lanes;
+        format!("{lanes} (UCX_TLS={tls}, UCX_NET_DEVICES={devices})")
+    }
+
+    /// Whether it may take an RDMA adapter.
+    pub(super) fn rdma(&self) -> bool {
+        self.lanes.rdma
+    }
+
+    /// Where it listened when it had started.
+    pub(super) fn listens(&self) -> &[SocketAddr] {
+        &self.listens
     }
 
     /// The device that is current in calls of NIXL.
@@ -187,6 +219,43 @@ impl Agent {
                 Err((broken("nixl_capi_get_xfer_status", error), settled))
             }
         }
+    }
+}
+
+/// A NIXL agent with one backend, under a name that was never used before.
+fn start(
+    options: &NixlOptions,
+    params: &[(String, String)],
+    context: &Context,
+) -> Result<(String, Handle, Backend), Cause> {
+    let name = format!("{}-{:032x}", options.prefix, u128::from_le_bytes(random()?));
+    check_name(&name)?;
+    let config = AgentConfig {
+        enable_prog_thread: options.progress_thread,
+        enable_listen_thread: false,
+        // `nixl_sys` lets calls that build requests run side by side; NIXL's own lock keeps them apart.
+        thread_sync: ThreadSync::Strict,
+        pthr_delay_us: microseconds(options.progress_interval),
+        ..AgentConfig::default()
+    };
+    let _entered = context.enter()?;
+    let handle = Handle::new_configured(&name, &config)
+        .map_err(call("nixl_capi_create_configured_agent"))?;
+    let params = params.iter().map(|(key, value)| (key, value));
+    let params = Params::from(params).map_err(call("nixl_capi_params_add"))?;
+    let backend = handle
+        .create_backend(&options.plugin, &params)
+        .map_err(call("nixl_capi_create_backend"))?;
+    Ok((name, handle, backend))
+}
+
+/// Where the process listens. Not to know is an error only where it matters.
+fn listeners(lanes: &Chosen) -> Result<Listeners, LaneError> {
+    match Listeners::now() {
+        Err(error) if !lanes.may_listen_anywhere() => {
+            Err(LaneError::Unverified { why: error.to_string() })
+        }
+        known => Ok(known.unwrap_or_default()),
     }
 }
 

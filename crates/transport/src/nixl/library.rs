@@ -79,6 +79,11 @@ impl NixlLibrary {
     }
 }
 
+/// The file that the C API was loaded from, where there is one.
+pub(super) fn loaded() -> Option<PathBuf> {
+    mapped().into_iter().next()
+}
+
 /// NIXL cannot be used: every place that was tried, and what was wrong there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NixlUnavailable {

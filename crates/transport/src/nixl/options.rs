@@ -4,6 +4,8 @@ use refit_planner::Capabilities;
 #[cfg(feature = "cuda")]
 use refit_pool::cuda::Device;
 
+use super::Lanes;
+
 /// How a [`NixlTransport`](super::NixlTransport) is set up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -12,9 +14,14 @@ pub struct NixlOptions {
     pub prefix: String,
     /// The NIXL plugin that moves the bytes.
     pub plugin: String,
-    /// Parameters of the plugin, such as UCX's `ucx_devices`. One worker only: `num_workers` and `num_threads` are
-    /// refused.
+    /// Parameters of the plugin, such as UCX's `engine_config`. One worker only: `num_workers` and `num_threads` are
+    /// refused. So is what chooses lanes.
     pub params: Vec<(String, String)>,
+    /// Which ways UCX may take to a peer. Other plugins than UCX are told nothing of it, and held to it all the same.
+    pub lanes: Lanes,
+    /// Whether others may read from this agent: without it, [`metadata`](crate::Transport::metadata) is refused. A target
+    /// needs none published to read, and what is not published cannot be used against it.
+    pub publishes: bool,
     /// Whether a thread of NIXL's drives transfers and answers peers.
     ///
     /// Without it an agent answers only while it calls NIXL itself: peers that connect to an idle source wait for
@@ -59,6 +66,8 @@ impl NixlOptions {
             prefix: prefix.into(),
             plugin: "UCX".into(),
             params: Vec::new(),
+            lanes: Lanes::Auto,
+            publishes: true,
             progress_thread: true,
             progress_interval: Duration::from_millis(1),
             capabilities,
@@ -98,6 +107,20 @@ impl NixlOptions {
         self
     }
 
+    /// These options with other ways to a peer.
+    #[must_use]
+    pub fn with_lanes(mut self, lanes: Lanes) -> Self {
+        self.lanes = lanes;
+        self
+    }
+
+    /// These options for an agent that only reads, or for one that others read from as well.
+    #[must_use]
+    pub fn with_publishing(mut self, publishes: bool) -> Self {
+        self.publishes = publishes;
+        self
+    }
+
     /// These options with or without the progress thread.
     #[must_use]
     pub fn with_progress_thread(mut self, progress_thread: bool) -> Self {
@@ -125,6 +148,7 @@ impl NixlOptions {
         self.first_byte = wait;
         self
     }
+
     /// These options with another time for which a peer is taken to be alive.
     #[must_use]
     pub fn with_probe_after(mut self, time: Duration) -> Self {

@@ -1,4 +1,5 @@
 use std::cmp::Reverse;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -67,6 +68,18 @@ impl NixlTransport {
             strays: Mutex::default(),
             agent: Arc::new(agent),
         })
+    }
+
+    /// The ways to a peer that UCX was told to take: the lanes, and what it takes for `UCX_TLS` and `UCX_NET_DEVICES`.
+    #[must_use]
+    pub fn lanes(&self) -> String {
+        self.agent.lanes()
+    }
+
+    /// Where the agent listens for peers, as it was when it started: on loopback, unless its lanes say otherwise.
+    #[must_use]
+    pub fn listens(&self) -> &[SocketAddr] {
+        self.agent.listens()
     }
 
     /// How many registrations of peers were read from to map them, so far. A batch that is prepared again, or reads
@@ -175,6 +188,9 @@ impl Transport for NixlTransport {
     }
 
     fn metadata(&self) -> Result<Vec<u8>, TransportError> {
+        if !self.options.publishes {
+            return Err(self.connect_error(self.agent(), Cause::Unpublished));
+        }
         let blob =
             self.agent.metadata().map_err(|cause| self.connect_error(self.agent(), cause))?;
         Ok(envelope::encode(self.backend(), self.agent(), &self.registry.ranges(), &blob))
