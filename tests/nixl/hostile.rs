@@ -3,8 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use refit::Publication;
 use refit::planner::LayoutBuilder;
+use refit::{Place, Publication, PublishedHeader, PublishedRegion};
 use refit_pool::{Allocator, HostAllocator};
 use refit_service::rendezvous::{InProcess, JobKey, Key, Life, Rendezvous, Sealed, Writer};
 use refit_tests::fuzz::mutate::{Random, mutate};
@@ -80,8 +80,12 @@ fn p6_forged_publications_never_reach_nixl() {
         let registration = source.register(memory.allocation()).unwrap();
         let layout = LayoutBuilder::new(0).build();
         let (name, metadata) = (source.agent().to_owned(), source.metadata().unwrap());
-        let publication =
-            Publication::new(name, metadata, layout, vec![], vec![]).unwrap().encode();
+        let address = memory.address();
+        let header = PublishedHeader { incarnation: 1, place: Place { address, cuda: None } };
+        let region = PublishedRegion { address, len: 1 << 16, cuda: None };
+        let publication = Publication::new(name, metadata, layout, header, vec![], vec![region])
+            .unwrap()
+            .encode();
 
         let store = InProcess::new();
         let sealed = |incarnation| {
