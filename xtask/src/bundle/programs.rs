@@ -11,6 +11,9 @@ use crate::{cargo, failure::Failure};
 /// What measures the kernel by itself on a GPU: an example, and the crate it is of.
 const RATES: (&str, &str) = ("refit-kernels", "rates");
 
+/// The tests to whom a host's GPUs and NIXL make a difference. The others prove as much where they were built.
+const TESTS: [&str; 3] = ["auto", "cuda", "nixl"];
+
 /// The `refit` command, built for release.
 pub(crate) fn command(root: &Path, features: &str) -> Result<Files, Failure> {
     let mut command = cargo::cargo(root);
@@ -21,10 +24,11 @@ pub(crate) fn command(root: &Path, features: &str) -> Result<Files, Failure> {
     Ok(Files::from([(PathBuf::from("bin/refit"), refit)]))
 }
 
-/// The tests across crates, their golden data, and what measures a GPU.
+/// Tests across crates, and what measures a GPU.
 pub(crate) fn tests(root: &Path, features: &str) -> Result<Files, Failure> {
     let mut command = cargo::cargo(root);
     command.args(["test", "--no-run", "--package", "refit-tests", "--features", features]);
+    command.args(TESTS.iter().flat_map(|test| ["--test", test]));
     let mut files = Files::new();
     for path in executables(root, command)? {
         files.insert(Path::new("tests/bin").join(plain_name(&path)), path);
