@@ -5,7 +5,7 @@
 //! on a channel, until their deadline and no longer than [`GRACE`] beyond it, whatever the thread is stuck in.
 //!
 //! Memory that a posted read may still write stays with its agent. An agent that cannot settle is retired: the process's
-//! one [reaper](self::reaper) polls it until nothing is under way and destroys it then, never before, because destroying
+//! one [`reaper`] polls it until nothing is under way and destroys it then, never before, because destroying
 //! it sooner does not stop its reads and may abort the peer. A fresh agent, of another incarnation and with memory of its
 //! own, takes over; what the retired ones keep is counted and limited.
 //!
@@ -205,7 +205,7 @@ impl<A: Agent> Worker<A> {
     /// generation has been retired already.
     ///
     /// The old thread, which may be stuck in a call for as long as that takes, hands its agent to the
-    /// [reaper](self::reaper) when it returns. Commands that wait for it are refused.
+    /// [`reaper`] when it returns. Commands that wait for it are refused.
     ///
     /// # Errors
     /// [`WorkerError::Quarantine`] when retired agents would keep more than they may: then nothing is changed.
@@ -246,7 +246,7 @@ impl<A: Agent> Worker<A> {
     }
 
     /// Ends the thread, and with it the agent if nothing is under way; otherwise the agent goes to the
-    /// [reaper](self::reaper).
+    /// [`reaper`].
     ///
     /// # Errors
     /// [`WorkerError::Stuck`] when the thread is busy at the deadline; it goes on by itself then and ends when it can.
