@@ -52,12 +52,18 @@ pub trait Puller: fmt::Debug {
     /// [`PullFailure`]. Nothing of what arrived is used.
     fn pull(&mut self, reading: &Reading<'_>, deadline: Instant) -> Result<(), PullFailure>;
 
-    /// Makes ready for the next pull, at most until the deadline: waits until the reads of the last one have settled, and
-    /// until nobody reads what it will overwrite. Called before a lease is taken, so that nobody who holds one waits.
+    /// Makes ready for the next pull, which is of `group`, at most until the deadline: until the reads of the last one have
+    /// settled, or others have taken their place, and until nobody reads what will be overwritten. Called before a
+    /// lease is taken, so that nobody who holds one waits.
     ///
     /// # Errors
-    /// [`PullFailure`] when it may not begin.
-    fn make_ready(&mut self, deadline: Instant) -> Result<(), PullFailure>;
+    /// [`PullFailure`] when it may not begin: [`Cause::Late`] if it may later.
+    fn make_ready(&mut self, group: &str, deadline: Instant) -> Result<(), PullFailure>;
+
+    /// Bytes that abandoned reads may still write, and what is kept away with them.
+    fn quarantined_bytes(&self) -> u64 {
+        0
+    }
 }
 
 /// Why an attempt to read failed, as far as it decides what is tried next.
@@ -78,6 +84,8 @@ pub enum Cause {
     Refused,
     /// The transport failed.
     Failed,
+    /// Memory that abandoned reads may write has reached its limit: nothing is read before some of it is back.
+    Quarantined,
     /// The reads can no longer be watched: this rank reads no more.
     Lost,
 }
@@ -92,6 +100,7 @@ impl fmt::Display for Cause {
             Self::Damaged => "damaged",
             Self::Refused => "refused",
             Self::Failed => "failed",
+            Self::Quarantined => "quarantined",
             Self::Lost => "lost",
         })
     }

@@ -2,6 +2,7 @@
 
 mod direct;
 mod engine;
+mod failover;
 mod pulls;
 mod shadow;
 

@@ -228,6 +228,17 @@ impl<R: Rendezvous> Reader<R> {
         wanted: &Wanted,
         deadline: Instant,
     ) -> Result<Refreshed, Box<RefreshError>> {
+        let read = self.read_any(puller, wanted, deadline);
+        self.stats.quarantined_bytes = puller.quarantined_bytes();
+        read
+    }
+
+    fn read_any(
+        &mut self,
+        puller: &mut impl Puller,
+        wanted: &Wanted,
+        deadline: Instant,
+    ) -> Result<Refreshed, Box<RefreshError>> {
         let mut round = Round::new(wanted, deadline);
         loop {
             let chosen = match self.discover(&mut round) {
@@ -235,8 +246,14 @@ impl<R: Rendezvous> Reader<R> {
                 Ok(None) => return Err(round.ended(Ended::Deadline)),
                 Err(error) => return Err(round.ended(Ended::Store(error))),
             };
-            if let Err(failure) = puller.make_ready(deadline) {
+            let now = Instant::now();
+            // No longer than a pull may take: others may offer something by then.
+            let patience =
+                now.checked_add(self.options.attempt).map_or(deadline, |it| it.min(deadline));
+            if let Err(failure) = puller.make_ready(&chosen.group, patience) {
                 let ended = match failure.cause {
+                    Cause::Late if Instant::now() < deadline => continue,
+                    Cause::Quarantined => Ended::Quarantined(failure),
                     Cause::Lost => Ended::Lost(failure),
                     _ => Ended::Unsettled(failure),
                 };

@@ -67,9 +67,13 @@ impl<R: Rendezvous, P: SourceRank + Puller> Puller for Relay<R, P> {
         updating.commit_copy(reading.version).map_err(failure)
     }
 
-    fn make_ready(&mut self, deadline: Instant) -> Result<(), PullFailure> {
+    fn make_ready(&mut self, group: &str, deadline: Instant) -> Result<(), PullFailure> {
         let mut updating = self.0.begin_update(deadline).map_err(failure)?;
-        updating.source_mut().make_ready(deadline)
+        updating.source_mut().make_ready(group, deadline)
+    }
+
+    fn quarantined_bytes(&self) -> u64 {
+        self.0.source().map_or(0, Puller::quarantined_bytes)
     }
 }
 

@@ -170,7 +170,8 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
     #[must_use]
     pub fn stats(&self) -> ServiceStats {
         let ServiceStats { installs, aborts, .. } = self.stats;
-        ServiceStats { installs, aborts, ..*self.reader.stats() }
+        let quarantined_bytes = self.stage.quarantined_bytes();
+        ServiceStats { installs, aborts, quarantined_bytes, ..*self.reader.stats() }
     }
 
     /// The version that this rank may answer for now: all ranks have installed it. `None` while they differ, when a rank is

@@ -24,7 +24,7 @@ pub struct ServiceStats {
     pub retries: Retries,
     /// Times a group was passed over because enough others read it.
     pub crowded: u64,
-    /// Bytes that abandoned reads may still write.
+    /// Gauge: bytes that were kept away because of abandoned reads when the last refresh ended.
     pub quarantined_bytes: u64,
 }
 
@@ -46,6 +46,8 @@ pub struct Retries {
     pub refused: u64,
     /// The transport failed.
     pub failed: u64,
+    /// Abandoned reads kept as much memory as they may.
+    pub quarantined: u64,
     /// The reads cannot be watched any more.
     pub lost: u64,
 }
@@ -60,6 +62,7 @@ impl Retries {
             Cause::Damaged => &mut self.damaged,
             Cause::Refused => &mut self.refused,
             Cause::Failed => &mut self.failed,
+            Cause::Quarantined => &mut self.quarantined,
             Cause::Lost => &mut self.lost,
         };
         *counter = counter.saturating_add(1);
@@ -68,8 +71,9 @@ impl Retries {
     /// All of them.
     #[must_use]
     pub fn total(&self) -> u64 {
-        let Self { torn, stale, vanished, late, damaged, refused, failed, lost } = *self;
-        [torn, stale, vanished, late, damaged, refused, failed, lost]
+        let Self { torn, stale, vanished, late, damaged, refused, failed, quarantined, lost } =
+            *self;
+        [torn, stale, vanished, late, damaged, refused, failed, quarantined, lost]
             .into_iter()
             .fold(0, u64::saturating_add)
     }

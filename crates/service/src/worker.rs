@@ -23,6 +23,7 @@
 mod agent;
 mod error;
 mod lane;
+mod quarantine;
 pub mod reaper;
 
 use std::error::Error;
@@ -36,7 +37,7 @@ use parking_lot::Mutex;
 pub use self::agent::{Agent, Standing};
 pub use self::error::WorkerError;
 use self::lane::{Deliver, Job, Lane, Ticket};
-use self::reaper::Charges;
+pub use self::quarantine::Quarantine;
 
 /// How long a caller waits beyond its deadline, so that a command which keeps it can say itself what went wrong.
 pub const GRACE: Duration = Duration::from_millis(100);
@@ -102,7 +103,7 @@ pub struct Worker<A: Agent> {
     options: WorkerOptions,
     build: Arc<Build<A>>,
     lane: Mutex<Arc<Lane<A>>>,
-    charges: Arc<Charges>,
+    quarantine: Quarantine,
 }
 
 /// A worker's gauges and counters at one moment.
@@ -142,17 +143,16 @@ impl<A: Agent> Worker<A> {
         deadline: Instant,
         build: impl Fn(Option<A>) -> Result<A, BuildError> + Send + Sync + 'static,
     ) -> Result<Self, WorkerError> {
-        let (name, build, charges): (Arc<str>, Arc<Build<A>>, _) =
-            (name.into(), Arc::new(build), Arc::default());
-        let recycle = options.recycle_after;
-        let lane =
-            Lane::start(Arc::clone(&name), 0, recycle, Arc::clone(&charges), Arc::clone(&build))?;
+        let quarantine = Quarantine::new(name, options.quarantine_bytes);
+        let (name, build): (Arc<str>, Arc<Build<A>>) = (name.into(), Arc::new(build));
+        let (recycle, charges) = (options.recycle_after, Arc::clone(quarantine.charges()));
+        let lane = Lane::start(Arc::clone(&name), 0, recycle, charges, Arc::clone(&build))?;
         if let Err(error) = lane.wait_built(late(deadline)) {
             lane.retire();
             return Err(error);
         }
         let lane = Mutex::new(lane);
-        Ok(Self { name, options, build, lane, charges })
+        Ok(Self { name, options, build, lane, quarantine })
     }
 
     /// Has the worker's thread run a command, and waits for what it returns.
@@ -214,19 +214,12 @@ impl<A: Agent> Worker<A> {
         let fresh = {
             let mut lane = self.lane.lock();
             if lane.generation() == generation {
-                let kept = self.charges.bytes().saturating_add(lane.unsettled_bytes());
-                if kept > self.options.quarantine_bytes {
-                    return Err(WorkerError::Quarantine {
-                        worker: self.name.to_string(),
-                        bytes: kept,
-                        limit: self.options.quarantine_bytes,
-                    });
-                }
+                self.quarantine.has_room(lane.unsettled_bytes())?;
                 let next = Lane::start(
                     Arc::clone(&self.name),
                     generation + 1,
                     self.options.recycle_after,
-                    Arc::clone(&self.charges),
+                    Arc::clone(self.quarantine.charges()),
                     Arc::clone(&self.build),
                 )?;
                 let old = std::mem::replace(&mut *lane, next);
@@ -241,7 +234,7 @@ impl<A: Agent> Worker<A> {
     #[must_use]
     pub fn stats(&self) -> WorkerStats {
         let mut stats = self.lane().stats();
-        (stats.retired, stats.retired_bytes) = (self.charges.agents(), self.charges.bytes());
+        (stats.retired, stats.retired_bytes) = (self.quarantine.agents(), self.quarantine.bytes());
         stats
     }
 

@@ -96,7 +96,7 @@ fn a_relay_is_a_group_like_any_other() {
     assert_eq!(reader.refresh(&mut late, &Wanted::at_least(1), soon()).unwrap().group, "engine");
     assert!(is_whole(&late, 1));
     // Making ready to pull closes it.
-    relays[0].make_ready(soon()).unwrap();
+    relays[0].make_ready("trainer", soon()).unwrap();
     assert_eq!(relays[0].offered(), None);
     assert!(reader.wait_for(&Wanted::default(), super::fleet::millis(20)).unwrap().is_none());
 }

@@ -33,7 +33,7 @@ impl Puller for Scripted {
         }
     }
 
-    fn make_ready(&mut self, _: Instant) -> Result<(), PullFailure> {
+    fn make_ready(&mut self, _: &str, _: Instant) -> Result<(), PullFailure> {
         Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! A refit that nobody waits for any more, until its reads have settled.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use refit_transport::{Parked, Progress, Returned, Transport, Unsettled};
@@ -69,6 +70,19 @@ impl<T: Transport> ParkedTarget<T> {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.pull.bytes()
+    }
+
+    /// Bytes that cannot be used before it has settled: those of [`bytes`](Self::bytes), and what else its pool holds.
+    #[must_use]
+    pub fn kept_bytes(&self) -> u64 {
+        let pool = self.refit.inner.pool.stats();
+        self.bytes().saturating_add(pool.bytes.saturating_sub(pool.quarantined_bytes))
+    }
+
+    /// The transport whose reads these are.
+    #[must_use]
+    pub fn transport(&self) -> &Arc<T> {
+        &self.refit.inner.transport
     }
 
     /// For how long it has been parked.

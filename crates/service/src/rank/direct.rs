@@ -11,7 +11,9 @@ use crate::source::SourceRank;
 
 /// A target rank that reads into its live parameters, while its engine stands still.
 ///
-/// A pull that fails leaves them a mix: the engine does not go on until another has succeeded. It saves the memory and the
+/// A pull that fails leaves them a mix: the engine does not go on until another has succeeded. And while a peer is silent
+/// in the middle of one nothing else can be read: it may write them whenever it goes on, and no other memory can be the live
+/// one. That takes until it is ended, or goes on; a refresh says so at its deadline. It saves the memory and the
 /// copy of a [`Shadow`](super::Shadow); it cannot cut over together with other ranks, so it is for replicas of one rank, or
 /// for engines that stop as a whole.
 #[derive(Debug)]
@@ -71,7 +73,8 @@ impl<T: Transport, E: Engine> Puller for Direct<T, E> {
         Ok(())
     }
 
-    fn make_ready(&mut self, deadline: Instant) -> Result<(), PullFailure> {
+    /// Waits: the parameters are the engine's, and no others can take their place.
+    fn make_ready(&mut self, _: &str, deadline: Instant) -> Result<(), PullFailure> {
         self.pulls.settle(deadline)
     }
 }

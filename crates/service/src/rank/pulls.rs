@@ -1,11 +1,13 @@
 use std::time::Instant;
 
 use refit::pool::Memory;
-use refit::transport::{Transport, TransportError};
+use refit::transport::{Patience, Progress, Transport, TransportError};
 use refit::{
     Cancelled, DigestRequest, Digests, Expected, Failed, Installed, InvalidTarget, Lent,
-    Publication, Pulling, RefitError, Target, Unfinished,
+    ParkedTarget, Publication, RefitError, Settling, Target, Unfinished,
 };
+
+use super::failover::Failover;
 
 use crate::puller::{Cause, PullFailure, Reading};
 
@@ -19,10 +21,16 @@ enum Held<T: Transport> {
     /// Whole, and others may read it.
     Lent(Box<Lent<T>>),
     Mixed(InvalidTarget<T>),
-    /// Reads are out.
-    Out(Box<Pulling<T>>),
+    Out(Box<Out<T>>),
     /// Reads are out for ever.
     Lost,
+}
+
+/// Reads of this group are out.
+#[derive(Debug)]
+struct Out<T: Transport> {
+    group: String,
+    parked: ParkedTarget<T>,
 }
 
 impl<T: Transport> Pulls<T> {
@@ -154,7 +162,7 @@ impl<T: Transport> Pulls<T> {
         let pulled = match arrived {
             Ok(pulled) => pulled,
             Err(Failed { error, state }) => {
-                self.0 = Held::after(state);
+                self.0 = Held::after(state, reading.group);
                 return Err(failure(error));
             }
         };
@@ -192,33 +200,79 @@ impl<T: Transport> Pulls<T> {
         }
     }
 
-    /// Waits until no reads are out.
+    /// The group whose reads are out.
+    pub(super) fn silent(&self) -> Option<&str> {
+        match &self.0 {
+            Held::Out(out) => Some(&out.group),
+            _ => None,
+        }
+    }
+
+    /// Bytes that cannot be used because reads are out.
+    pub(super) fn kept_bytes(&self) -> u64 {
+        match &self.0 {
+            Held::Out(out) => out.parked.kept_bytes(),
+            _ => 0,
+        }
+    }
+
+    /// Waits until no reads are out. What they brought is not used: their sources may have gone on since.
     pub(super) fn settle(&mut self, deadline: Instant) -> Result<(), PullFailure> {
-        match std::mem::replace(&mut self.0, Held::Lost) {
-            Held::Out(pulling) => match pulling.wait(deadline) {
-                // Nobody waited for it: its sources may have gone on since.
-                Ok(pulled) => match pulled.land() {
-                    Ok(landed) => self.0 = Held::Mixed(landed.install().stale()),
-                    Err(Failed { state, .. }) => self.0 = Held::Mixed(state),
-                },
-                Err(Failed { error, state }) => {
-                    self.0 = Held::after(state);
-                    if matches!(self.0, Held::Out(_) | Held::Lost) {
-                        return Err(failure(error));
-                    }
+        let mut patience = Patience::new();
+        while let Held::Out(out) = &mut self.0 {
+            let Out { group, parked } = &mut **out;
+            if parked.poll() == Progress::Pending {
+                if patience.pause(deadline) {
+                    continue;
                 }
-            },
-            Held::Lost => return Err(lost()),
-            settled => self.0 = settled,
+                let (bytes, age) = (parked.bytes(), parked.age());
+                let reason = format!(
+                    "reads of group `{group}` into {bytes} bytes are out, {age:?} after they were given up; end the \
+                     silent peer, which settles them"
+                );
+                return Err(PullFailure::new(Cause::Late, reason));
+            }
+            if let Held::Out(out) = std::mem::replace(&mut self.0, Held::Lost) {
+                let Out { group, parked } = *out;
+                self.0 = match parked.settle() {
+                    Settling::Parked(parked) => Held::Out(Box::new(Out { group, parked: *parked })),
+                    Settling::Invalid(target) => Held::Mixed(target),
+                    Settling::Whole(target) => Held::Whole(target),
+                    Settling::Lost(error) => {
+                        return Err(PullFailure::new(Cause::Lost, error));
+                    }
+                };
+            }
+        }
+        if matches!(self.0, Held::Lost) { Err(lost()) } else { Ok(()) }
+    }
+
+    /// Has a fresh target take over from one whose reads are out, if `fits` finds nothing wrong with it. The old one is
+    /// kept until they have settled.
+    pub(super) fn fail_over(
+        &mut self,
+        failover: &mut Failover<T>,
+        fits: impl FnOnce(&Target<T>) -> Result<(), RefitError>,
+    ) -> Result<(), PullFailure> {
+        let Held::Out(out) = &self.0 else { return Ok(()) };
+        let Out { group, parked } = &**out;
+        let fresh = failover.build(parked.kept_bytes())?;
+        fits(&fresh).map_err(failure)?;
+        tracing::warn!(group, agent = parked.transport().agent(), "a fresh agent takes over");
+        if let Held::Out(out) = std::mem::replace(&mut self.0, Held::Whole(fresh)) {
+            failover.retire(out.parked);
         }
         Ok(())
     }
 }
 
 impl<T: Transport> Held<T> {
-    fn after(state: Unfinished<T>) -> Self {
+    fn after(state: Unfinished<T>, group: &str) -> Self {
         match state {
-            Unfinished::Pulling(pulling) => Self::Out(pulling),
+            Unfinished::Pulling(pulling) => match pulling.park() {
+                Ok(parked) => Self::Out(Box::new(Out { group: group.to_owned(), parked })),
+                Err(failed) => Self::after(failed.state, group),
+            },
             Unfinished::Invalid(target) => Self::Mixed(target),
             Unfinished::Whole(target) => Self::Whole(target),
             Unfinished::Lost => Self::Lost,

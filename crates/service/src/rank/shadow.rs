@@ -7,10 +7,12 @@ use refit::transport::Transport;
 use refit::{DigestRequest, Digests, Expected, Publication, RefitError, Target};
 
 use super::engine::Engine;
+use super::failover::Failover;
 use super::pulls::Pulls;
-use crate::puller::{PullFailure, Puller, Reading};
+use crate::puller::{Cause, PullFailure, Puller, Reading};
 use crate::replica::{InstallError, Stage};
 use crate::source::SourceRank;
+use crate::worker::{BuildError, Quarantine};
 
 /// A target rank that reads into a second set of parameters, and copies them to the live ones when it is told to. The
 /// engine serves the old version until then, and live addresses never change.
@@ -23,6 +25,7 @@ pub struct Shadow<T: Transport, E: Engine> {
     post_actions: Vec<PostAction>,
     engine: E,
     copier: Copier,
+    failover: Option<Failover<T>>,
     /// The version in the shadow, if it is whole.
     staged: Option<u64>,
 }
@@ -71,7 +74,7 @@ impl<T: Transport, E: Engine> Shadow<T, E> {
         }
         let pulls = Pulls::new(shadow);
         let copier = Copier::Host;
-        Ok(Self { pulls, live, names, post_actions, engine, copier, staged: None })
+        Ok(Self { pulls, live, names, post_actions, engine, copier, failover: None, staged: None })
     }
 
     /// Copies within this device, where parameters in its memory are.
@@ -80,6 +83,24 @@ impl<T: Transport, E: Engine> Shadow<T, E> {
     #[must_use]
     pub fn with_device(mut self, device: refit::pool::cuda::Device) -> Self {
         self.copier = Copier::Device(device);
+        self
+    }
+
+    /// Goes on in other memory when a peer falls silent in the middle of a pull: such reads may write the shadow for as long
+    /// as the peer likes, and there may be another to read.
+    ///
+    /// `build` makes a target like the first one, with an agent, a pool and parameters of its own; its argument counts
+    /// its calls, for agents whose names do not carry an incarnation. The old target is kept by the
+    /// [reaper](crate::worker::reaper) until its reads have settled, and destroyed then. What is kept at a time has to
+    /// find room in `quarantine`; otherwise nothing is replaced, and a refresh ends with
+    /// [`Ended::Quarantined`](crate::reader::Ended::Quarantined).
+    #[must_use]
+    pub fn with_failover(
+        mut self,
+        quarantine: Quarantine,
+        build: impl FnMut(u64) -> Result<Target<T>, BuildError> + Send + 'static,
+    ) -> Self {
+        self.failover = Some(Failover::new(quarantine, build));
         self
     }
 
@@ -115,8 +136,24 @@ impl<T: Transport, E: Engine> Puller for Shadow<T, E> {
         Ok(())
     }
 
-    fn make_ready(&mut self, deadline: Instant) -> Result<(), PullFailure> {
-        self.pulls.settle(deadline)
+    /// Waits for reads that are out only if the same group is to be read again, or no other memory can take over.
+    fn make_ready(&mut self, group: &str, deadline: Instant) -> Result<(), PullFailure> {
+        let Self { pulls, live, names, failover: Some(failover), .. } = self else {
+            return self.pulls.settle(deadline);
+        };
+        // A fresh agent would wait for the same peer.
+        let wait = if pulls.silent() == Some(group) { deadline } else { Instant::now() };
+        match pulls.settle(wait) {
+            Err(PullFailure { cause: Cause::Late, .. }) => {
+                pulls.fail_over(failover, |fresh| fits(fresh, names, live))
+            }
+            settled => settled,
+        }
+    }
+
+    fn quarantined_bytes(&self) -> u64 {
+        let retired = self.failover.as_ref().map_or(0, Failover::kept_bytes);
+        self.pulls.kept_bytes().saturating_add(retired)
     }
 }
 
@@ -165,6 +202,31 @@ impl<T: Transport, E: Engine> SourceRank for Shadow<T, E> {
             return Err(RefitError::NothingInstalled);
         }
         self.pulls.lend()
+    }
+}
+
+/// Whether a target has parameters of these names and sizes, in this order.
+fn fits<T: Transport>(
+    fresh: &Target<T>,
+    names: &[String],
+    live: &[Memory],
+) -> Result<(), RefitError> {
+    let rank = fresh.layout().rank();
+    let mut params = fresh.params();
+    for (name, live) in names.iter().zip(live) {
+        match params.next() {
+            Some((param, memory)) if param == name => {
+                let (memory, layout) = (memory.len() as u64, live.len() as u64);
+                if memory != layout {
+                    return Err(RefitError::Size { rank, param: name.clone(), memory, layout });
+                }
+            }
+            _ => return Err(RefitError::NoMemory { rank, param: name.clone() }),
+        }
+    }
+    match params.next() {
+        Some((param, _)) => Err(RefitError::StrayMemory { rank, param: param.to_owned() }),
+        None => Ok(()),
     }
 }
 

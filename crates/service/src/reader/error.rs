@@ -29,6 +29,8 @@ pub enum Ended {
     Deadline,
     /// Reads of an attempt are still out, or others read what would be overwritten.
     Unsettled(PullFailure),
+    /// Abandoned reads keep as much memory as they may: somebody has to end the silent peer, or start this rank anew.
+    Quarantined(PullFailure),
     /// Reads can no longer be watched: this rank has to start anew.
     Lost(PullFailure),
     /// The store.
@@ -59,6 +61,7 @@ impl fmt::Display for RefreshError {
         match &self.ended {
             Ended::Deadline => write!(f, ", when the deadline passed")?,
             Ended::Unsettled(failure) => write!(f, ", and nothing can be read yet ({failure})")?,
+            Ended::Quarantined(failure) => write!(f, ", and nothing more is read: {failure}")?,
             Ended::Lost(failure) => {
                 write!(
                     f,
@@ -89,7 +92,7 @@ impl Error for RefreshError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match (&self.ended, self.attempts.last()) {
             (Ended::Store(error), _) => Some(error),
-            (Ended::Unsettled(failure) | Ended::Lost(failure), _)
+            (Ended::Unsettled(failure) | Ended::Quarantined(failure) | Ended::Lost(failure), _)
             | (_, Some(Attempt { failure, .. })) => Some(failure),
             _ => None,
         }

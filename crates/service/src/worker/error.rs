@@ -60,11 +60,11 @@ pub enum WorkerError {
     },
     /// Retired agents keep more memory than they may.
     #[error(
-        "agents that worker `{worker}` retired, and the one it has, keep {bytes} bytes that reads may still write, more \
+        "agents that `{worker}` retired, and the one it has, keep {bytes} bytes that reads may still write, more \
          than {limit}; end the silent peer, which settles them, or restart this process"
     )]
     Quarantine {
-        /// The worker.
+        /// The worker, or the owner of the [account](super::Quarantine).
         worker: String,
         /// Bytes that would be kept.
         bytes: u64,

@@ -68,6 +68,8 @@ struct State {
     agent: Option<String>,
     standing: Standing,
     bytes: u64,
+    /// Whether the agent has done something since these were noted.
+    stale: bool,
     recycled: u64,
     built: bool,
     /// To end when it can.
@@ -94,6 +96,7 @@ impl<A: Agent> Lane<A> {
             agent: None,
             standing: Standing::Quiet,
             bytes: 0,
+            stale: false,
             recycled: 0,
             built: false,
             retired: false,
@@ -157,7 +160,10 @@ impl<A: Agent> Lane<A> {
             match message {
                 Ok(Message::Job(job)) => {
                     let Job { what, ticket, run, open } = job;
+                    // First: from when it is begun its caller may give up and have the agent retired.
+                    self.state.lock().stale = true;
                     if !ticket.begin() {
+                        self.state.lock().stale = false;
                         continue;
                     }
                     match self.guarded(what, || run(&mut agent)) {
@@ -194,6 +200,7 @@ impl<A: Agent> Lane<A> {
                     joins = agent.joins(),
                     "an agent is recycled"
                 );
+                self.state.lock().stale = true;
                 agent = match self.build(build, Some(agent)) {
                     Ok(agent) => agent,
                     Err(failure) => return self.fail(inbox, failure),
@@ -221,6 +228,7 @@ impl<A: Agent> Lane<A> {
             self.guarded("poll its agent", || (agent.poll(), agent.name(), agent.bytes()))?;
         let mut state = self.state.lock();
         (state.standing, state.agent, state.bytes) = (standing, Some(name), bytes);
+        state.stale = false;
         Ok(standing)
     }
 
@@ -252,14 +260,23 @@ impl<A: Agent> Lane<A> {
             if let Err(panic) = self.guarded("destroy its agent", || drop(agent)) {
                 tracing::error!(worker = &*self.worker, %panic, "an agent could not be destroyed");
             }
-        } else {
-            let bytes = self.guarded("weigh its agent", || agent.bytes()).unwrap_or_default();
-            // Before the one of `retire` goes, which was a guess.
-            reaper::adopt(agent, Charge::new(&self.charges, bytes), bytes);
+            drop(self.left());
+            return;
         }
+        let bytes = self.guarded("weigh its agent", || agent.bytes()).unwrap_or_default();
+        let charge = match self.left() {
+            // Not one more: whoever looks must never find an agent counted twice.
+            Some(charge) => charge.of(bytes),
+            None => Charge::new(&self.charges, bytes),
+        };
+        reaper::adopt(agent, charge, bytes);
+    }
+
+    /// The agent is here no more. Its charge goes with it, if it was retired.
+    fn left(&self) -> Option<Charge> {
         let mut state = self.state.lock();
-        (state.bytes, state.standing, state.left) = (0, Standing::Quiet, true);
-        drop(state.charge.take());
+        (state.bytes, state.standing, state.stale, state.left) = (0, Standing::Quiet, false, true);
+        state.charge.take()
     }
 
     /// Has the thread end when it can. Says whether it was to go on before.
@@ -355,8 +372,8 @@ impl<A: Agent> Lane<A> {
 
 impl State {
     fn unsettled(&self) -> u64 {
-        // While something runs nobody knows what it posts.
-        let quiet = self.standing == Standing::Quiet && self.doing.is_none();
+        // Nobody knows what it has posted until it is looked at.
+        let quiet = self.standing == Standing::Quiet && !self.stale;
         if quiet { 0 } else { self.bytes }
     }
 }
