@@ -8,7 +8,8 @@ use refit::planner::{Band, Dtype, LayoutBuilder, Param, Program};
 use refit::pool::PoolOptions;
 use refit::transport::{Transport, TransportPool, TransportRegistrar};
 use refit::{
-    Expected, Place, Publication, PublishedRegion, RefitError, Report, Target, TargetOptions, allocate,
+    Expected, Place, Publication, PublishedRegion, RefitError, Report, Target, TargetOptions,
+    allocate,
 };
 
 use super::protocol::{Rate, Reply};

@@ -11,7 +11,7 @@ mod protocol;
 mod rank;
 mod sizing;
 mod table;
-mod values;
+pub(crate) mod values;
 mod workers;
 
 use std::process::ExitCode;

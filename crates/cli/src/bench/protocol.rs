@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use refit::{Expected, Report};
 use refit::planner::{Destination, Program};
+use refit::{Expected, Report};
 use serde::{Deserialize, Serialize};
 
 /// How a cycle finds its buffers.

@@ -9,7 +9,8 @@ use refit::planner::{Policy, RankLayout};
 use refit::pool::PoolOptions;
 use refit::transport::{Transport, TransportPool, TransportRegistrar};
 use refit::{
-    Cancelled, Expected, PackRequest, Prepared, Publication, Report, Source, Target, TargetOptions, allocate,
+    Cancelled, Expected, PackRequest, Prepared, Publication, Report, Source, Target, TargetOptions,
+    allocate,
 };
 
 use super::ceiling::{Ceiling, bytes_by_source};
@@ -228,7 +229,8 @@ impl<T: Transport> TargetBench<'_, T> {
             target.forget_plans();
             self.pool.clear();
         }
-        let (target, report) = cycle(target, &self.published, &self.announced, self.setup.patience)?;
+        let (target, report) =
+            cycle(target, &self.published, &self.announced, self.setup.patience)?;
         self.target = Some(target);
         let host = self.setup.own_process && self.setup.gpu.is_none();
         let peak = if host { crate::memory::peak_bytes()? } else { 0 };
@@ -285,7 +287,14 @@ impl<T: Transport> TargetBench<'_, T> {
             let bytes = self.bytes_by_source()?;
             let RankSetup { rank, patience, .. } = *self.setup;
             let (home, transport, published) = (self.home, &self.transport, &self.published);
-            self.ceiling = Some(Ceiling::new(home, transport, rank, (published, &self.announced), &bytes, patience)?);
+            self.ceiling = Some(Ceiling::new(
+                home,
+                transport,
+                rank,
+                (published, &self.announced),
+                &bytes,
+                patience,
+            )?);
         }
         self.ceiling.as_mut().ok_or_else(lost)
     }

@@ -178,8 +178,7 @@ impl<T: Transport> Refit<T> {
         if self.posted == self.ends.len() {
             // Never with the data: what is posted together arrives in any order.
             self.phase = Phase::After;
-            self.sync =
-                tracing::debug_span!("receive_sync", rank = self.inner.layout.rank());
+            self.sync = tracing::debug_span!("receive_sync", rank = self.inner.layout.rank());
             return self.post_headers(lease);
         }
         if let Err(error) = self.land(&lease) {

@@ -73,7 +73,16 @@ impl<T: Transport, E: Engine> Shadow<T, E> {
         }
         let pulls = Pulls::new(shadow);
         let copier = Copier::Host;
-        Ok(Self { pulls, live, names, post_actions, engine, copier, staged: None, totals: PullTotals::default() })
+        Ok(Self {
+            pulls,
+            live,
+            names,
+            post_actions,
+            engine,
+            copier,
+            staged: None,
+            totals: PullTotals::default(),
+        })
     }
 
     /// Copies within this device, where parameters in its memory are.
