@@ -39,6 +39,10 @@ pub(crate) struct Common {
     /// Decoder layers to keep of the model (default: all)
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     layers: Option<u32>,
+    /// The model's name at the rendezvous: ranks of others do not meet (default: that of the bundled model, else
+    /// `model`, and the number of layers)
+    #[arg(long, value_name = "NAME")]
+    model: Option<String>,
     /// A folder with config.json and safetensors in Hugging Face names. `serve` holds what is in there, and reads it again
     /// for every version; `pull` compares with it. Without one, values are made from the version's number
     #[arg(long, value_name = "FOLDER")]
@@ -87,7 +91,7 @@ pub(crate) struct Common {
 /// Serve one rank of a trainer: hold its parameters and offer them, version after version.
 ///
 /// All ranks of a group offer the same version, or nothing is offered. Rank 0 says when the next comes: every --every
-/// seconds, and whenever it gets SIGHUP; the others follow it. SIGTERM or SIGINT: withdraws, waits for readers, and ends
+/// seconds, and whenever it gets SIGUSR1; the others follow it. SIGTERM or SIGINT: withdraws, waits for readers, and ends
 /// with status 0; a second one ends it at once. Status 1: failed; 2: asked for something that there is not.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ServeArgs {
@@ -268,12 +272,10 @@ impl Common {
             }
             config.num_layers = layers;
         }
-        // Two that are not one model do not meet.
-        let name = if self.checkpoint.is_some() { "checkpoint" } else { &name };
-        let plain = |c: char| if c.is_ascii_alphanumeric() || ".-_".contains(c) { c } else { '_' };
-        let name: String = name.chars().rev().take(96).map(plain).collect();
-        let name: String = name.chars().rev().collect();
-        let name = format!("{}-{}", name.trim_matches('.'), config.num_layers);
+        let bundled = model::PRESETS.iter().any(|(bundled, _)| *bundled == name);
+        let known = if bundled { &name } else { "model" };
+        let layers = config.num_layers;
+        let name = self.model.clone().unwrap_or_else(|| format!("{known}-{layers}"));
         Ok((config, name))
     }
 

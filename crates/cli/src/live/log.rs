@@ -20,6 +20,9 @@ pub(super) fn start(verbose: u8) -> Result<(), CliError> {
             .map_err(|error| CliError::Usage(format!("RUST_LOG=`{text}`: {error}")))?,
         _ => EnvFilter::new(wanted),
     };
+    // It logs the addresses of what is registered, which are nobody else's to know.
+    let quiet = "nixl_sys=info".parse().map_err(|_| CliError::Usage("RUST_LOG".to_owned()))?;
+    let filter = filter.add_directive(quiet);
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)

@@ -7,10 +7,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use refit_service::rendezvous::{Key, Rendezvous};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGUSR1, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::error::CliError;
+
+/// What asks for the next version. Not SIGHUP, which UCX takes for itself to log everything, addresses included.
+const RELOAD: i32 = SIGUSR1;
 
 /// How long one watch lasts before it is asked for anew, and what is waited for after one failed.
 const WATCH: Duration = Duration::from_secs(5);
@@ -58,14 +61,14 @@ impl Wakes {
                 signal_hook::flag::register_conditional_shutdown(signal, 1, stop.0.clone())?;
                 signal_hook::flag::register(signal, stop.0.clone())?;
             }
-            Signals::new([SIGTERM, SIGINT, SIGHUP])
+            Signals::new([SIGTERM, SIGINT, RELOAD])
         };
         let mut signals = register().map_err(system)?;
         let (sender, receiver) = mpsc::channel();
         let told = sender.clone();
         spawn("signals", move || {
             for signal in signals.forever() {
-                let wake = if signal == SIGHUP { Wake::Reload } else { Wake::Stop };
+                let wake = if signal == RELOAD { Wake::Reload } else { Wake::Stop };
                 if told.send(wake).is_err() {
                     return;
                 }
