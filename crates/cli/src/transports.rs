@@ -159,12 +159,18 @@ pub(crate) fn auto(
     auto_of(name, home, far)
 }
 
+/// What moves bytes where GPUs cannot map each other.
+#[cfg(all(feature = "cuda", feature = "nixl"))]
+pub(crate) type Far = refit::transport::nixl::NixlTransport;
+#[cfg(all(feature = "cuda", not(feature = "nixl")))]
+pub(crate) type Far = refit::transport::auto::Never;
+
 /// Both at once, with this agent of NIXL if it could be had.
 #[cfg(feature = "cuda")]
 pub(crate) fn auto_of(
     name: &str,
     home: &Home,
-    far: Result<refit::transport::auto::Far, String>,
+    far: Result<Far, String>,
 ) -> Result<Arc<refit::transport::auto::AutoTransport>, CliError> {
     let near = peer_agent(name, home).map_err(|error| error.to_string());
     let auto = refit::transport::auto::AutoTransport::new(near, far);
