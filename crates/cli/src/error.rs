@@ -6,7 +6,10 @@ use std::path::PathBuf;
 use refit::RefitError;
 use refit::translate::TranslateError;
 use refit_service::MeetingError;
-use refit_service::rendezvous::RendezvousError;
+use refit_service::reader::RefreshError;
+use refit_service::rendezvous::{RendezvousError, SecretError};
+use refit_service::replica::ReplicaError;
+use refit_service::source::SourceError;
 
 use crate::case::CaseError;
 
@@ -43,6 +46,16 @@ pub(crate) enum CliError {
     Rank { role: &'static str, rank: u32, reason: String },
     #[error("{0}")]
     Mismatch(String),
+    #[error("metrics cannot be answered at {at}: {why}")]
+    Metrics { at: std::net::SocketAddr, why: String },
+    #[error(transparent)]
+    Source(#[from] Box<SourceError>),
+    #[error(transparent)]
+    Replica(#[from] Box<ReplicaError>),
+    #[error(transparent)]
+    Refresh(#[from] Box<RefreshError>),
+    #[error(transparent)]
+    Secret(#[from] SecretError),
     #[error("cannot {action}: {source}")]
     System { action: &'static str, source: io::Error },
 }
@@ -60,8 +73,32 @@ impl From<RendezvousError> for CliError {
 }
 
 impl CliError {
+    /// Whether another command line, and not another host or another try, is what helps.
+    pub(crate) fn is_usage(&self) -> bool {
+        matches!(
+            self,
+            Self::Usage(_)
+                | Self::Sizes { .. }
+                | Self::Config { .. }
+                | Self::Translate(_)
+                | Self::Secret(_)
+        )
+    }
+
     pub(crate) fn system(action: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::System { action, source }
+    }
+}
+
+impl From<SourceError> for CliError {
+    fn from(error: SourceError) -> Self {
+        Box::new(error).into()
+    }
+}
+
+impl From<ReplicaError> for CliError {
+    fn from(error: ReplicaError) -> Self {
+        Box::new(error).into()
     }
 }
 

@@ -12,6 +12,7 @@ mod bench_plan;
 mod chart;
 mod device;
 mod error;
+mod live;
 mod memory;
 mod model;
 mod parallel;
@@ -40,6 +41,8 @@ enum Command {
     Bands(bands::Args),
     Verify(verify::Args),
     Bench(bench::Args),
+    Serve(Box<live::ServeArgs>),
+    Pull(Box<live::PullArgs>),
     BenchPlan(bench_plan::Args),
     /// Draw what benches wrote
     Chart(chart::Args),
@@ -55,6 +58,8 @@ pub fn main() -> ExitCode {
         Command::Plan(args) => plan::run(&args),
         Command::Bands(args) => bands::run(&args),
         Command::Verify(args) => verify::run(&args),
+        Command::Serve(args) => live::run_serve(*args),
+        Command::Pull(args) => live::run_pull(*args),
         Command::Bench(args) => bench::run(&args),
         Command::BenchPlan(args) => bench_plan::run(&args),
         Command::Chart(args) => chart::run(&args),

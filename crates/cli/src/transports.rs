@@ -87,23 +87,39 @@ pub(crate) fn nixl(
     answers_peers: bool,
     home: &Home,
 ) -> Result<Arc<refit::transport::nixl::NixlTransport>, CliError> {
-    let transport = nixl_agent(name, answers_peers, home);
-    transport.map(Arc::new).map_err(|error| CliError::Nixl(error.to_string()))
+    nixl_of(nixl_options(name, answers_peers, home))
 }
 
+/// The options of such an agent.
 #[cfg(feature = "nixl")]
-fn nixl_agent(
+pub(crate) fn nixl_options(
     name: &str,
     answers_peers: bool,
     home: &Home,
-) -> Result<refit::transport::nixl::NixlTransport, Box<dyn std::error::Error>> {
-    use refit::transport::nixl::{NixlLibrary, NixlOptions, NixlTransport};
+) -> refit::transport::nixl::NixlOptions {
+    use refit::transport::nixl::NixlOptions;
     let options = match home {
         Home::Host => NixlOptions::new(name),
         #[cfg(feature = "cuda")]
         Home::Cuda(gpu) => NixlOptions::on_device(name, gpu.device().clone()),
     };
-    let options = options.with_progress_thread(answers_peers);
+    options.with_progress_thread(answers_peers)
+}
+
+/// A NIXL agent with these options.
+#[cfg(feature = "nixl")]
+pub(crate) fn nixl_of(
+    options: refit::transport::nixl::NixlOptions,
+) -> Result<Arc<refit::transport::nixl::NixlTransport>, CliError> {
+    let transport = nixl_agent(options);
+    transport.map(Arc::new).map_err(|error| CliError::Nixl(error.to_string()))
+}
+
+#[cfg(feature = "nixl")]
+fn nixl_agent(
+    options: refit::transport::nixl::NixlOptions,
+) -> Result<refit::transport::nixl::NixlTransport, Box<dyn std::error::Error>> {
+    use refit::transport::nixl::{NixlLibrary, NixlTransport};
     Ok(NixlTransport::new(NixlLibrary::load(&[])?, options)?)
 }
 
@@ -132,14 +148,31 @@ pub(crate) fn auto(
     answers_peers: bool,
     home: &Home,
 ) -> Result<Arc<refit::transport::auto::AutoTransport>, CliError> {
-    let near = peer_agent(name, home).map_err(|error| error.to_string());
     #[cfg(feature = "nixl")]
-    let far = nixl_agent(name, answers_peers, home).map_err(|error| error.to_string());
+    let far =
+        nixl_agent(nixl_options(name, answers_peers, home)).map_err(|error| error.to_string());
     #[cfg(not(feature = "nixl"))]
     let far = {
         let _ = answers_peers;
         Err(without("NIXL", "nixl").to_string())
     };
+    auto_of(name, home, far)
+}
+
+/// What moves bytes where GPUs cannot map each other.
+#[cfg(all(feature = "cuda", feature = "nixl"))]
+pub(crate) type Far = refit::transport::nixl::NixlTransport;
+#[cfg(all(feature = "cuda", not(feature = "nixl")))]
+pub(crate) type Far = refit::transport::auto::Never;
+
+/// Both at once, with this agent of NIXL if it could be had.
+#[cfg(feature = "cuda")]
+pub(crate) fn auto_of(
+    name: &str,
+    home: &Home,
+    far: Result<Far, String>,
+) -> Result<Arc<refit::transport::auto::AutoTransport>, CliError> {
+    let near = peer_agent(name, home).map_err(|error| error.to_string());
     let auto = refit::transport::auto::AutoTransport::new(near, far);
     Ok(Arc::new(auto.map_err(refit::RefitError::from)?))
 }

@@ -83,6 +83,8 @@ impl<T: Transport> Source<T> {
         params: &[Memory],
         reach: &Reach,
     ) -> Result<(TransportLease<T>, Header), RefitError> {
+        let span = tracing::debug_span!("setup_registration", rank = layout.rank());
+        let _entered = span.enter();
         let incarnation = draw_incarnation(transport.agent())?;
         let header = Header { incarnation, stamp: Stamp::default() };
         let key = source_key(transport.agent(), layout.rank(), params);

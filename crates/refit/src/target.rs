@@ -221,6 +221,8 @@ struct Refit<T: Transport> {
     /// Waves posted.
     posted: usize,
     phase: Phase,
+    /// From the arrival of the last data until it is known what was read.
+    sync: tracing::Span,
     /// The ranks that are read from.
     watched: Vec<Watched>,
     /// Why no further wave is posted or landed, while reads settle.

@@ -68,4 +68,4 @@ pub mod worker;
 
 pub use self::meeting::{Meeting, MeetingError};
 pub use self::seat::{Observer, Point, Seat};
-pub use self::stats::{Retries, ServiceStats};
+pub use self::stats::{PullTotals, Retries, ServiceStats};

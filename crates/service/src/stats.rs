@@ -1,5 +1,7 @@
 use std::time::Duration;
 
+use refit::Report;
+
 use crate::puller::Cause;
 
 /// What one rank has done and met since it began, as plain data.
@@ -26,6 +28,46 @@ pub struct ServiceStats {
     pub crowded: u64,
     /// Gauge: bytes that were kept away because of abandoned reads when the last refresh ended.
     pub quarantined_bytes: u64,
+}
+
+/// What the pulls of one target rank came to, added up, as plain data. Pulls that failed are not among them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PullTotals {
+    /// Pulls that ended well.
+    pub pulls: u64,
+    /// Bytes that they read.
+    pub wire_bytes: u64,
+    /// Bytes of them that were needed.
+    pub needed_bytes: u64,
+    /// Reads posted, without those of the headers.
+    pub reads: u64,
+    /// Time spent planning and lowering.
+    pub plan: Duration,
+    /// Time spent on memory, connections and reads that were not there: allocating, registering, connecting, preparing.
+    pub setup: Duration,
+    /// From the first post until the last read settled, without what was landed until then.
+    pub pull: Duration,
+    /// Landing copies and fills, as far as they were waited for.
+    pub land: Duration,
+    /// From beginning to end.
+    pub total: Duration,
+}
+
+impl PullTotals {
+    pub(crate) fn add(&mut self, report: &Report) {
+        self.pulls = self.pulls.saturating_add(1);
+        self.wire_bytes = self.wire_bytes.saturating_add(report.wire_bytes);
+        self.needed_bytes = self.needed_bytes.saturating_add(report.needed_bytes);
+        self.reads = self.reads.saturating_add(report.reads);
+        self.plan = self.plan.saturating_add(report.plan);
+        for part in [report.allocate, report.register, report.connect, report.prepare] {
+            self.setup = self.setup.saturating_add(part);
+        }
+        self.pull = self.pull.saturating_add(report.pull);
+        self.land = self.land.saturating_add(report.land);
+        self.total = self.total.saturating_add(report.total);
+    }
 }
 
 /// Failed attempts to read, by cause.

@@ -8,7 +8,8 @@ use refit::planner::{Band, Dtype, LayoutBuilder, Param, Program};
 use refit::pool::PoolOptions;
 use refit::transport::{Transport, TransportPool, TransportRegistrar};
 use refit::{
-    Place, Publication, PublishedRegion, RefitError, Report, Target, TargetOptions, allocate,
+    Expected, Place, Publication, PublishedRegion, RefitError, Report, Target, TargetOptions,
+    allocate,
 };
 
 use super::protocol::{Rate, Reply};
@@ -41,7 +42,7 @@ impl<T: Transport> Ceiling<T> {
         home: &Home,
         transport: &Arc<T>,
         rank: u32,
-        sources: &[Publication],
+        (sources, announced): (&[Publication], &[Expected]),
         bytes: &BTreeMap<u32, u64>,
         patience: Duration,
     ) -> Result<Self, CliError> {
@@ -82,22 +83,22 @@ impl<T: Transport> Ceiling<T> {
             Target::new(transport.clone(), pool, wanted, params, TargetOptions::default())?;
         let target = home.equip(target)?;
         // The first read touches the memory and builds the read; it is not counted.
-        let (target, _) = cycle(target, &published, patience)?;
+        let (target, _) = cycle(target, &published, announced, patience)?;
         Ok(Self { target: Some(target), published, patience })
     }
 
     /// Reads once, to measure.
-    pub(super) fn read(&mut self) -> Result<Reply, CliError> {
+    pub(super) fn read(&mut self, announced: &[Expected]) -> Result<Reply, CliError> {
         // Twice, and the second counts: a refit finds its memory warm from verifying, so a ceiling must as well.
-        self.once()?;
-        let report = self.once()?;
+        self.once(announced)?;
+        let report = self.once(announced)?;
         let seconds = report.pull.as_secs_f64();
         Ok(Reply::Rate(Rate { bytes: report.wire_bytes, seconds }))
     }
 
-    fn once(&mut self) -> Result<Report, CliError> {
+    fn once(&mut self, announced: &[Expected]) -> Result<Report, CliError> {
         let target = self.target.take().ok_or_else(lost)?;
-        let (target, report) = cycle(target, &self.published, self.patience)?;
+        let (target, report) = cycle(target, &self.published, announced, self.patience)?;
         self.target = Some(target);
         Ok(report)
     }

@@ -8,6 +8,7 @@ use refit::{PackedSource, Source};
 
 use super::meeting::Meeting;
 use super::protocol::{Rate, Reply};
+use super::rank::lost;
 use crate::device::Home;
 use crate::error::CliError;
 
@@ -29,14 +30,16 @@ impl<T: Transport> Held<T> {
             Self::Plain(source) => {
                 let mut updating = source.begin_update()?;
                 change(updating.params_mut().collect())?;
-                updating.commit(version)?;
-                Ok(Reply::Done)
+                let announced = updating.commit(version)?.into();
+                Ok(Reply::Filled { announced, packed: None })
             }
             Self::Packed(source) => {
                 source.update(version, |params| change(params.collect()))??;
+                let announced = source.offered().ok_or_else(lost)?.into();
                 let packed = source.repacked();
                 let seconds = packed.elapsed.as_secs_f64();
-                Ok(Reply::Rate(Rate { bytes: packed.bytes, seconds }))
+                let packed = Some(Rate { bytes: packed.bytes, seconds });
+                Ok(Reply::Filled { announced, packed })
             }
         }
     }

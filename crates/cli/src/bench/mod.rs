@@ -11,7 +11,7 @@ mod protocol;
 mod rank;
 mod sizing;
 mod table;
-mod values;
+pub(crate) mod values;
 mod workers;
 
 use std::process::ExitCode;
@@ -166,10 +166,12 @@ fn bench(
             version += 1;
             bar.set_message("writing new values");
             let fill = Command::Fill { cycle: version };
-            result.packs.push(rates(&all(&mut sources, patience, Some(&fill))?));
+            let filled = all(&mut sources, patience, Some(&fill))?;
+            result.packs.push(rates(&filled));
+            let announced = filled.iter().filter_map(Reply::announced).collect();
             bar.inc(1);
             bar.set_message(mode.label());
-            let replies = all(&mut targets, patience, Some(&Command::Refit { mode }))?;
+            let replies = all(&mut targets, patience, Some(&Command::Refit { mode, announced }))?;
             bar.inc(1);
             bar.set_message("verifying every byte");
             all(&mut targets, patience, Some(&Command::Verify { cycle: version }))?;
@@ -233,6 +235,7 @@ fn all(
 fn rates(replies: &[Reply]) -> Vec<Rate> {
     let rate = |reply: &Reply| match *reply {
         Reply::Rate(rate) => Some(rate),
+        Reply::Filled { packed, .. } => packed,
         _ => None,
     };
     replies.iter().filter_map(rate).collect()

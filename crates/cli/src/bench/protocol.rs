@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use refit::Report;
 use refit::planner::{Destination, Program};
+use refit::{Expected, Report};
 use serde::{Deserialize, Serialize};
 
 /// How a cycle finds its buffers.
@@ -40,8 +40,8 @@ pub(crate) enum Command {
     Pack,
     /// A target: read what sources have packed.
     MeetPacked,
-    /// A target: refit.
-    Refit { mode: Mode },
+    /// A target: refit what was announced.
+    Refit { mode: Mode, announced: Vec<Announced> },
     /// A target: compare every byte with the values of this cycle.
     Verify { cycle: u64 },
     /// A target: say what a cached refit does, without doing it.
@@ -64,16 +64,46 @@ pub(crate) enum Reply {
     Ready,
     /// Done as told.
     Done,
+    /// Values are written, and slots filled behind them if there are some.
+    Filled { announced: Announced, packed: Option<Rate> },
     /// A refit is done.
     Refit(Box<RankReport>),
     /// What a cached refit does.
     Described(Box<Description>),
-    /// A ceiling was measured, or slots were filled.
+    /// A ceiling was measured.
     Rate(Rate),
     /// A ceiling cannot be measured here.
     Unmeasured { reason: String },
     /// The rank cannot go on.
     Failed { reason: String },
+}
+
+impl Reply {
+    /// What a source announces, behind a change.
+    pub(crate) fn announced(&self) -> Option<Announced> {
+        if let Self::Filled { announced, .. } = *self { Some(announced) } else { None }
+    }
+}
+
+/// What a source's header says behind a commit, told to targets as a trainer would.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Announced {
+    rank: u32,
+    incarnation: u128,
+    version: u64,
+    epoch: u64,
+}
+
+impl From<Expected> for Announced {
+    fn from(Expected { rank, incarnation, version, epoch }: Expected) -> Self {
+        Self { rank, incarnation, version, epoch }
+    }
+}
+
+impl From<Announced> for Expected {
+    fn from(Announced { rank, incarnation, version, epoch }: Announced) -> Self {
+        Self { rank, incarnation, version, epoch }
+    }
 }
 
 /// What one rank moved in some time.

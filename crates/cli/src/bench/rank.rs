@@ -9,7 +9,8 @@ use refit::planner::{Policy, RankLayout};
 use refit::pool::PoolOptions;
 use refit::transport::{Transport, TransportPool, TransportRegistrar};
 use refit::{
-    Cancelled, PackRequest, Prepared, Publication, Report, Source, Target, TargetOptions, allocate,
+    Cancelled, Expected, PackRequest, Prepared, Publication, Report, Source, Target, TargetOptions,
+    allocate,
 };
 
 use super::ceiling::{Ceiling, bytes_by_source};
@@ -159,6 +160,7 @@ pub(crate) fn target<T: Transport>(
         values,
         guards,
         target: Some(target),
+        announced: Vec::new(),
         request: None,
         ceiling: None,
         copies: None,
@@ -166,10 +168,16 @@ pub(crate) fn target<T: Transport>(
     answer(Reply::Ready);
     for command in commands {
         let reply = match command {
-            Command::Refit { mode } => Reply::Refit(Box::new(bench.refit(mode)?)),
+            Command::Refit { mode, announced } => {
+                bench.announced = announced.into_iter().map(Expected::from).collect();
+                Reply::Refit(Box::new(bench.refit(mode)?))
+            }
             Command::Verify { cycle } => bench.verify(cycle)?,
             Command::Describe => Reply::Described(Box::new(bench.describe()?)),
-            Command::BigRead => bench.ceiling()?.read()?,
+            Command::BigRead => {
+                let announced = bench.announced.clone();
+                bench.ceiling()?.read(&announced)?
+            }
             Command::Copies => bench.copies()?.read()?,
             Command::Memcpy => bench.ceiling()?.memcpy(home)?,
             Command::Stop => break,
@@ -193,6 +201,8 @@ struct TargetBench<'a, T: Transport> {
     guards: Guards,
     /// Absent only inside a refit, or after one failed.
     target: Option<Target<T>>,
+    /// What the sources announced with the values that they hold.
+    announced: Vec<Expected>,
     /// What was asked of the sources, after it was.
     request: Option<PackRequest>,
     ceiling: Option<Ceiling<T>>,
@@ -219,7 +229,8 @@ impl<T: Transport> TargetBench<'_, T> {
             target.forget_plans();
             self.pool.clear();
         }
-        let (target, report) = cycle(target, &self.published, self.setup.patience)?;
+        let (target, report) =
+            cycle(target, &self.published, &self.announced, self.setup.patience)?;
         self.target = Some(target);
         let host = self.setup.own_process && self.setup.gpu.is_none();
         let peak = if host { crate::memory::peak_bytes()? } else { 0 };
@@ -276,7 +287,14 @@ impl<T: Transport> TargetBench<'_, T> {
             let bytes = self.bytes_by_source()?;
             let RankSetup { rank, patience, .. } = *self.setup;
             let (home, transport, published) = (self.home, &self.transport, &self.published);
-            self.ceiling = Some(Ceiling::new(home, transport, rank, published, &bytes, patience)?);
+            self.ceiling = Some(Ceiling::new(
+                home,
+                transport,
+                rank,
+                (published, &self.announced),
+                &bytes,
+                patience,
+            )?);
         }
         self.ceiling.as_mut().ok_or_else(lost)
     }
@@ -297,13 +315,14 @@ fn cancelled<T: Transport>(prepared: Prepared<T>) -> Result<Target<T>, CliError>
     }
 }
 
-/// One refit, whatever way it finds its buffers.
+/// One refit of what sources have announced, whatever way it finds its buffers.
 pub(super) fn cycle<T: Transport>(
     target: Target<T>,
     published: &[Publication],
+    announced: &[Expected],
     patience: Duration,
 ) -> Result<(Target<T>, Report), CliError> {
-    let pulling = target.prepare(published)?.pull()?;
+    let pulling = target.prepare(published)?.expecting(announced)?.pull()?;
     Ok(pulling.wait(Instant::now() + patience)?.land()?.install().refreshed())
 }
 

@@ -17,6 +17,7 @@ use refit::translate::host;
 
 use crate::device::Home;
 use crate::error::CliError;
+use crate::live::Checkpoint;
 use crate::parallel;
 
 /// Spreads neighbouring columns over all bits (2^32 / golden ratio).
@@ -29,6 +30,17 @@ const CHUNK_BYTES: u64 = 4 << 20;
 #[derive(Debug)]
 pub(crate) struct Values {
     origins: BTreeMap<Arc<str>, Origin>,
+    /// Where values come from that are not made from numbers.
+    checkpoint: Option<Checkpoint>,
+}
+
+/// Elements of a row of a tensor, from a column on.
+struct Row<'a> {
+    tensor: &'a Tensor,
+    row: u64,
+    col: u64,
+    /// What they are made from, where they are made.
+    seed: u32,
 }
 
 /// How the sources store a tensor.
@@ -61,7 +73,32 @@ impl Values {
             let Some(origin) = origins.get_mut(&tensor.name) else { continue };
             origin.converted |= origin.transform(param)? != Transform::Copy;
         }
-        Ok(Self { origins })
+        Ok(Self { origins, checkpoint: None })
+    }
+
+    /// Takes values from a checkpoint, whatever the cycle, from now on.
+    ///
+    /// # Errors
+    /// [`CliError::Usage`] for a tensor that is not there as the sources store it.
+    pub(crate) fn set_checkpoint(
+        &mut self,
+        sources: &[Tensor],
+        checkpoint: Checkpoint,
+    ) -> Result<(), CliError> {
+        for tensor in sources {
+            checkpoint.check(tensor, self.origin(tensor)?.dtype)?;
+        }
+        self.checkpoint = Some(checkpoint);
+        Ok(())
+    }
+
+    /// Writes what a source stores of a row.
+    fn write_row(&self, origin: Origin, row: &Row<'_>, into: &mut [u8]) -> Result<(), CliError> {
+        match &self.checkpoint {
+            None => write_row(origin, row.seed, into),
+            Some(checkpoint) => checkpoint.read(row.tensor, (row.row, row.col), into)?,
+        }
+        Ok(())
     }
 
     fn origin(&self, tensor: &Tensor) -> Result<Origin, CliError> {
@@ -219,13 +256,13 @@ impl Content<'_> {
         bands.chain(fills).sum::<u64>() * self.param.dtype().size()
     }
 
-    /// Calls `write` with the seed of every row of every band in these rows and the place of its bytes among them.
+    /// Calls `write` with every row of every band in these rows and the place of its bytes among them.
     fn each_row(
         &self,
         rows: &Range<u64>,
         cycle: u64,
         values: &Values,
-        mut write: impl FnMut(Origin, u32, Range<usize>) -> Result<(), CliError>,
+        mut write: impl FnMut(Origin, &Row<'_>, Range<usize>) -> Result<(), CliError>,
     ) -> Result<(), CliError> {
         for (tensor, band) in &self.bands {
             let ((at_row, at_col), cols) = (band.origin(), band.logical_cols());
@@ -235,8 +272,9 @@ impl Content<'_> {
             for step in steps(band, rows) {
                 let local = at_row + step * band.step() - rows.start;
                 let at = self.index(local, at_col);
-                let seed = seed(name, band.logical_rows().start + step, cols.start);
-                write(origin, seed, at..at + width)?;
+                let (row, col) = (band.logical_rows().start + step, cols.start);
+                let row = Row { tensor, row, col, seed: seed(name, row, col) };
+                write(origin, &row, at..at + width)?;
             }
         }
         Ok(())
@@ -250,9 +288,8 @@ impl Content<'_> {
         cycle: u64,
         bytes: &mut [u8],
     ) -> Result<(), CliError> {
-        self.each_row(rows, cycle, values, |origin, seed, at| {
-            write_row(origin, seed, &mut bytes[at]);
-            Ok(())
+        self.each_row(rows, cycle, values, |origin, row, at| {
+            values.write_row(origin, row, &mut bytes[at])
         })
     }
 
@@ -271,15 +308,14 @@ impl Content<'_> {
             }
         }
         let mut stored = Vec::new();
-        self.each_row(rows, cycle, values, |origin, seed, at| {
+        self.each_row(rows, cycle, values, |origin, row, at| {
             let transform = origin.transform(self.param)?;
             if transform == Transform::Copy {
-                write_row(origin, seed, &mut bytes[at]);
-                return Ok(());
+                return values.write_row(origin, row, &mut bytes[at]);
             }
             let run = at.len() as u64 / self.param.dtype().size() * origin.dtype.size();
             stored.resize(usize::try_from(run).unwrap_or(usize::MAX), 0);
-            write_row(origin, seed, &mut stored);
+            values.write_row(origin, row, &mut stored)?;
             let (offset, dims) = (at.start as u64, Dims::none());
             let landing = Landing { staging_offset: 0, target: 0, offset, run, dims, transform };
             host::land(&landing, &stored, bytes).map_err(RefitError::from)?;

@@ -85,6 +85,7 @@ pub(super) fn prepare<T: Transport>(
                 wave: 0,
                 posted: 0,
                 phase: Phase::Before,
+                sync: tracing::Span::none(),
                 watched,
                 failed: None,
             };
@@ -102,6 +103,8 @@ impl<T: Transport> Inner<T> {
     ) -> Result<(Arc<Program>, TransportLease<T>), RefitError> {
         let (program, key) = self.planned(publications, report)?;
 
+        let span = tracing::debug_span!("setup_registration", rank = self.layout.rank());
+        let _entered = span.enter();
         let Self { transport, live, peers, .. } = self;
         let lease = self.pool.lease(key.into(), |build| {
             // The headers are read into the memory that is staged into, so that it is one allocation.
@@ -248,6 +251,8 @@ impl<T: Transport> Inner<T> {
         report: &mut Report,
     ) -> Result<(), RefitError> {
         let started = Instant::now();
+        let span = tracing::debug_span!("setup_registration", rank = self.layout.rank());
+        let _entered = span.enter();
         for source in sources.chunk_by(|a, b| a.rank == b.rank) {
             let rank = source[0].rank;
             let missing = RefitError::MissingPublication { rank };

@@ -151,7 +151,9 @@ impl<T: Transport> Refit<T> {
             ControlFlow::Continue(lease) => lease,
             ControlFlow::Break(reading) => return reading,
         };
-        match self.look(&lease) {
+        let looked = self.look(&lease);
+        self.sync = tracing::Span::none();
+        match looked {
             Err(error) => Reading::Stopped(Stop::Version(error)),
             Ok(()) if self.phase == Phase::Before => {
                 self.phase = Phase::Data;
@@ -176,6 +178,7 @@ impl<T: Transport> Refit<T> {
         if self.posted == self.ends.len() {
             // Never with the data: what is posted together arrives in any order.
             self.phase = Phase::After;
+            self.sync = tracing::debug_span!("receive_sync", rank = self.inner.layout.rank());
             return self.post_headers(lease);
         }
         if let Err(error) = self.land(&lease) {

@@ -8,6 +8,7 @@ use super::engine::{Engine, EngineError};
 use super::pulls::Pulls;
 use crate::puller::{Cause, PullFailure, Puller, Reading};
 use crate::source::SourceRank;
+use crate::stats::PullTotals;
 
 /// A target rank that reads into its live parameters, while its engine stands still.
 ///
@@ -22,19 +23,26 @@ pub struct Direct<T: Transport, E: Engine> {
     engine: E,
     /// The version that is live and whole.
     version: Option<u64>,
+    totals: PullTotals,
 }
 
 impl<T: Transport, E: Engine> Direct<T, E> {
     /// A rank that reads into this target's parameters.
     #[must_use]
     pub fn new(target: Target<T>, engine: E) -> Self {
-        Self { pulls: Pulls::new(target), engine, version: None }
+        Self { pulls: Pulls::new(target), engine, version: None, totals: PullTotals::default() }
     }
 
     /// The version that is live and whole.
     #[must_use]
     pub fn version(&self) -> Option<u64> {
         self.version
+    }
+
+    /// What its pulls came to.
+    #[must_use]
+    pub fn totals(&self) -> &PullTotals {
+        &self.totals
     }
 
     /// The live parameters by name, if they are whole and not being read into.
@@ -55,7 +63,7 @@ impl<T: Transport, E: Engine> Puller for Direct<T, E> {
         let stopped = |what: &str, error: EngineError| {
             PullFailure::new(Cause::Failed, format!("the engine could not {what}: {error}"))
         };
-        let engine = &mut self.engine;
+        let (engine, totals) = (&mut self.engine, &mut self.totals);
         engine.pause().map_err(|error| stopped("pause", error))?;
         self.version = None;
         let derived = self.pulls.pull(reading, deadline, |installed| {
@@ -63,7 +71,11 @@ impl<T: Transport, E: Engine> Puller for Direct<T, E> {
             let _entered = span.enter();
             let derived = engine.derive(installed.post_actions(), &mut installed.params());
             match derived {
-                Ok(()) => Ok(installed.refreshed().0),
+                Ok(()) => {
+                    let (target, report) = installed.refreshed();
+                    totals.add(&report);
+                    Ok(target)
+                }
                 Err(error) => Err((installed.stale(), error)),
             }
         })?;

@@ -12,6 +12,7 @@ use super::pulls::Pulls;
 use crate::puller::{Cause, PullFailure, Puller, Reading};
 use crate::replica::{InstallError, Stage};
 use crate::source::SourceRank;
+use crate::stats::PullTotals;
 use crate::worker::{BuildError, Quarantine};
 
 /// A target rank that reads into a second set of parameters, and copies them to the live ones when it is told to. The
@@ -28,6 +29,7 @@ pub struct Shadow<T: Transport, E: Engine> {
     failover: Option<Failover<T>>,
     /// The version in the shadow, if it is whole.
     staged: Option<u64>,
+    totals: PullTotals,
 }
 
 /// What copies.
@@ -74,7 +76,17 @@ impl<T: Transport, E: Engine> Shadow<T, E> {
         }
         let pulls = Pulls::new(shadow);
         let copier = Copier::Host;
-        Ok(Self { pulls, live, names, post_actions, engine, copier, failover: None, staged: None })
+        Ok(Self {
+            pulls,
+            live,
+            names,
+            post_actions,
+            engine,
+            copier,
+            failover: None,
+            staged: None,
+            totals: PullTotals::default(),
+        })
     }
 
     /// Copies within this device, where parameters in its memory are.
@@ -110,6 +122,12 @@ impl<T: Transport, E: Engine> Shadow<T, E> {
         self.staged
     }
 
+    /// What its pulls came to.
+    #[must_use]
+    pub fn totals(&self) -> &PullTotals {
+        &self.totals
+    }
+
     /// Every live parameter, by name.
     pub fn params(&self) -> impl Iterator<Item = (&str, &Memory)> {
         self.names.iter().map(String::as_str).zip(&self.live)
@@ -125,9 +143,12 @@ impl<T: Transport, E: Engine> Shadow<T, E> {
 impl<T: Transport, E: Engine> Puller for Shadow<T, E> {
     fn pull(&mut self, reading: &Reading<'_>, deadline: Instant) -> Result<(), PullFailure> {
         self.staged = None;
+        let totals = &mut self.totals;
         let pulled = self.pulls.pull(reading, deadline, |installed| {
             // Nothing is derived from a shadow.
-            Ok::<_, (_, std::convert::Infallible)>(installed.refreshed().0)
+            let (target, report) = installed.refreshed();
+            totals.add(&report);
+            Ok::<_, (_, std::convert::Infallible)>(target)
         })?;
         match pulled {
             Ok(()) => self.staged = Some(reading.version),

@@ -1,0 +1,218 @@
+//! How a rank's process begins and ends.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use refit::transport::Transport;
+use refit_service::rendezvous::{Directory, Rendezvous, Sealed};
+
+use super::args::Common;
+use super::endpoint::{self, Labels};
+use super::figures::Shared;
+use super::log;
+use super::place::{Place, Store};
+use super::voice::{Event, Voice};
+use super::wakes::Wakes;
+use crate::device::Home;
+use crate::error::CliError;
+use crate::transports::{self, TransportName};
+
+/// How often a process that does nothing else looks whether it was told to stop.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// What leaving may take beyond the wait for others.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// What a process does over whichever store and transport.
+pub(super) trait Work: Send + 'static {
+    fn common(&self) -> &Common;
+
+    /// What this process is called, and which side it is.
+    fn labels(&self) -> Labels;
+
+    /// The model's name at the rendezvous.
+    fn model(&self) -> String;
+
+    /// Whether others read from it.
+    fn is_read(&self) -> bool;
+
+    /// Bytes that it will register, and peers that it will connect to.
+    fn demands(&self) -> (u64, u32);
+
+    fn run<R: Rendezvous, T: Transport>(
+        self,
+        place: Place<R>,
+        transport: Arc<T>,
+        house: House,
+    ) -> Result<(), CliError>;
+}
+
+/// What comes with a process.
+#[derive(Debug)]
+pub(super) struct House {
+    pub(super) home: Home,
+    pub(super) wakes: Wakes,
+    pub(super) figures: Shared,
+    pub(super) voice: Voice,
+}
+
+/// Runs a rank on a thread of its own, and sees to it that the process ends when it is told to.
+pub(super) fn run<W: Work>(
+    common: &Common,
+    work: impl FnOnce() -> Result<W, CliError>,
+) -> Result<ExitCode, CliError> {
+    let begun = || {
+        log::start(common.verbose)?;
+        // Before anything that takes long: a signal may come at once.
+        Ok::<_, CliError>((Wakes::listen()?, work()?))
+    };
+    let drain = common.drain;
+    let outcome = begun().and_then(|(wakes, work)| supervise(wakes, work, drain));
+    match outcome {
+        Ok(()) => Ok(ExitCode::SUCCESS),
+        Err(error) if error.is_usage() => Err(error),
+        Err(error) => {
+            eprintln!("refit: {error}");
+            Ok(ExitCode::FAILURE)
+        }
+    }
+}
+
+fn supervise<W: Work>(wakes: Wakes, work: W, drain: Duration) -> Result<(), CliError> {
+    let stop = wakes.stop();
+    let (sender, ended) = mpsc::channel();
+    let begin = move || {
+        let _ = sender.send(begin(wakes, work));
+    };
+    thread::Builder::new()
+        .name("rank".to_owned())
+        .spawn(begin)
+        .map_err(CliError::system("start a thread"))?;
+    let mut last = None;
+    loop {
+        match ended.recv_timeout(LOOK) {
+            Ok(outcome) => return outcome,
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(CliError::Mismatch("the rank panicked; see above".to_owned()));
+            }
+            Err(RecvTimeoutError::Timeout) if stop.is_set() => {
+                let bound = drain.saturating_add(GRACE);
+                let last = *last.get_or_insert_with(|| Instant::now() + bound);
+                if Instant::now() >= last {
+                    eprintln!(
+                        "refit: could not leave within {bound:?} (--drain): ending all the same"
+                    );
+                    // Nothing is destroyed that a read may still be under way into.
+                    std::process::exit(1);
+                }
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+    }
+}
+
+fn begin<W: Work>(wakes: Wakes, work: W) -> Result<(), CliError> {
+    let (common, labels, figures) = (work.common(), work.labels(), Shared::default());
+    let voice = Voice { json: common.json };
+    let metrics = common.metrics()?;
+    let home = Home::new(common.gpu)?;
+    let transport = common.transport()?;
+    if let Some(at) = metrics {
+        let address = endpoint::serve(at, labels.clone(), figures.clone())?;
+        voice.say(&Event::Metrics { address: address.to_string() });
+    }
+    let name = format!("{}-{}", labels.name, labels.rank);
+    let house = House { home, wakes, figures, voice };
+    match transport {
+        #[cfg(feature = "nixl")]
+        TransportName::Nixl => {
+            let options = nixl_options(&work, &name, &house.home);
+            check(&work, &options, voice)?;
+            let transport = transports::nixl_of(options)?;
+            meet(work, &name, transport, house)
+        }
+        #[cfg(feature = "cuda")]
+        TransportName::Peer => {
+            let transport = transports::peer(&name, &house.home)?;
+            meet(work, &name, transport, house)
+        }
+        #[cfg(all(feature = "cuda", feature = "nixl"))]
+        TransportName::Auto => {
+            let options = nixl_options(&work, &name, &house.home);
+            // One of the two ways is enough.
+            let far = check(&work, &options, voice).and_then(|()| transports::nixl_of(options));
+            if let Err(error) = &far {
+                voice.say(&Event::Failed { error: error.to_string() });
+            }
+            let far = far.map_err(|error| error.to_string()).and_then(|far| {
+                Arc::into_inner(far).ok_or_else(|| "the agent is in use".to_owned())
+            });
+            let transport = transports::auto_of(&name, &house.home, far)?;
+            meet(work, &name, transport, house)
+        }
+        #[cfg(all(feature = "cuda", not(feature = "nixl")))]
+        TransportName::Auto => {
+            let transport = transports::auto(&name, work.is_read(), &house.home)?;
+            meet(work, &name, transport, house)
+        }
+        other => Err(transports::missing(other)),
+    }
+}
+
+#[cfg(feature = "nixl")]
+fn nixl_options(work: &impl Work, name: &str, home: &Home) -> refit::transport::nixl::NixlOptions {
+    use refit::transport::nixl::Lanes;
+    let lanes = match work.common().insecure_tcp.as_deref() {
+        None => Lanes::Auto,
+        Some("all") => Lanes::InsecureTcp { interface: None },
+        Some(interface) => Lanes::InsecureTcp { interface: Some(interface.to_owned()) },
+    };
+    let options = transports::nixl_options(name, work.is_read(), home);
+    options.with_lanes(lanes).with_publishing(work.is_read())
+}
+
+/// Tries the host before a model depends on it.
+#[cfg(feature = "nixl")]
+fn check(
+    work: &impl Work,
+    options: &refit::transport::nixl::NixlOptions,
+    voice: Voice,
+) -> Result<(), CliError> {
+    use refit::transport::nixl::{Demands, preflight};
+    let (bytes, peers) = work.demands();
+    let report = preflight(&[], options, Demands::new(bytes, peers))
+        .map_err(|error| CliError::Nixl(error.to_string()))?;
+    voice.say(&Event::Preflight { transport: "nixl", lanes: report.lanes });
+    Ok(())
+}
+
+#[cfg_attr(
+    not(any(feature = "nixl", feature = "cuda")),
+    allow(dead_code, reason = "without a transport that crosses processes nobody meets")
+)]
+fn meet<T: Transport>(
+    work: impl Work,
+    name: &str,
+    transport: Arc<T>,
+    house: House,
+) -> Result<(), CliError> {
+    let (common, model) = (work.common(), work.model());
+    match &common.rendezvous {
+        Store::Directory(path) => {
+            let place: Place<Sealed<Directory>> =
+                Place::new(common, Directory::new(path)?, name, &model)?;
+            work.run(place, transport, house)
+        }
+        #[cfg(feature = "etcd")]
+        Store::Etcd(endpoints) => {
+            let store = super::place::etcd(endpoints)?;
+            let place = Place::new(common, store, name, &model)?;
+            work.run(place, transport, house)
+        }
+        #[cfg(not(feature = "etcd"))]
+        Store::Etcd(_) => Err(transports::without("etcd", "etcd")),
+    }
+}

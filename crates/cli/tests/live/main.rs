@@ -1,0 +1,8 @@
+//! `refit serve` and `refit pull` as processes, over NIXL and a directory.
+
+#![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
+
+mod logs;
+mod mistakes;
+mod process;
+mod versions;
