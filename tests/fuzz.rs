@@ -29,6 +29,9 @@ static GLOBAL: Counting = Counting;
 /// Mutations of each target, a few seconds' worth.
 const RUNS: u64 = 20_000;
 
+/// Of files of so many bytes, every truncation and every flipped bit is tried.
+const SMALL: usize = 256;
+
 /// Far more than any input takes on a slow machine.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -93,6 +96,17 @@ fn fuzz(name: &str) {
     };
     for (name, data) in &corpus {
         record(check(target, data, &format!("corpus file {name}")));
+        if data.len() > SMALL {
+            continue;
+        }
+        for end in 0..data.len() {
+            record(check(target, &data[..end], &format!("{name}, its first {end} bytes")));
+        }
+        for bit in 0..8 * data.len() {
+            let mut flipped = data.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            record(check(target, &flipped, &format!("{name}, bit {bit} flipped")));
+        }
     }
     let (runs, seed) = (setting("REFIT_FUZZ_RUNS", RUNS), setting("REFIT_FUZZ_SEED", 1));
     for run in 0..runs {
@@ -136,6 +150,21 @@ fn requests() {
 #[test]
 fn requests_for_digests() {
     fuzz("digests");
+}
+
+#[test]
+fn messages_of_the_service() {
+    fuzz("messages");
+}
+
+#[test]
+fn sealed_values() {
+    fuzz("seal");
+}
+
+#[test]
+fn metadata_of_agents() {
+    fuzz("metadata");
 }
 
 #[test]

@@ -8,16 +8,22 @@ mod bands;
 mod case;
 mod config;
 mod digests;
+mod messages;
+mod metadata;
 pub mod mutate;
 mod publication;
 mod request;
+mod seal;
 
 pub use bands::bands;
 pub use case::case;
 pub use config::config;
 pub use digests::digests;
+pub use messages::messages;
+pub use metadata::metadata;
 pub use publication::publication;
 pub use request::request;
+pub use seal::seal;
 
 /// A fuzz target and what it may take.
 #[derive(Clone, Copy, Debug)]
@@ -41,7 +47,7 @@ impl Target {
 }
 
 /// Every target.
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 9] = [
     // Two layers of 2^16 key-value heads, three bands each, on both sides.
     Target { name: "config", run: config, bytes_per_byte: 64, bytes: 128 << 20 },
     Target { name: "case", run: case, bytes_per_byte: 64, bytes: 1 << 20 },
@@ -50,6 +56,9 @@ pub const TARGETS: [Target; 6] = [
     Target { name: "publication", run: publication, bytes_per_byte: 96, bytes: 64 << 10 },
     Target { name: "request", run: request, bytes_per_byte: 96, bytes: 64 << 10 },
     Target { name: "digests", run: digests, bytes_per_byte: 160, bytes: 64 << 10 },
+    Target { name: "messages", run: messages, bytes_per_byte: 160, bytes: 64 << 10 },
+    Target { name: "seal", run: seal, bytes_per_byte: 32, bytes: 64 << 10 },
+    Target { name: "metadata", run: metadata, bytes_per_byte: 64, bytes: 64 << 10 },
 ];
 
 /// The parts of an input.
