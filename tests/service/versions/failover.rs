@@ -139,6 +139,7 @@ fn what_is_kept_away_has_a_limit_with_a_name() {
     assert_eq!(world.alive(), [true, true]);
     world.silence.end();
     settles(&quarantine);
+    rank.make_ready("dp1", soon()).unwrap();
     let refreshed = reader.refresh(&mut rank, &Wanted::at_least(1), soon()).unwrap();
     assert_eq!(refreshed.version, 3);
     installs(&mut rank, 3);
