@@ -23,3 +23,6 @@ mod relays;
 
 #[path = "versions/replicas.rs"]
 mod replicas;
+
+#[path = "versions/failover.rs"]
+mod failover;

@@ -17,5 +17,6 @@ pub mod oracle;
 pub mod packing;
 pub mod ranks;
 pub mod reference;
+pub mod silence;
 pub mod skip;
 pub mod strategies;

@@ -89,6 +89,10 @@ impl<T: Transport, E: Engine> Puller for Direct<T, E> {
     fn make_ready(&mut self, _: &str, deadline: Instant) -> Result<(), PullFailure> {
         self.pulls.settle(deadline)
     }
+
+    fn quarantined_bytes(&self) -> u64 {
+        self.pulls.kept_bytes()
+    }
 }
 
 impl<T: Transport, E: Engine> SourceRank for Direct<T, E> {

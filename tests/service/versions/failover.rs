@@ -1,0 +1,188 @@
+//! Peers that fall silent in the middle of a read: what is read instead, in which memory, and what becomes of the first.
+
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use refit::transport::local::{LocalOptions, LocalTransport};
+use refit::{Target, TargetOptions};
+use refit_service::puller::Puller;
+use refit_service::rank::{Direct, Shadow, Unattended};
+use refit_service::reader::{Ended, ReaderOptions, Wanted};
+use refit_service::replica::Stage;
+use refit_service::source::SourceOptions;
+use refit_service::worker::{Quarantine, WorkerError};
+use refit_tests::ranks;
+use refit_tests::silence::{Hushed, Silence};
+
+use super::fleet::{Fleet, LocalSource, byte, commit, millis, rows, soon, unique};
+
+type Rank = Shadow<Hushed, Unattended>;
+
+/// Two groups, the first of which has the newer version; an agent that can be hushed, and what it made so far.
+struct World {
+    fleet: Fleet,
+    _groups: Vec<Vec<LocalSource>>,
+    silence: Silence,
+    agents: Arc<Mutex<Vec<Weak<Hushed>>>>,
+}
+
+impl World {
+    /// Groups `dp0`, `dp1`, ... with these versions.
+    fn new(versions: &[u64]) -> Self {
+        let fleet = Fleet::new().slow(64);
+        let groups = versions.iter().enumerate().map(|(number, version)| {
+            let mut group = fleet.group(&format!("dp{number}"), 1, SourceOptions::default());
+            commit(&mut group, *version);
+            group
+        });
+        let groups = groups.collect();
+        Self { fleet, _groups: groups, silence: Silence::default(), agents: Arc::default() }
+    }
+
+    /// Makes targets of agents of this world.
+    fn targets(&self) -> impl FnMut() -> Target<Hushed> + Send + 'static {
+        let (network, silence, agents) =
+            (self.fleet.network.clone(), self.silence.clone(), self.agents.clone());
+        let options = LocalOptions::default().with_bytes_per_poll(self.fleet.bytes_per_poll);
+        move || {
+            let name = format!("shadow-{}", unique());
+            let inner = LocalTransport::with_options(&network, &name, options).unwrap();
+            let agent = Arc::new(Hushed::new(inner, &silence));
+            agents.lock().unwrap().push(Arc::downgrade(&agent));
+            ranks::target(&agent, &rows(0, 1), TargetOptions::default()).0
+        }
+    }
+
+    fn shadow(&self, quarantine: &Quarantine) -> Rank {
+        let mut targets = self.targets();
+        let (live, _) = ranks::memory(&rows(0, 1));
+        let shadow = Shadow::new(targets(), live, Vec::new(), Unattended).unwrap();
+        shadow.with_failover(quarantine.clone(), move |_| Ok(targets()))
+    }
+
+    /// Agents that are not destroyed.
+    fn alive(&self) -> Vec<bool> {
+        self.agents.lock().unwrap().iter().map(|agent| agent.strong_count() > 0).collect()
+    }
+}
+
+fn options(attempt: u64) -> ReaderOptions {
+    ReaderOptions::default().with_attempt(Duration::from_millis(attempt))
+}
+
+fn installs(rank: &mut Rank, version: u64) {
+    rank.install(version).unwrap();
+    let mut bytes = rank.params().flat_map(|(_, memory)| memory.host_bytes().unwrap());
+    assert!(bytes.all(|&found| found == byte(version)), "not version {version}");
+}
+
+fn settles(quarantine: &Quarantine) {
+    let until = soon();
+    while quarantine.agents() > 0 {
+        assert!(Instant::now() < until, "{quarantine:?}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(quarantine.bytes(), 0);
+}
+
+fn bytes() -> u64 {
+    rows(0, 1).bytes()
+}
+
+#[test]
+fn a_silent_peer_costs_one_attempt_and_fresh_memory_takes_over() {
+    let world = World::new(&[2, 1]);
+    let quarantine = Quarantine::new("engine", 2 * bytes());
+    let mut rank = world.shadow(&quarantine);
+    let mut reader = world.fleet.reader("engine", options(200));
+    world.silence.fall("dp0-", 5);
+    let refreshed = reader.refresh(&mut rank, &Wanted::at_least(1), soon()).unwrap();
+    assert_eq!((refreshed.group.as_str(), refreshed.version), ("dp1", 1));
+    assert_eq!((reader.stats().retries.late, reader.stats().retries.total()), (1, 1));
+    // The first one's memory is kept, agent and all.
+    assert_eq!(world.alive(), [true, true]);
+    assert_eq!(quarantine.agents(), 1);
+    assert!(quarantine.bytes() >= bytes(), "{quarantine:?}");
+    assert_eq!(reader.stats().quarantined_bytes, quarantine.bytes());
+    installs(&mut rank, 1);
+    // The silent one goes on, and writes where nobody looks.
+    world.silence.end();
+    settles(&quarantine);
+    assert_eq!((world.alive(), rank.quarantined_bytes()), (vec![false, true], 0));
+    installs(&mut rank, 1);
+    // From now on it is a peer like any other.
+    let refreshed = reader.refresh(&mut rank, &Wanted::at_least(2), soon()).unwrap();
+    assert_eq!((refreshed.group.as_str(), reader.stats().quarantined_bytes), ("dp0", 0));
+    installs(&mut rank, 2);
+    assert_eq!(world.alive(), [false, true]);
+}
+
+#[test]
+fn what_is_kept_away_has_a_limit_with_a_name() {
+    let world = World::new(&[3, 2, 1]);
+    let quarantine = Quarantine::new("engine", bytes() * 3 / 2);
+    let mut rank = world.shadow(&quarantine);
+    let mut reader = world.fleet.reader("engine", options(100));
+    world.silence.fall("dp0-", 5);
+    world.silence.fall("dp1-", 5);
+    let failed = reader.refresh(&mut rank, &Wanted::at_least(1), soon()).unwrap_err();
+    let Ended::Quarantined(failure) = &failed.ended else { panic!("{failed}") };
+    let full = failure.reason.downcast_ref::<WorkerError>();
+    let Some(WorkerError::Quarantine { bytes: kept, limit, .. }) = full else { panic!("{failed}") };
+    assert!(*kept >= 2 * bytes() && *limit == bytes() * 3 / 2, "{failed}");
+    let said = failed.to_string();
+    assert!(said.contains("end the silent peer") && said.contains("`engine`"), "{said}");
+    assert_eq!(failed.attempts.len(), 2);
+    assert_eq!(quarantine.agents(), 1);
+    assert_eq!(reader.stats().quarantined_bytes, *kept);
+    // Nothing was replaced beyond it; what settles makes room, and the same rank goes on.
+    assert_eq!(world.alive(), [true, true]);
+    world.silence.end();
+    settles(&quarantine);
+    rank.make_ready("dp1", soon()).unwrap();
+    let refreshed = reader.refresh(&mut rank, &Wanted::at_least(1), soon()).unwrap();
+    assert_eq!(refreshed.version, 3);
+    installs(&mut rank, 3);
+    assert_eq!(world.alive(), [false, true]);
+}
+
+/// No memory is spent on a peer that nobody can be read instead of, as long as an attempt may take.
+#[test]
+fn the_only_peer_is_waited_for() {
+    let world = World::new(&[1]);
+    let quarantine = Quarantine::new("engine", u64::MAX);
+    let mut rank = world.shadow(&quarantine);
+    let mut reader = world.fleet.reader("engine", options(3_000));
+    world.silence.fall("dp0-", 5);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(3_300));
+            world.silence.end();
+        });
+        reader.refresh(&mut rank, &Wanted::at_least(1), soon()).unwrap();
+    });
+    assert_eq!((reader.stats().retries.late, quarantine.agents()), (1, 0));
+    assert_eq!(world.alive(), [true]);
+    installs(&mut rank, 1);
+}
+
+/// Live parameters cannot be replaced: a silent peer uses the deadline up, and the error says what to do.
+#[test]
+fn live_memory_waits_for_the_silent_peer() {
+    let world = World::new(&[2, 1]);
+    let mut rank = Direct::new(world.targets()(), Unattended);
+    let mut reader = world.fleet.reader("engine", options(100));
+    world.silence.fall("dp0-", 5);
+    let deadline = millis(500);
+    let failed = reader.refresh(&mut rank, &Wanted::at_least(1), deadline).unwrap_err();
+    assert!(Instant::now() >= deadline);
+    let Ended::Unsettled(failure) = &failed.ended else { panic!("{failed}") };
+    let said = failure.to_string();
+    assert!(said.contains("`dp0`") && said.contains("end the silent peer"), "{said}");
+    assert!(reader.stats().quarantined_bytes >= bytes());
+    assert!(rank.params().is_none());
+    world.silence.end();
+    assert_eq!(reader.refresh(&mut rank, &Wanted::at_least(2), soon()).unwrap().group, "dp0");
+    assert_eq!(reader.stats().quarantined_bytes, 0);
+    assert_eq!(world.alive(), [true]);
+}
