@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use refit_service::rendezvous::{Key, Rendezvous};
-use signal_hook::consts::{SIGUSR1, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
 use crate::error::CliError;
