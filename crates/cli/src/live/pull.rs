@@ -113,7 +113,7 @@ impl Work for Pull {
             ranks,
             bytes,
         };
-        let outcome = if staged {
+        if staged {
             let (live, live_guards) = pulling.house.home.guarded(&layout)?;
             let shadow = Shadow::new(target, live, post_actions, Bystander)?;
             #[cfg(feature = "cuda")]
@@ -141,8 +141,7 @@ impl Work for Pull {
             } else {
                 pulling.paused(direct, reader, &joined, check)
             }
-        };
-        outcome
+        }
     }
 }
 
