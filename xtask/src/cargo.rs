@@ -29,7 +29,8 @@ const CUDA_FEATURES: [(&str, &str); 6] = [
 ];
 
 /// The same with etcd.
-const ETCD_FEATURES: [(&str, &str); 2] = [("refit-service", "etcd"), ("refit-tests", "etcd")];
+const ETCD_FEATURES: [(&str, &str); 3] =
+    [("refit-service", "etcd"), ("refit-cli", "etcd"), ("refit-tests", "etcd")];
 
 /// The folder of the workspace, wherever the task was called from.
 pub(crate) fn workspace_root() -> PathBuf {
@@ -336,6 +337,7 @@ mod tests {
     fn tests_say_it_as_it_is_read_here() {
         for source in [
             include_str!("../../tests/support/skip.rs"),
+            include_str!("../../crates/cli/tests/live/process.rs"),
             include_str!("../../crates/pool/src/cuda/driver/tests.rs"),
         ] {
             assert!(source.contains(SKIPPED));

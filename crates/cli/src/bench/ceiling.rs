@@ -42,7 +42,7 @@ impl<T: Transport> Ceiling<T> {
         home: &Home,
         transport: &Arc<T>,
         rank: u32,
-        (sources, announced): (&[Publication], &[Expected]),
+        (sources, announced): (&[Publication], Option<&[Expected]>),
         bytes: &BTreeMap<u32, u64>,
         patience: Duration,
     ) -> Result<Self, CliError> {
@@ -88,7 +88,7 @@ impl<T: Transport> Ceiling<T> {
     }
 
     /// Reads once, to measure.
-    pub(super) fn read(&mut self, announced: &[Expected]) -> Result<Reply, CliError> {
+    pub(super) fn read(&mut self, announced: Option<&[Expected]>) -> Result<Reply, CliError> {
         // Twice, and the second counts: a refit finds its memory warm from verifying, so a ceiling must as well.
         self.once(announced)?;
         let report = self.once(announced)?;
@@ -96,7 +96,7 @@ impl<T: Transport> Ceiling<T> {
         Ok(Reply::Rate(Rate { bytes: report.wire_bytes, seconds }))
     }
 
-    fn once(&mut self, announced: &[Expected]) -> Result<Report, CliError> {
+    fn once(&mut self, announced: Option<&[Expected]>) -> Result<Report, CliError> {
         let target = self.target.take().ok_or_else(lost)?;
         let (target, report) = cycle(target, &self.published, announced, self.patience)?;
         self.target = Some(target);

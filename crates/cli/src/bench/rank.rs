@@ -176,7 +176,7 @@ pub(crate) fn target<T: Transport>(
             Command::Describe => Reply::Described(Box::new(bench.describe()?)),
             Command::BigRead => {
                 let announced = bench.announced.clone();
-                bench.ceiling()?.read(&announced)?
+                bench.ceiling()?.read(Some(&announced))?
             }
             Command::Copies => bench.copies()?.read()?,
             Command::Memcpy => bench.ceiling()?.memcpy(home)?,
@@ -230,7 +230,7 @@ impl<T: Transport> TargetBench<'_, T> {
             self.pool.clear();
         }
         let (target, report) =
-            cycle(target, &self.published, &self.announced, self.setup.patience)?;
+            cycle(target, &self.published, Some(&self.announced), self.setup.patience)?;
         self.target = Some(target);
         let host = self.setup.own_process && self.setup.gpu.is_none();
         let peak = if host { crate::memory::peak_bytes()? } else { 0 };
@@ -291,7 +291,7 @@ impl<T: Transport> TargetBench<'_, T> {
                 home,
                 transport,
                 rank,
-                (published, &self.announced),
+                (published, Some(self.announced.as_slice())),
                 &bytes,
                 patience,
             )?);
@@ -315,14 +315,18 @@ fn cancelled<T: Transport>(prepared: Prepared<T>) -> Result<Target<T>, CliError>
     }
 }
 
-/// One refit of what sources have announced, whatever way it finds its buffers.
+/// One refit of what sources have announced, if they have, whatever way it finds its buffers.
 pub(super) fn cycle<T: Transport>(
     target: Target<T>,
     published: &[Publication],
-    announced: &[Expected],
+    announced: Option<&[Expected]>,
     patience: Duration,
 ) -> Result<(Target<T>, Report), CliError> {
-    let pulling = target.prepare(published)?.expecting(announced)?.pull()?;
+    let mut prepared = target.prepare(published)?;
+    if let Some(announced) = announced {
+        prepared = prepared.expecting(announced)?;
+    }
+    let pulling = prepared.pull()?;
     Ok(pulling.wait(Instant::now() + patience)?.land()?.install().refreshed())
 }
 

@@ -9,14 +9,14 @@ use refit::pool::PoolOptions;
 use refit::translate::TargetLayout;
 use refit::transport::{Transport, TransportPool, TransportRegistrar, draw_incarnation};
 use refit::{RefitError, Target, TargetOptions};
-use refit_service::ServiceStats;
 use refit_service::puller::Cause;
 use refit_service::rank::{Direct, Shadow};
 use refit_service::reader::{Ended, Reader, ReaderOptions, RefreshError, Wanted};
 use refit_service::relay::Relay;
-use refit_service::rendezvous::Rendezvous;
+use refit_service::rendezvous::{Rendezvous, RendezvousError};
 use refit_service::replica::{Replica, ReplicaError, ReplicaRank, Stage};
 use refit_service::source::{GroupRank, SourceOptions};
+use refit_service::{Seat, ServiceStats};
 
 use super::args::{Common, Holding, PullArgs};
 use super::endpoint::Labels;
@@ -100,11 +100,12 @@ impl Work for Pull {
             .with_fanout(args.fanout)
             .with_checks(args.digests.into());
         let incarnation = draw_incarnation(&name).map_err(RefitError::from)?;
-        let scout = Reader::new(place.seat()?, &format!("{name}-scout"), incarnation, reading)?;
-        let reader = Reader::new(place.seat()?, &name, incarnation, reading)?;
+        let seat = place.seat()?;
+        let scout = Reader::new(seat.clone(), &format!("{name}-scout"), incarnation, reading)?;
+        let reader = Reader::new(seat.clone(), &name, incarnation, reading)?;
         let bytes = layout.bytes();
         let pulling =
-            Pulling { args, holding, place, pool, scout, house, verified: 0, version: None };
+            Pulling { args, holding, place, seat, pool, scout, house, verified: 0, version: None };
         let joined = Event::Joined {
             side: "engine",
             name: pulling.args.replica.clone(),
@@ -150,6 +151,8 @@ struct Pulling<R: Rendezvous, T: Transport> {
     args: PullArgs,
     holding: Holding<TargetLayout>,
     place: Place<R>,
+    /// With its session everything that this rank is ends at once.
+    seat: Seat<R>,
     pool: TransportPool<T>,
     /// Looks for offers, and reads none.
     scout: Reader<R>,
@@ -176,7 +179,7 @@ impl<R: Rendezvous, T: Transport> Pulling<R, T> {
             .with_most_lease(self.args.lease)
             .with_drain(self.args.common.drain);
         let within = Instant::now() + self.args.common.deadline;
-        Ok(Relay::join(self.place.seat()?, group, target, options, within)?)
+        Ok(Relay::join(self.seat.clone(), group, target, options, within)?)
     }
 
     fn staged<S: Stage + Holder>(
@@ -190,7 +193,7 @@ impl<R: Rendezvous, T: Transport> Pulling<R, T> {
         let (rank, ranks) = (self.holding.layout.layout.rank(), self.holding.ranks);
         let place = ReplicaRank { replica: self.args.replica.clone(), rank, ranks };
         let Common { deadline, ttl, .. } = self.args.common;
-        let seat = self.place.seat()?;
+        let seat = self.seat.clone();
         let within = Instant::now() + deadline;
         let mut replica = Replica::join(seat, place, incarnation, reader, stage, ttl / 2, within)?;
         self.house.voice.say(joined);
@@ -327,7 +330,7 @@ impl<R: Rendezvous, T: Transport> Pulling<R, T> {
 
     /// Says why nothing is offered: at once where it will not change by itself.
     fn explain(&mut self, late: bool) -> Result<(), Missed> {
-        let again = |error: refit_service::rendezvous::RendezvousError| Missed::Again(error.into());
+        let again = |error: RendezvousError| Missed::Again(error.into());
         let groups = self.place.model().groups().map_err(again)?;
         let listed = self.place.store().list(&groups).map_err(again)?;
         if let Some((key, source)) = listed.refused.first_key_value()
@@ -422,10 +425,10 @@ fn of_refresh(error: Box<RefreshError>) -> Missed {
     if hopeless(&error) { Missed::Fatal(error.into()) } else { Missed::Again(error.into()) }
 }
 
-/// Whether trying again is of no use: nothing is left to watch, or whatever was tried cannot be joined.
+/// Whether trying again is of no use: the session has ended, reads cannot be watched any more, or whatever was tried cannot be joined.
 fn hopeless(error: &RefreshError) -> bool {
     let refused =
         |attempt: &refit_service::reader::Attempt| attempt.failure.cause == Cause::Refused;
-    matches!(error.ended, Ended::Lost(_))
+    matches!(error.ended, Ended::Lost(_) | Ended::Store(RendezvousError::SessionEnded))
         || (!error.attempts.is_empty() && error.attempts.iter().all(refused))
 }

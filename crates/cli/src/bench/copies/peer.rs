@@ -102,7 +102,9 @@ impl Copies {
         let transport = transports::peer(&format!("copies-target-{}", setup.rank), home)?;
         let meeting = meet(&setup.directory, NAME)?;
         let published = meeting.wait(0..setup.source.world(), setup.deadline()?)?;
-        match Ceiling::new(home, &transport, setup.rank, &published, bytes, setup.patience) {
+        // Nobody announces what is copied: its headers are read before as well.
+        let sources = (published.as_slice(), None);
+        match Ceiling::new(home, &transport, setup.rank, sources, bytes, setup.patience) {
             Ok(ceiling) => Ok(Self::Ceiling(ceiling)),
             // GPUs without a path to each other are no reason to stop a bench that does not need one.
             Err(CliError::Refit(RefitError::Transport(error))) => {
@@ -114,7 +116,7 @@ impl Copies {
 
     pub(in crate::bench) fn read(&mut self) -> Result<Reply, CliError> {
         match self {
-            Self::Ceiling(ceiling) => ceiling.read(),
+            Self::Ceiling(ceiling) => ceiling.read(None),
             Self::Unreachable(reason) => Ok(Reply::Unmeasured { reason: reason.clone() }),
         }
     }
