@@ -1,5 +1,7 @@
 //! The short version of `cargo xtask chaos`: the same processes, faults and promises, for some seconds each.
 
+#![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
+
 use std::process::Command;
 
 use refit_tests::skip;

@@ -88,9 +88,9 @@ pub(crate) fn run(lane: Lane, refits: u64, report: &mut Report) {
     let lane = lane.name();
     eprintln!("flat, {lane}: {seen} refits");
     report.check(seen >= refits && sums.errors == 0, || {
-        format!("{lane}: {seen} of {refits} were answered, {} by an error", sums.errors)
+        format!("{seen} of {refits} were answered, {} by an error", sums.errors)
     });
-    report.number(format!("{lane}.refits"), sums.refits);
+    report.number("refits", sums.refits);
     let first = first.unwrap_or_default();
     for (who, first, most) in [("target", first[0], most[0]), ("source", first[1], most[1])] {
         let grown = [
@@ -103,15 +103,13 @@ pub(crate) fn run(lane: Lane, refits: u64, report: &mut Report) {
             if who == "source" && what == "registrations" {
                 continue;
             }
-            report.check(first > 0, || format!("{lane}: {who}: no {what} were seen"));
+            report.check(first > 0, || format!("{who}: no {what} were seen"));
             let grown = most.saturating_sub(first);
             report.number(
-                format!("{lane}.{who}.{what}"),
+                format!("{who}.{what}"),
                 serde_json::json!({ "warm": first, "grown": grown }),
             );
-            report.check(grown <= allowed, || {
-                format!("{lane}: {who}: {what} grew from {first} to {most}")
-            });
+            report.check(grown <= allowed, || format!("{who}: {what} grew from {first} to {most}"));
         }
     }
 }

@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value, json};
 
 use crate::options::Options;
-use crate::processes::Role;
+use crate::processes::{Lane, Role};
 use crate::report::Report;
 
 /// A run that takes longer is ended, whatever it waits for. Its processes end with it.
@@ -62,6 +62,29 @@ fn main() -> ExitCode {
     }
 }
 
+/// Every part, on one lane.
+fn every_part(options: &Options, lane: Lane) -> Vec<Report> {
+    let mut reports = Vec::new();
+    let mut part = |name, count: u64, run: &dyn Fn(u64, &mut Report)| {
+        if count > 0 {
+            let (mut report, began) = (Report::new(name, lane), Instant::now());
+            run(count, &mut report);
+            report.number("seconds", began.elapsed().as_secs());
+            reports.push(report);
+        }
+    };
+    // Trials are shared out among the lanes; the rest is done on each.
+    let trials = options.trials.div_ceil(options.lanes.len() as u64);
+    let seed = options.seed;
+    part("trials", trials, &|trials, report| trials::run(lane, trials, seed, report));
+    part("writer", options.schedules, &|count, report| writer::run(lane, count, seed, report));
+    part("flat", options.flat, &|refits, report| flat::run(lane, refits, report));
+    part("neighbours", options.neighbours, &|rounds, report| {
+        neighbours::run(lane, rounds, report);
+    });
+    reports
+}
+
 fn supervise(options: &Options) -> ExitCode {
     std::thread::spawn(|| {
         std::thread::sleep(LIMIT);
@@ -69,35 +92,22 @@ fn supervise(options: &Options) -> ExitCode {
         std::process::exit(3);
     });
     let began = Instant::now();
-    let mut reports = Vec::new();
-    let mut part = |name, count: u64, run: &dyn Fn(_, u64, &mut Report)| {
-        if count == 0 {
-            return;
-        }
-        let (mut report, began) = (Report::new(name), Instant::now());
-        let lanes = options.lanes.len() as u64;
-        for &lane in &options.lanes {
-            run(lane, count, &mut report);
-        }
-        report.number("lanes", lanes);
-        report.number("seconds", began.elapsed().as_secs());
+    // A lane is half a machine's work. A process outlives the thread that started it by nothing, so that one waits for it.
+    let reports: Vec<Report> = std::thread::scope(|scope| {
+        let lanes =
+            options.lanes.iter().map(|&lane| scope.spawn(move || every_part(options, lane)));
+        let lanes: Vec<_> = lanes.collect();
+        lanes.into_iter().flat_map(|lane| lane.join().unwrap()).collect()
+    });
+    for report in &reports {
         report.print();
-        reports.push(report);
-    };
-    // Trials are shared out among the lanes; the rest is done on each.
-    let lanes = options.lanes.len() as u64;
-    part("trials", options.trials, &|lane, trials, report| {
-        trials::run(lane, trials.div_ceil(lanes), options.seed, report);
-    });
-    part("writer", options.schedules, &|lane, schedules, report| {
-        writer::run(lane, schedules, options.seed, report);
-    });
-    part("flat", options.flat, &|lane, refits, report| flat::run(lane, refits, report));
-    part("neighbours", options.neighbours, &|lane, rounds, report| {
-        neighbours::run(lane, rounds, report);
-    });
+    }
     let holds = reports.iter().all(Report::holds);
-    let mut all: Map<String, Value> = reports.iter().map(Report::json).collect();
+    let mut all: Map<String, Value> = Map::new();
+    for report in &reports {
+        let lane = all.entry(report.lane().name()).or_insert_with(|| json!({}));
+        lane[report.name()] = report.json();
+    }
     let machine = json!({
         "cores": std::thread::available_parallelism().map_or(0, usize::from),
         "load": std::fs::read_to_string("/proc/loadavg").unwrap_or_default().trim(),

@@ -73,21 +73,21 @@ pub(crate) fn run(lane: Lane, rounds: u64, report: &mut Report) {
     before.sort_unstable();
     during.sort_unstable();
     let (usual, beside) = (percentile(&before, 50), percentile(&during, 50));
-    report.number(format!("{lane}.refits"), sums.refits);
-    report.number(format!("{lane}.wrong_bytes"), sums.torn);
-    report.number(format!("{lane}.failed_beside_the_stopped"), hit as u64);
+    report.number("refits", sums.refits);
+    report.number("wrong_bytes", sums.torn);
+    report.number("failed_beside_the_stopped", hit as u64);
     report.number(
-        format!("{lane}.calm_refits"),
+        "calm_refits",
         serde_json::json!({ "beside_a_running_peer": before.len(), "beside_a_stopped_peer": during.len() }),
     );
-    report.times(&format!("{lane}.beside_a_running_peer"), &mut before);
-    report.times(&format!("{lane}.beside_a_stopped_peer"), &mut during);
+    report.times("beside_a_running_peer", &mut before);
+    report.times("beside_a_stopped_peer", &mut during);
     let enough = before.len() >= 10 && during.len() >= 10;
-    report.check(enough, || format!("{lane}: too few refits to compare"));
+    report.check(enough, || "too few refits to compare".to_owned());
     // A busy machine doubles a median by itself; waiting for a stopped peer would make it a hundred times longer.
     report.check(beside <= 2 * usual + 5_000, || {
         format!(
-            "{lane}: a refit took {} ms, and {} ms beside a stopped peer",
+            "a refit took {} ms, and {} ms beside a stopped peer",
             millis(usual),
             millis(beside)
         )

@@ -2,10 +2,13 @@
 
 use serde_json::{Map, Value, json};
 
-/// One part of a run.
-#[derive(Debug, Default)]
+use crate::processes::Lane;
+
+/// One part of a run, on one lane.
+#[derive(Debug)]
 pub(crate) struct Report {
     name: &'static str,
+    lane: Lane,
     numbers: Vec<(String, Value)>,
     broken: Vec<String>,
     /// How many more promises were broken.
@@ -13,8 +16,16 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    pub(crate) fn new(name: &'static str) -> Self {
-        Self { name, ..Self::default() }
+    pub(crate) fn new(name: &'static str, lane: Lane) -> Self {
+        Self { name, lane, numbers: Vec::new(), broken: Vec::new(), omitted: 0 }
+    }
+
+    pub(crate) fn name(&self) -> &'static str {
+        self.name
+    }
+
+    pub(crate) fn lane(&self) -> Lane {
+        self.lane
     }
 
     pub(crate) fn number(&mut self, name: impl Into<String>, value: impl Into<Value>) {
@@ -33,7 +44,7 @@ impl Report {
     pub(crate) fn broken(&mut self, what: impl Into<String>) {
         if self.broken.len() < 20 {
             let what = what.into();
-            eprintln!("{}: BROKEN: {what}", self.name);
+            eprintln!("{}, {}: BROKEN: {what}", self.name, self.lane.name());
             self.broken.push(what);
         } else {
             self.omitted += 1;
@@ -51,7 +62,12 @@ impl Report {
     }
 
     pub(crate) fn print(&self) {
-        println!("\n{}: {}", self.name, if self.holds() { "held" } else { "BROKEN" });
+        println!(
+            "\n{}, {}: {}",
+            self.name,
+            self.lane.name(),
+            if self.holds() { "held" } else { "BROKEN" }
+        );
         for (name, value) in &self.numbers {
             println!("  {name:<34} {value}");
         }
@@ -63,11 +79,11 @@ impl Report {
         }
     }
 
-    pub(crate) fn json(&self) -> (String, Value) {
+    pub(crate) fn json(&self) -> Value {
         let mut all: Map<String, Value> = self.numbers.iter().cloned().collect();
         let broken: Vec<Value> = self.broken.iter().map(|it| json!(it)).collect();
         all.insert("broken".to_owned(), Value::Array(broken));
-        (self.name.to_owned(), Value::Object(all))
+        Value::Object(all)
     }
 }
 

@@ -258,7 +258,6 @@ enum Failure {
 }
 
 impl Failure {
-    #[expect(clippy::boxed_local, reason = "as it comes")]
     fn of_reader(error: Box<RefreshError>) -> Self {
         let text = error.to_string();
         match error.ended {

@@ -41,6 +41,8 @@ pub(crate) struct Sums {
     pub(crate) aborts: u64,
     /// How far behind their deadlines answers came, without the time in which their process was stopped.
     pub(crate) lates: Vec<u64>,
+    /// The same of those only that met a fault: errors, and refits that were tried again.
+    pub(crate) met: Vec<u64>,
     /// The first word of every kind of error, and how often it came.
     pub(crate) kinds: BTreeMap<String, u64>,
 }
@@ -203,7 +205,6 @@ impl World {
     }
 
     fn heard(&mut self, said: &Said, sums: &mut Sums, report: &mut Report) {
-        let lane = self.lane.name();
         let seat = &mut self.seats[said.process];
         if seat.life != said.life {
             return;
@@ -219,9 +220,7 @@ impl World {
                     let words = seat.process.last_words();
                     let what =
                         if matches!(seat.role, Role::Source(_)) { "source" } else { "target" };
-                    report.broken(format!(
-                        "{lane}: a {what} that was let live ended: {status:?}: {words}"
-                    ));
+                    report.broken(format!("a {what} that was let live ended: {status:?}: {words}"));
                 }
                 self.restart(said.process);
             }
@@ -236,7 +235,7 @@ impl World {
             "session" => sums.sessions += 1,
             "torn" => {
                 sums.torn += 1;
-                report.broken(format!("{lane}: process {}: {line}", said.process));
+                report.broken(format!("process {}: {line}", said.process));
             }
             "serve" => {
                 let (before, after, version) = (number(1), number(2), number(3));
@@ -254,6 +253,9 @@ impl World {
                 let stopped = seat.process.stopped_within(began, ended);
                 let late = ended.saturating_sub(due).saturating_sub(stopped);
                 sums.lates.push(late);
+                if what != "ok" || retries > 0 {
+                    sums.met.push(late);
+                }
                 sums.refits += u64::from(what == "ok");
                 sums.errors += u64::from(what == "error");
                 sums.sessions += u64::from(what == "session");

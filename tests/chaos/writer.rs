@@ -65,10 +65,10 @@ pub(crate) fn run(lane: Lane, schedules: u64, seed: u64, report: &mut Report) {
             ("torn_installs", sums.torn),
             ("aborts", sums.aborts),
         ] {
-            report.number(format!("{lane}.{waits}.{name}"), count);
+            report.number(format!("{waits}.{name}"), count);
         }
         if !sums.kinds.is_empty() {
-            report.number(format!("{lane}.{waits}.errors"), serde_json::json!(sums.kinds));
+            report.number(format!("{waits}.errors"), serde_json::json!(sums.kinds));
         }
         report.check(sums.refits > 0, || "nothing was installed: it shows nothing".to_owned());
         let shows = most_lease > 0 || half < 100 || sums.retries > 0;
