@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use refit_service::keys::Model as ModelKeys;
-use refit_service::rendezvous::{Directory, Key, Rendezvous};
+use refit_service::rendezvous::{Directory, Key, Rendezvous, RendezvousError};
 use refit_service::{Point, Seat};
 use refit_transport::nixl::{NixlLibrary, NixlOptions, NixlTransport};
 use rustix::process::{Signal, getpid, kill_process, set_parent_process_death_signal};
@@ -18,6 +18,17 @@ pub(crate) const ANEW: u8 = 7;
 
 /// How long a session outlives its process: above the pauses of a busy machine, below the length of the longer stops.
 pub(crate) const TTL: Duration = Duration::from_millis(400);
+
+/// Whether a call may be tried again: the session ended, or the process was stopped in the middle of a write for so long
+/// that nobody can say what became of it.
+pub(crate) fn passes(error: &RendezvousError) -> bool {
+    matches!(
+        error,
+        RendezvousError::SessionEnded
+            | RendezvousError::Unknown { .. }
+            | RendezvousError::Busy { .. }
+    )
+}
 
 /// Microseconds of the clock that all processes of a host share.
 pub(crate) fn now_micros() -> u64 {
@@ -64,7 +75,9 @@ impl Orders {
 
     /// A place at a model's rendezvous, under a session of its own.
     pub(crate) fn seat(&self, store: &Arc<Directory>, model: &str) -> Seat<Directory> {
-        let session = Arc::new(store.session(TTL).unwrap());
+        // One that was stopped in the middle of it has to begin again.
+        let session = (0..5).find_map(|_| store.session(TTL).ok());
+        let session = Arc::new(session.expect("the store gives a session"));
         let dies_at = self.dies_at.clone();
         let observer = move |point| {
             if *dies_at.lock() == Some(point) {

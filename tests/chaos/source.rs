@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use refit::Source;
-use refit_service::rendezvous::{Directory, RendezvousError};
+use refit_service::rendezvous::Directory;
 use refit_service::source::{GroupRank, LiveSource, SourceError, SourceOptions};
 use refit_tests::ranks;
 use refit_transport::nixl::NixlTransport;
 use serde::{Deserialize, Serialize};
 
-use crate::child::{Orders, after, agent, now_micros, say};
+use crate::child::{Orders, after, agent, now_micros, passes, say};
 use crate::model::{Cut, Model, Share};
 use crate::random::Random;
 
@@ -74,11 +74,12 @@ pub(crate) fn run(part: &Part) {
         match commit(&mut live, &share, version) {
             // Readers are left: it tries again.
             Ok(()) | Err(SourceError::Busy { .. } | SourceError::NotNewer { .. }) => {}
-            Err(SourceError::Rendezvous(RendezvousError::SessionEnded)) => {
+            Err(SourceError::Rendezvous(error)) if passes(&error) => {
                 // As one that was stopped for too long: it is as good as dead until it joins again.
                 say("session");
                 match live.rejoin(orders.seat(&store, &model_name), after(Duration::from_secs(5))) {
-                    Ok(()) | Err(SourceError::Rendezvous(RendezvousError::SessionEnded)) => {}
+                    Ok(()) => {}
+                    Err(SourceError::Rendezvous(error)) if passes(&error) => {}
                     Err(error) => panic!("{error}"),
                 }
             }

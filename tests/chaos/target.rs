@@ -14,7 +14,7 @@ use refit_transport::TransportPool;
 use refit_transport::nixl::NixlTransport;
 use serde::{Deserialize, Serialize};
 
-use crate::child::{ANEW, Orders, TTL, after, agent, now_micros, say};
+use crate::child::{ANEW, Orders, TTL, after, agent, now_micros, passes, say};
 use crate::model::{Cut, Model, Share};
 
 /// What a target is told at its start.
@@ -162,7 +162,11 @@ impl Rank {
         let (fresh, deadline) = (TTL / 2, after(Duration::from_secs(10)));
         let reader = self.reader();
         let joined = Replica::join(seat, place, self.incarnation, reader, shadow, fresh, deadline);
-        Stand::Replica(Box::new(joined.unwrap_or_else(|error| panic!("{error}"))))
+        match joined {
+            Ok(joined) => Stand::Replica(Box::new(joined)),
+            Err(ReplicaError::Rendezvous(error)) if passes(&error) => anew(&error.to_string()),
+            Err(error) => panic!("{error}"),
+        }
     }
 
     fn refresh(&mut self, at_least: u64, deadline: Instant) -> Outcome {
@@ -189,10 +193,7 @@ impl Rank {
                 self.reseat();
                 Outcome { what: "session", version: 0, attempts, error: String::new() }
             }
-            Err(Failure::Anew(why)) => {
-                say(&format!("anew {why}"));
-                std::process::exit(ANEW.into());
-            }
+            Err(Failure::Anew(why)) => anew(&why),
         }
     }
 
@@ -205,10 +206,11 @@ impl Rank {
                 );
                 self.stand = Stand::Direct(reader, direct);
             }
-            Stand::Replica(replica) => {
-                let shadow = replica.leave().unwrap_or_else(|error| panic!("{error}"));
-                self.stand = self.replica(shadow);
-            }
+            Stand::Replica(replica) => match replica.leave() {
+                Ok(shadow) => self.stand = self.replica(shadow),
+                Err(error) if passes(&error) => anew(&error.to_string()),
+                Err(error) => panic!("{error}"),
+            },
             Stand::Nowhere => {}
         }
     }
@@ -246,6 +248,12 @@ impl Rank {
             std::thread::sleep(Duration::from_millis(3));
         }
     }
+}
+
+/// Ends this process, which is of no more use.
+fn anew(why: &str) -> ! {
+    say(&format!("anew {why}"));
+    std::process::exit(ANEW.into())
 }
 
 enum Failure {
