@@ -19,18 +19,20 @@ struct Holds {
 }
 
 impl Holds {
-    fn of(id: u32, registrations: u64) -> Self {
+    fn of(id: u32, registrations: u64, store: &str) -> Self {
         let status = std::fs::read_to_string(format!("/proc/{id}/status")).unwrap_or_default();
         let field = |name: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(name));
             line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0)
         };
-        // The fewest of some looks: a file that is open while it is read is not held.
-        let look = |_| {
-            std::thread::sleep(Duration::from_micros(300));
-            std::fs::read_dir(format!("/proc/{id}/fd")).map_or(0, Iterator::count)
+        let held = |file: std::io::Result<std::fs::DirEntry>| {
+            // What the store opens it closes again at once; a look may come in between.
+            let to = file.and_then(|file| std::fs::read_link(file.path()));
+            to.is_ok_and(|to| !to.starts_with(store))
         };
-        let files = (0..8).map(look).min().unwrap_or(0);
+        let files = std::fs::read_dir(format!("/proc/{id}/fd"));
+        let files =
+            files.map_or(0, |files| files.filter_map(|file| held(file).then_some(())).count());
         let (rss_kib, threads) = (field("VmRSS:"), field("Threads:"));
         Self { rss_kib, files: files as u64, threads, registrations }
     }
@@ -51,7 +53,7 @@ pub(crate) fn run(lane: Lane, refits: u64, report: &mut Report) {
     let warm = 500.min(refits / 4);
     let mut sums = Sums::default();
     let mut world = World::new(lane);
-    let (folder, model) = (world.meeting(), Model::small());
+    let (folder, store, model) = (world.meeting(), world.meeting(), Model::small());
     let source = world.add(Role::Source(source::Part {
         folder: folder.clone(),
         model,
@@ -76,8 +78,8 @@ pub(crate) fn run(lane: Lane, refits: u64, report: &mut Report) {
         let registrations = answers.last().map_or(0, |last| last.registrations);
         if seen >= next {
             let holds = [
-                Holds::of(world.process(target).id(), registrations),
-                Holds::of(world.process(source).id(), 0),
+                Holds::of(world.process(target).id(), registrations, &store),
+                Holds::of(world.process(source).id(), 0, &store),
             ];
             first.get_or_insert(holds);
             most = [most[0].most(holds[0]), most[1].most(holds[1])];

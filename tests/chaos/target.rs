@@ -237,10 +237,11 @@ impl Rank {
         else {
             return;
         };
+        let replica_number = 100 * self.part.model.salt + u64::from(ranks);
         for _ in 0..3 {
             let before = now_micros();
             if let Some(version) = replica.serving() {
-                say(&format!("serve {before} {} {version} {ranks}", now_micros()));
+                say(&format!("serve {before} {} {version} {replica_number}", now_micros()));
                 if let Err(why) = self.share.verify(replica.stage().params(), version) {
                     say(&format!("torn served: {why}"));
                 }
