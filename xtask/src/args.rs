@@ -28,6 +28,8 @@ pub(crate) enum Task {
     },
     /// Run the models of the pool's locks.
     Loom,
+    /// Kill, stop and restart processes over NIXL.
+    Chaos(Vec<String>),
     /// Check the rules of the house.
     Tidy,
     /// Run what CI runs.
@@ -67,6 +69,7 @@ impl Task {
             "bench" => Ok(Self::Bench(without_separator(rest))),
             "refit" => Ok(Self::Refit(without_separator(rest))),
             "chart" => Ok(Self::Chart(without_separator(rest))),
+            "chaos" => Ok(Self::Chaos(without_separator(rest))),
             "bundle" => bundle::Options::parse(rest).map(Self::Bundle),
             "setup" => none(&name, &rest).map(|()| Self::Setup),
             "ptx" => match rest.first().map(String::as_str) {
@@ -122,6 +125,7 @@ mod tests {
             Ok(Task::Test(strings(&["-p", "refit", "--", "--nocapture"])))
         );
         assert_eq!(parse("refit -- plan --help"), Ok(Task::Refit(strings(&["plan", "--help"]))));
+        assert_eq!(parse("chaos --trials 3"), Ok(Task::Chaos(strings(&["--trials", "3"]))));
         assert_eq!(parse("bench --steps 3"), Ok(Task::Bench(strings(&["--steps", "3"]))));
     }
 

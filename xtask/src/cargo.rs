@@ -153,6 +153,18 @@ pub(crate) fn loom(root: &Path) -> Result<(), Failure> {
     status(command)
 }
 
+/// Faults in real processes. Paths among the arguments stay relative to where the user is.
+pub(crate) fn chaos(root: &Path, args: &[String]) -> Result<(), Failure> {
+    // It is about NIXL: there is nothing to do without.
+    setup::run(root).map_err(|why| Failure::new(format!("nixl: {why}")))?;
+    let mut command = cargo(root);
+    command
+        .args(["run", "--package", "refit-tests", "--bin", "chaos", "--features", "nixl"])
+        .arg("--manifest-path")
+        .arg(root.join("Cargo.toml"));
+    status(with(command, args))
+}
+
 fn with(mut command: Command, args: &[String]) -> Command {
     command.arg("--").args(args);
     command

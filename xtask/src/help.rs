@@ -1,7 +1,7 @@
 //! Help texts.
 
 /// Every task, in the order of the overview.
-pub(crate) const NAMES: [&str; 11] = [
+pub(crate) const NAMES: [&str; 12] = [
     "bench",
     "test",
     "refit",
@@ -11,6 +11,7 @@ pub(crate) const NAMES: [&str; 11] = [
     "bundle",
     "ptx",
     "loom",
+    "chaos",
     "tidy",
     "ci",
 ];
@@ -29,6 +30,7 @@ Tasks:
   bundle     pack the command and NIXL for a host without internet
   ptx        compile the CUDA kernel to PTX, after a change of it
   loom       run the pool's locks in every order
+  chaos      kill, stop and restart processes over NIXL, and count what does not hold
   tidy       check the rules of the house that no compiler checks
   ci         run what CI runs
 
@@ -47,6 +49,7 @@ pub(crate) fn of(name: &str) -> Option<&'static str> {
         "bundle" => BUNDLE,
         "ptx" => PTX,
         "loom" => LOOM,
+        "chaos" => CHAOS,
         "tidy" => TIDY,
         "ci" => CI,
         _ => return None,
@@ -148,6 +151,18 @@ cargo xtask loom
 
 Runs the models of the pool's locks under loom: every order in which two or three threads can take them, within three
 preemptions. Builds into target/loom, because everything is built with `--cfg loom`; half a minute the first time.
+";
+
+const CHAOS: &str = "\
+cargo xtask chaos [--trials N] [--schedules N] [--flat N] [--neighbours N] [--lane cma|tcp|both] [--seed S] [--json FILE]
+
+Starts source and target processes that meet in a directory and refit over real NIXL, each element known from its version;
+kills, stops and restarts them at random and at the named points of the protocol; and fails when bytes of two versions were
+installed, an answer did not come, a process ended that was let live, or something grew. Both lanes at a time, a quarter
+of an hour as it comes and an hour at most; `--trials 40 --schedules 0 --flat 0 --neighbours 0` takes half a minute. Built as
+the tests are, with assertions and overflow checks. NIXL is required.
+
+`cargo xtask chaos -- --help` says more. docs/promises.md has what was measured.
 ";
 
 const TIDY: &str = "\

@@ -58,6 +58,7 @@ fn run(task: Task) -> Result<(), Failure> {
         Task::Bundle(options) => bundle::run(&root, &options),
         Task::Ptx { check } => ptx::run(&root, check),
         Task::Loom => cargo::loom(&root),
+        Task::Chaos(args) => cargo::chaos(&root, &args),
         Task::Tidy => tidy::run(&root),
         Task::Ci { test } => ci::run(&root, test),
     }

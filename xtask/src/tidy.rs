@@ -4,6 +4,7 @@
 
 mod files;
 mod manifest;
+mod promises;
 mod rust;
 mod text;
 mod tree;
@@ -56,6 +57,7 @@ pub(crate) fn run(root: &Path) -> Result<(), Failure> {
         findings.extend(check(file, &content));
     }
     findings.extend(kernel(root)?);
+    findings.extend(promises::check(root, &files)?);
     findings.extend(tree::check(root)?);
     if findings.is_empty() {
         println!("tidy: {} files and the dependency trees are in order", files.len());

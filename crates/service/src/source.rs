@@ -376,8 +376,10 @@ impl<R: Rendezvous> Desk<R> {
     }
 
     fn announce(&mut self, announcement: Announcement) -> Result<(), SourceError> {
-        self.seat.put(&self.keys.version, &announcement.encode())?;
-        self.open = true;
+        let written = self.seat.put(&self.keys.version, &announcement.encode());
+        // A write that failed may have taken effect: whoever writes next has to close it, and wait for those who believed it.
+        self.open = !matches!(written, Err(RendezvousError::SessionEnded));
+        written?;
         self.seat.at(Point::Opened);
         Ok(())
     }
