@@ -133,7 +133,7 @@ impl Checkpoint {
 
 #[cfg(test)]
 mod tests {
-    use refit::planner::LayoutBuilder;
+    use refit::planner::{Band, LayoutBuilder, Param};
     use safetensors::tensor::{Dtype as Stored, TensorView, serialize_to_file};
 
     use super::*;
@@ -150,8 +150,11 @@ mod tests {
         serialize_to_file([("a", view)], None, &path).unwrap();
         let checkpoint = Checkpoint::open(folder.path()).unwrap();
         let mut layout = LayoutBuilder::new(0);
-        layout.tensor("a", 3, 4).unwrap();
-        layout.tensor("b", 3, 4).unwrap();
+        for name in ["a", "b"] {
+            let tensor = layout.tensor(name, 3, 4).unwrap();
+            let band = Band::new(tensor, 0..3, 0..4);
+            layout.param(Param::new(name, Dtype::Bf16, 3, 4).band(band)).unwrap();
+        }
         let layout = layout.build();
         let [a, b] = layout.tensors() else { panic!("two tensors") };
         checkpoint.check(a, Dtype::Bf16).unwrap();
