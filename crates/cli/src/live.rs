@@ -12,7 +12,21 @@ mod place;
 mod pull;
 mod rank;
 mod serve;
+#[cfg_attr(
+    not(feature = "nixl"),
+    allow(
+        dead_code,
+        reason = "what only NIXL asks for, and without a way between processes nobody meets"
+    )
+)]
 mod start;
+#[cfg_attr(
+    not(feature = "nixl"),
+    allow(
+        dead_code,
+        reason = "what only NIXL asks for, and without a way between processes nobody meets"
+    )
+)]
 mod voice;
 mod wakes;
 

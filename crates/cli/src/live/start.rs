@@ -126,37 +126,52 @@ fn begin<W: Work>(wakes: Wakes, work: W) -> Result<(), CliError> {
     }
     let name = format!("{}-{}", labels.name, labels.rank);
     let house = House { home, wakes, figures, voice };
+    over(transport, work, &name, house)
+}
+
+/// Meets the others over this transport, if this build has it.
+#[cfg_attr(
+    not(any(feature = "nixl", feature = "cuda")),
+    allow(unused_variables, reason = "there is none that crosses processes")
+)]
+fn over(
+    transport: TransportName,
+    work: impl Work,
+    name: &str,
+    house: House,
+) -> Result<(), CliError> {
     match transport {
         #[cfg(feature = "nixl")]
         TransportName::Nixl => {
-            let options = nixl_options(&work, &name, &house.home);
-            check(&work, &options, voice)?;
+            let options = nixl_options(&work, name, &house.home);
+            check(&work, &options, house.voice)?;
             let transport = transports::nixl_of(options)?;
-            meet(work, &name, transport, house)
+            meet(work, name, transport, house)
         }
         #[cfg(feature = "cuda")]
         TransportName::Peer => {
-            let transport = transports::peer(&name, &house.home)?;
-            meet(work, &name, transport, house)
+            let transport = transports::peer(name, &house.home)?;
+            meet(work, name, transport, house)
         }
         #[cfg(all(feature = "cuda", feature = "nixl"))]
         TransportName::Auto => {
-            let options = nixl_options(&work, &name, &house.home);
+            let options = nixl_options(&work, name, &house.home);
             // One of the two ways is enough.
-            let far = check(&work, &options, voice).and_then(|()| transports::nixl_of(options));
+            let far =
+                check(&work, &options, house.voice).and_then(|()| transports::nixl_of(options));
             if let Err(error) = &far {
-                voice.say(&Event::Failed { error: error.to_string() });
+                house.voice.say(&Event::Failed { error: error.to_string() });
             }
             let far = far.map_err(|error| error.to_string()).and_then(|far| {
                 Arc::into_inner(far).ok_or_else(|| "the agent is in use".to_owned())
             });
-            let transport = transports::auto_of(&name, &house.home, far)?;
-            meet(work, &name, transport, house)
+            let transport = transports::auto_of(name, &house.home, far)?;
+            meet(work, name, transport, house)
         }
         #[cfg(all(feature = "cuda", not(feature = "nixl")))]
         TransportName::Auto => {
-            let transport = transports::auto(&name, work.is_read(), &house.home)?;
-            meet(work, &name, transport, house)
+            let transport = transports::auto(name, work.is_read(), &house.home)?;
+            meet(work, name, transport, house)
         }
         other => Err(transports::missing(other)),
     }
