@@ -9,6 +9,10 @@ use crate::source::{self, Pace};
 use crate::target::{self, Kind};
 use crate::world::{Sums, World};
 
+/// How often files are counted, and how long after one another.
+const LOOKS: u32 = 10;
+const PAUSE: Duration = Duration::from_millis(2);
+
 /// What a process holds at one moment.
 #[derive(Clone, Copy, Debug, Default)]
 struct Holds {
@@ -25,16 +29,14 @@ impl Holds {
             let line = status.lines().find_map(|line| line.strip_prefix(name));
             line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0)
         };
-        let held = |file: std::io::Result<std::fs::DirEntry>| {
-            // What the store opens it closes again at once; a look may come in between.
-            let to = file.and_then(|file| std::fs::read_link(file.path()));
-            to.is_ok_and(|to| !to.starts_with(store))
-        };
-        let files = std::fs::read_dir(format!("/proc/{id}/fd"));
-        let files =
-            files.map_or(0, |files| files.filter_map(|file| held(file).then_some(())).count());
+        // What is opened and closed again at once does not grow: of several looks the one that saw the fewest counts.
+        let looks = (0..LOOKS).map(|look| {
+            std::thread::sleep(if look == 0 { Duration::ZERO } else { PAUSE });
+            files(id, store)
+        });
+        let files = looks.min().unwrap_or(0);
         let (rss_kib, threads) = (field("VmRSS:"), field("Threads:"));
-        Self { rss_kib, files: files as u64, threads, registrations }
+        Self { rss_kib, files, threads, registrations }
     }
 
     /// The most of both.
@@ -46,6 +48,16 @@ impl Holds {
             registrations: self.registrations.max(other.registrations),
         }
     }
+}
+
+/// The files that a process has open now, but for those of the store.
+fn files(id: u32, store: &str) -> u64 {
+    let held = |file: &std::io::Result<std::fs::DirEntry>| {
+        let to = file.as_ref().ok().and_then(|file| std::fs::read_link(file.path()).ok());
+        to.is_some_and(|to| !to.starts_with(store))
+    };
+    let files = std::fs::read_dir(format!("/proc/{id}/fd"));
+    files.map_or(0, |files| files.filter(held).count() as u64)
 }
 
 /// So many warm refits of one target on one lane, from a source that commits meanwhile. Both are watched.
