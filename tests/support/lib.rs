@@ -4,6 +4,7 @@
 #![allow(clippy::missing_panics_doc, clippy::unwrap_used, reason = "a panic here is a failed test")]
 
 pub mod allocations;
+pub mod corners;
 pub mod execute;
 pub mod faults;
 pub mod floats;

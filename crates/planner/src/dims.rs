@@ -1,3 +1,5 @@
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use smallvec::SmallVec;
 
 /// One repetition of a strided pattern: `count` steps, each this many bytes further on either side.
@@ -66,7 +68,7 @@ impl Dims {
     }
 
     pub(crate) fn outer(&self, dim: Dim) -> Self {
-        let mut dims = SmallVec::with_capacity(self.0.len() + 1);
+        let mut dims = SmallVec::new();
         dims.push(dim);
         dims.extend_from_slice(&self.0);
         Self(dims)
@@ -118,17 +120,18 @@ impl Iterator for Offsets<'_> {
         let mut rest = self.index;
         let mut offsets = (0u64, 0u64);
         for dim in self.dims.iter().rev() {
-            let step = rest % dim.count;
-            rest /= dim.count;
+            // None of them is 0, for then there are no runs.
+            let step = rest.checked_rem(dim.count).unwrap_or(0);
+            rest = rest.checked_div(dim.count).unwrap_or(0);
             offsets.0 = offsets.0.wrapping_add(step.wrapping_mul(dim.source_stride));
             offsets.1 = offsets.1.wrapping_add(step.wrapping_mul(dim.target_stride));
         }
-        self.index += 1;
+        self.index = self.index.saturating_add(1);
         Some(offsets)
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
-        let left = usize::try_from(self.runs - self.index).ok();
+        let left = usize::try_from(self.runs.saturating_sub(self.index)).ok();
         (left.unwrap_or(usize::MAX), left)
     }
 }

@@ -1,5 +1,7 @@
 //! One rank's parameters as bands of logical tensors.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -336,12 +338,11 @@ impl LayoutBuilder {
         // `ids` iterates in name order, so the new numbers are canonical.
         let mut renumbered: Vec<u32> = self.tensors.iter().map(|_| 0).collect();
         let mut tensors = Vec::with_capacity(self.tensors.len());
-        let mut next = 0;
+        let mut numbers = 0..;
         for id in self.ids.values() {
             let old = id.0 as usize;
             if used[old] {
-                renumbered[old] = next;
-                next += 1;
+                renumbered[old] = numbers.next().unwrap_or(u32::MAX);
                 tensors.push(self.tensors[old].clone());
             }
         }
@@ -395,10 +396,13 @@ impl LayoutBuilder {
                     cols: tensor.cols,
                 });
             }
-            let last_row = (band.rows.end - band.rows.start - 1)
+            // Neither range is empty.
+            let (rows, cols) = (length(&band.rows), length(&band.cols));
+            let last_row = rows
+                .saturating_sub(1)
                 .checked_mul(band.row_step)
                 .and_then(|span| span.checked_add(band.at_row));
-            let end_col = band.at_col.checked_add(band.cols.end - band.cols.start);
+            let end_col = band.at_col.checked_add(cols);
             if last_row.is_none_or(|row| row >= param.rows)
                 || end_col.is_none_or(|col| col > param.cols)
             {
@@ -415,6 +419,10 @@ impl LayoutBuilder {
         }
         Ok(())
     }
+}
+
+fn length(range: &Range<u64>) -> u64 {
+    range.end.saturating_sub(range.start)
 }
 
 fn digest(tensors: &[Tensor], params: &[Param]) -> Hash {

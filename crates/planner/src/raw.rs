@@ -1,5 +1,7 @@
 //! The serialised form of a layout. Decoding goes through [`LayoutBuilder`], so it cannot skip a check.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use alloc::string::String;
 use alloc::vec::Vec;
 

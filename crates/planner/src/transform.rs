@@ -1,5 +1,7 @@
 //! What happens to elements on their way from a source parameter to a target parameter.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use crate::Dtype;
 use crate::encode::Encoder;
 
@@ -103,13 +105,15 @@ impl Transform {
         }
     }
 
-    /// Bytes written for `source_bytes` bytes read.
+    /// Bytes written for `source_bytes` bytes read (saturating).
     #[must_use]
     pub fn target_bytes(self, source_bytes: u64) -> u64 {
         match self {
             Self::Copy => source_bytes,
             Self::Cast { from, to } | Self::Map { from, to, .. } => {
-                source_bytes / from.size() * to.size()
+                // No element has 0 bytes.
+                let elements = source_bytes.checked_div(from.size()).unwrap_or(0);
+                elements.saturating_mul(to.size())
             }
         }
     }

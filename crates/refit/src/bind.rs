@@ -1,5 +1,9 @@
 //! Where offsets become addresses: a program, the publications of the sources and the target's own memory in; reads
 //! per peer out. Nothing before this step knows an address, so a restarted source costs one binding and no plan.
+//!
+//! A sum that no address space holds becomes its last address, where nothing is registered: the read is refused.
+
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -23,9 +27,12 @@ pub(crate) struct Batch {
 /// Where each wave ends among the batches that [`bind`] makes: one for every rank that the wave reads from.
 pub(crate) fn batch_ends(program: &Program) -> Arc<[usize]> {
     let rank = |read: &Read| program.sources()[read.source as usize].rank;
-    let mut end = 0;
+    let mut end = 0_usize;
     let ends = program.waves().map(|wave: Wave<'_>| {
-        end += wave.reads.chunk_by(|a, b| rank(a) == rank(b)).count();
+        end = wave
+            .reads
+            .chunk_by(|a, b| rank(a) == rank(b))
+            .fold(end, |end, _| end.saturating_add(1));
         end
     });
     ends.collect()
@@ -45,7 +52,8 @@ impl Pieces {
     fn left(&self, kind: MemoryKind, address: u64) -> Option<u64> {
         let after = self.0.partition_point(|&(k, start, _)| (k, start) <= (kind, address));
         let &(k, start, len) = self.0.get(after.checked_sub(1)?)?;
-        (k == kind).then(|| (start + len).checked_sub(address)).flatten().filter(|&left| left > 0)
+        let left = start.saturating_add(len).checked_sub(address).filter(|&left| left > 0);
+        left.filter(|_| k == kind)
     }
 }
 
@@ -119,7 +127,7 @@ pub(crate) fn bind_headers(
         let read = ReadOp {
             from: RemoteRange { address: place.address, len: HEADER_BYTES, kind: place.kind() },
             into: LocalRange {
-                address: arena.address() + at,
+                address: arena.address().saturating_add(at),
                 len: HEADER_BYTES,
                 kind: arena.kind(),
             },
@@ -130,7 +138,7 @@ pub(crate) fn bind_headers(
         };
         let reads = cut(vec![read], &local, &published_pieces(publication))?;
         batches.push(Batch { rank, reads });
-        at += HEADER_BYTES;
+        at = at.saturating_add(HEADER_BYTES);
     }
     Ok(batches)
 }
@@ -169,11 +177,11 @@ fn operation(
     let (address, kind) = match read.destination {
         Destination::Live { target, offset } => {
             let memory = &live[target as usize];
-            (memory.address() + offset, memory.kind())
+            (memory.address().saturating_add(offset), memory.kind())
         }
         Destination::Staging { offset } => {
             let arena = staging.ok_or(RefitError::NoStaging)?;
-            (arena.address() + offset, arena.kind())
+            (arena.address().saturating_add(offset), arena.kind())
         }
         _ => {
             return Err(RefitError::Unsupported {
@@ -183,7 +191,7 @@ fn operation(
     };
     Ok(ReadOp {
         from: RemoteRange {
-            address: place.address + read.offset,
+            address: place.address.saturating_add(read.offset),
             len: read.dims.source_extent(read.run),
             kind: place.kind(),
         },
@@ -212,13 +220,13 @@ fn join(mut reads: Vec<(ReadOp, u64)>) -> Vec<ReadOp> {
             && plain(next)
             && last.from.kind == next.from.kind
             && last.into.kind == next.into.kind
-            && last.from.address.checked_add(last.from.len + *gap) == Some(next.from.address)
-            && last.into.address.checked_add(last.into.len + *gap) == Some(next.into.address);
+            && behind(last.from.address, last.from.len, *gap) == Some(next.from.address)
+            && behind(last.into.address, last.into.len, *gap) == Some(next.into.address);
         if continues {
-            let more = *gap + next.run;
-            last.run += more;
-            last.from.len += more;
-            last.into.len += more;
+            let more = gap.saturating_add(next.run);
+            last.run = last.run.saturating_add(more);
+            last.from.len = last.from.len.saturating_add(more);
+            last.into.len = last.into.len.saturating_add(more);
             last.bulk |= next.bulk;
             *gap = *next_gap;
         }
@@ -227,13 +235,18 @@ fn join(mut reads: Vec<(ReadOp, u64)>) -> Vec<ReadOp> {
     reads.into_iter().map(|(read, _)| read).collect()
 }
 
+/// The address behind a range and the gap that follows it.
+fn behind(address: u64, len: u64, gap: u64) -> Option<u64> {
+    address.checked_add(len)?.checked_add(gap)
+}
+
 /// Cuts reads at the borders of registrations. A strided read that crosses one becomes its runs first.
 fn cut(reads: Vec<ReadOp>, local: &Pieces, remote: &Pieces) -> Result<Vec<ReadOp>, RefitError> {
-    let mut whole = Vec::with_capacity(reads.len());
+    let mut cut = Vec::with_capacity(reads.len());
     for read in reads {
         let (near, far) = room(&read, local, remote)?;
         if read.into.len <= near && read.from.len <= far {
-            whole.push(read);
+            cut.push(read);
             continue;
         }
         // Cut between elements. `element`: its bytes on either side.
@@ -248,25 +261,36 @@ fn cut(reads: Vec<ReadOp>, local: &Pieces, remote: &Pieces) -> Result<Vec<ReadOp
             while done < read.run {
                 let start = read.transform.target_bytes(done);
                 let mut part = ReadOp {
-                    from: RemoteRange { address: read.from.address + from + done, ..read.from },
-                    into: LocalRange { address: read.into.address + into + start, ..read.into },
+                    from: RemoteRange {
+                        address: sum([read.from.address, from, done]),
+                        ..read.from
+                    },
+                    into: LocalRange {
+                        address: sum([read.into.address, into, start]),
+                        ..read.into
+                    },
                     dims: Dims::none(),
                     ..read
                 };
                 let (near, far) = room(&part, local, remote)?;
-                let elements = (near / element.1).min(far / element.0);
-                part.run = (read.run - done).min(elements * element.0);
+                let whole = |bytes: u64, element: u64| bytes.checked_div(element).unwrap_or(0);
+                let elements = whole(near, element.1).min(whole(far, element.0));
+                part.run = read.run.saturating_sub(done).min(elements.saturating_mul(element.0));
                 if part.run == 0 {
                     let what = "an element that lies in two registrations";
                     return Err(RefitError::Unsupported { what });
                 }
                 (part.from.len, part.into.len) = (part.run, part.written_run());
-                done += part.run;
-                whole.push(part);
+                done = done.saturating_add(part.run);
+                cut.push(part);
             }
         }
     }
-    Ok(whole)
+    Ok(cut)
+}
+
+fn sum(parts: [u64; 3]) -> u64 {
+    parts.into_iter().fold(0, u64::saturating_add)
 }
 
 fn room(read: &ReadOp, local: &Pieces, remote: &Pieces) -> Result<(u64, u64), RefitError> {

@@ -1,6 +1,8 @@
 //! Digests of what a refit reads: a source answers for its bytes as a target is to hold them, and the target compares what
 //! it has landed. What a wire, a landing or a plan got wrong differs; a source that lies about its own bytes does not.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 mod hash;
 mod request;
 pub(crate) mod verify;

@@ -1,6 +1,8 @@
 //! The version header: 64 bytes beside a source's parameters that say which change they are of, and whether one is being
 //! made. A sequence lock that is read over the network: targets read it by a read of its own, after their data.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use std::fmt;
 use std::sync::atomic::{Ordering, fence};
 

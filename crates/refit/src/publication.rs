@@ -1,5 +1,7 @@
 //! What one source rank tells its targets: who it is, what it holds, and where.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use std::fmt;
 
 use refit_planner::{Param, Position, RankLayout};
@@ -265,8 +267,9 @@ impl Publication {
         }
         let key = |region: &PublishedRegion| (region.cuda, region.address);
         let wraps = |region: &PublishedRegion| region.address.checked_add(region.len).is_none();
+        let end = |region: &PublishedRegion| region.address.saturating_add(region.len);
         let crosses = |pair: &[PublishedRegion]| {
-            pair[0].cuda == pair[1].cuda && pair[0].address + pair[0].len > pair[1].address
+            pair[0].cuda == pair[1].cuda && end(&pair[0]) > pair[1].address
         };
         if body.regions.iter().any(wraps)
             || !body.regions.is_sorted_by_key(key)
@@ -310,7 +313,7 @@ fn covered(regions: &[PublishedRegion], place: Place, bytes: u64) -> bool {
         if at >= end || region.cuda != place.cuda || region.address > at {
             break;
         }
-        at = at.max(region.address + region.len);
+        at = at.max(region.address.saturating_add(region.len));
     }
     at >= end
 }

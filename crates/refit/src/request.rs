@@ -1,5 +1,7 @@
 //! What a target asks source ranks to pack: the boxes that it would otherwise read row by row, or with their neighbours.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use std::fmt;
 
 use refit_planner::{Capabilities, Program, RankLayout, TensorSlice, Wish, is_scattered, wish};

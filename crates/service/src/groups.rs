@@ -1,5 +1,7 @@
 //! What there is to read: complete, consistent sets of ranks, found in one snapshot of the rendezvous.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use std::collections::BTreeMap;
 
 use crate::keys::{Model, number};

@@ -1,5 +1,7 @@
 //! Where everything stands in the rendezvous.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use crate::rendezvous::{Key, RendezvousError};
 
 /// The entries of one model. Models share nothing, so processes of one never see another's.

@@ -3,6 +3,8 @@
 //! Whoever reads one trusts nothing in it: its size is bounded before anything is allocated, its kind and format are named
 //! in its first bytes, every field is checked, and bytes that are not exactly what [`Message::encode`] writes are refused.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 mod announcement;
 mod answer;
 mod codec;

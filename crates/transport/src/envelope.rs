@@ -4,6 +4,8 @@
 //! reaches them before the digest agrees. The digest finds damage and mix-ups; it does not authenticate: whoever
 //! carries metadata between machines must.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use refit_pool::MemoryKind;
 
 use crate::Cause;
@@ -23,7 +25,7 @@ pub(crate) struct Envelope<'a> {
 
 /// Packs what an agent publishes.
 pub(crate) fn encode(backend: &str, agent: &str, ranges: &Ranges, blob: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(128 + 21 * ranges.iter().len() + blob.len());
+    let mut out = Vec::new();
     out.extend_from_slice(MAGIC);
     out.push(VERSION);
     put_bytes(&mut out, backend.as_bytes());
@@ -55,13 +57,13 @@ pub(crate) fn decode<'a>(
     if bytes.len() > max {
         return Err(Cause::TooLarge { len: bytes.len(), max });
     }
-    let (body, end) =
+    let (covered, end) =
         bytes.split_last_chunk::<DIGEST>().ok_or(Cause::Metadata { part: "length" })?;
-    let mut body = Reader(body);
+    let mut body = Reader(covered);
     if body.take(MAGIC.len(), "magic")? != MAGIC || body.array("version")? != [VERSION] {
         return Err(Cause::Metadata { part: "version" });
     }
-    if digest(&bytes[..bytes.len() - DIGEST]) != *end {
+    if digest(covered) != *end {
         return Err(Cause::Metadata { part: "digest" });
     }
     let from = body.bytes("backend")?;

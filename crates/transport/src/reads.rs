@@ -1,5 +1,7 @@
 //! The checks every backend makes before it builds a batch. None of the arithmetic can wrap.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use refit_planner::{Capabilities, Transform};
 
 use crate::patterns::shared;
@@ -73,7 +75,8 @@ pub(crate) fn written(peer: &str, reads: &[ReadOp]) -> Result<Vec<Written>, Tran
                     && pattern.dims.is_none()
                     && last.end() == pattern.address =>
             {
-                last.run += pattern.run;
+                // Both lie in registered memory, which does not wrap.
+                last.run = last.run.saturating_add(pattern.run);
             }
             _ => joined.push(pattern),
         }

@@ -1,5 +1,7 @@
 //! Which memory is registered: by this agent, and by a peer as far as it published.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
@@ -67,7 +69,7 @@ impl<B> Registry<B> {
             entries.range_mut(..=(kind, address)).next_back().filter(|(start, _)| start.0 == kind);
         let start = match before {
             Some((&start, entry)) if end <= entry.end => {
-                entry.handles += 1;
+                entry.handles = entry.handles.saturating_add(1);
                 start
             }
             Some((_, entry)) if address < entry.end => return Err(Cause::RegisteredInPart),
@@ -152,7 +154,7 @@ impl<B> Registry<B> {
         starts.dedup();
         for start in &starts {
             if let Some(entry) = entries.get_mut(start) {
-                entry.holds += 1;
+                entry.holds = entry.holds.saturating_add(1);
             }
         }
         Ok(Holds { registry: Arc::clone(self), starts })
@@ -234,7 +236,7 @@ impl Ranges {
     }
 
     pub(crate) fn iter(&self) -> impl ExactSizeIterator<Item = (MemoryKind, u64, u64)> {
-        self.0.iter().map(|(&(kind, start), end)| (kind, start, end - start))
+        self.0.iter().map(|(&(kind, start), end)| (kind, start, end.saturating_sub(start)))
     }
 
     /// Whether the range is covered. `border` is told where each range that covers it starts.

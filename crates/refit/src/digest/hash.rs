@@ -27,7 +27,8 @@ pub(crate) struct Held<'a> {
     pub(crate) name: &'a str,
 }
 
-/// A pattern to hash. All of it lies in what is held: whoever makes this has checked that.
+/// A pattern to hash. All of it lies in what is held: whoever makes this has checked that. A number of a peer that gets
+/// past the check saturates, and is refused where the bytes are looked for.
 #[derive(Debug)]
 pub(crate) struct Work<'a> {
     pub(crate) held: Held<'a>,
@@ -76,14 +77,14 @@ fn hash(
     each_run(dims.as_slice(), stride, offset, &mut |start| {
         let mut done = 0;
         while done < run {
-            let part = (run - done).min(most);
-            let bytes = window.bytes(held, start + done, part)?;
+            let part = run.saturating_sub(done).min(most);
+            let bytes = window.bytes(held, start.saturating_add(done), part)?;
             if transform == Transform::Copy {
                 hasher.write(&bytes);
             } else {
                 hasher.write(converted(&bytes, transform, scratch)?);
             }
-            done += part;
+            done = done.saturating_add(part);
         }
         Ok(())
     })?;
@@ -98,7 +99,7 @@ pub(super) fn of_zeros(bytes: u64) -> u64 {
     while left > 0 {
         let part = left.min(ZEROS.len());
         hasher.write(&ZEROS[..part]);
-        left -= part;
+        left = left.saturating_sub(part);
     }
     hasher.finish()
 }
@@ -111,7 +112,10 @@ fn each_run(
     visit: &mut impl FnMut(u64) -> Result<(), RefitError>,
 ) -> Result<(), RefitError> {
     let Some((dim, inner)) = dims.split_first() else { return visit(start) };
-    (0..dim.count).try_for_each(|step| each_run(inner, stride, start + step * stride(dim), visit))
+    (0..dim.count).try_for_each(|step| {
+        let start = start.saturating_add(step.saturating_mul(stride(dim)));
+        each_run(inner, stride, start, visit)
+    })
 }
 
 /// These elements, as they are held after the transform.
@@ -163,8 +167,10 @@ impl Window<'_> {
             self.reach.read(held.memory, from, &mut self.bytes, self.device, held.name)?;
             self.of = Some(param);
         }
-        let bytes =
-            self.bytes.get(index(start - self.start)..).and_then(|bytes| bytes.get(..index(len)));
+        let bytes = self
+            .bytes
+            .get(index(start.saturating_sub(self.start))..)
+            .and_then(|bytes| bytes.get(..index(len)));
         bytes.map(Cow::Borrowed).ok_or_else(not_host)
     }
 }

@@ -30,7 +30,7 @@ pub(super) fn fields<B: DeserializeOwned + Serialize>(
         .map_err(|error| MessageError::Malformed { kind, reason: error.to_string() })?;
     // Variable-length integers have several spellings.
     let spelt = postcard::to_allocvec(&fields).unwrap_or_default();
-    if body.len() - rest.len() != spelt.len() || !body.starts_with(&spelt) {
+    if body.strip_prefix(spelt.as_slice()) != Some(rest) {
         return Err(MessageError::Spelling { kind });
     }
     Ok((fields, rest))

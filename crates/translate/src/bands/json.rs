@@ -1,5 +1,7 @@
 //! The format as serde sees it: strict about keys, bounded in every list and name, names borrowed from the text.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use alloc::borrow::Cow;
 use alloc::format;
 use alloc::string::ToString;

@@ -1,5 +1,7 @@
 //! Shapes of any number of dimensions, seen as rows and columns.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use super::{MAX_DIMS, ShapeProblem};
 
 /// The two-dimensional view of a contiguous, row-major tensor.

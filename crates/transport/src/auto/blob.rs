@@ -1,5 +1,7 @@
 //! What an agent with two transports publishes: what each of them does, under the name that it has.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use crate::Cause;
 use crate::envelope::Reader;
 

@@ -3,6 +3,8 @@
 //! Nothing here reaches the driver before it was checked: the counts size nothing, every allocation lies behind the
 //! one before, and every published range lies in them.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use refit_pool::MemoryKind;
 
 use super::process::Process;
@@ -46,7 +48,7 @@ pub(super) struct Blob {
 
 impl Blob {
     pub(super) fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(128 + 80 * self.allocations.len());
+        let mut out = Vec::new();
         out.push(VERSION);
         out.extend_from_slice(&self.process.host);
         out.extend_from_slice(&self.process.namespace.to_le_bytes());
@@ -111,10 +113,13 @@ impl Blob {
     /// The allocations that hold bytes of `ranges`, which were decoded with this. The others need no mapping.
     pub(super) fn holding(&self, ranges: &Ranges) -> Vec<Allocation> {
         let mut ranges = ranges.iter().peekable();
+        let end = |start: u64, len: u64| start.saturating_add(len);
         let holds = |allocation: &&Allocation| {
             // Both are sorted, disjoint, and of one kind.
-            while ranges.next_if(|(_, start, len)| start + len <= allocation.base).is_some() {}
-            ranges.peek().is_some_and(|(_, start, _)| *start < allocation.base + allocation.len)
+            while ranges.next_if(|(_, start, len)| end(*start, *len) <= allocation.base).is_some() {
+            }
+            let behind = end(allocation.base, allocation.len);
+            ranges.peek().is_some_and(|(_, start, _)| *start < behind)
         };
         self.allocations.iter().filter(holds).copied().collect()
     }

@@ -7,6 +7,8 @@
 //! Numbers are little-endian. Texts follow their length in two bytes, the body follows its own in eight. The tag covers
 //! everything before it: it is HMAC-SHA256 with the job's key, or SHA-256 where there is none.
 
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use hmac::Mac;
 use sha2::{Digest, Sha256};
 
@@ -22,6 +24,9 @@ const FORMAT: u8 = 1;
 const DIGEST: u8 = 0;
 /// Tagged with the job's key.
 const MAC: u8 = 1;
+
+/// Where the parts begin, behind magic, format and way of sealing.
+const PARTS: usize = MAGIC.len() + 2;
 
 /// Bytes of a tag.
 const TAG: usize = 32;
@@ -57,7 +62,7 @@ pub(super) struct Opened<'a> {
 
 /// Seals a body. Names and key are within their limits.
 pub(super) fn seal(key: Option<&JobKey>, header: &Header<'_>, body: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(body.len() + MAX_SEAL_BYTES);
+    let mut out = Vec::with_capacity(body.len().saturating_add(MAX_SEAL_BYTES));
     out.extend_from_slice(MAGIC);
     out.push(FORMAT);
     out.push(if key.is_some() { MAC } else { DIGEST });
@@ -90,7 +95,7 @@ pub(super) fn open<'a>(key: Option<&JobKey>, bytes: &'a [u8]) -> Result<Opened<'
         return Err(SealError::Format { found: format, expected: FORMAT });
     }
     let (sealed, tag) = bytes.split_last_chunk::<TAG>().ok_or_else(not_sealed)?;
-    let parts = sealed.get(MAGIC.len() + 2..).ok_or_else(not_sealed)?;
+    let parts = sealed.get(PARTS..).ok_or_else(not_sealed)?;
     match (way, key) {
         (MAC, Some(key)) => {
             // In constant time: how long it takes says nothing of the right tag.
@@ -112,12 +117,12 @@ pub(super) fn open<'a>(key: Option<&JobKey>, bytes: &'a [u8]) -> Result<Opened<'
     // The body ends where the tag begins.
     let end = sealed.len();
     let mark = tag.first_chunk().copied().map_or(0, u64::from_le_bytes);
-    Ok(Opened { header, body: end - body.len()..end, mark })
+    Ok(Opened { header, body: end.saturating_sub(body.len())..end, mark })
 }
 
 /// The job that a value names which could not be opened: for the text of an error, and for nothing else.
 pub(super) fn claimed_job(bytes: &[u8]) -> Option<&str> {
-    let parts = bytes.get(MAGIC.len() + 2..bytes.len().checked_sub(TAG)?)?;
+    let parts = bytes.get(PARTS..bytes.len().checked_sub(TAG)?)?;
     parse(parts).ok().map(|(header, _)| header.job)
 }
 

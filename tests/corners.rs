@@ -1,0 +1,61 @@
+//! P5: no arithmetic on a peer's numbers wraps. Whatever a peer writes as a number is 0, 1, 2³¹, 2³², 2⁶³, 2⁶⁴ - 1 or a
+//! neighbour here, one to four of them at a time: nothing panics, and what is accepted is in range, counted in 128 bits.
+//!
+//! The mirrors below spell numbers as the formats do, so that none of a type's own checks is in the way.
+
+#![allow(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "the lints spare test functions, not what they call"
+)]
+
+#[path = "corners/messages.rs"]
+mod messages;
+#[path = "corners/metadata.rs"]
+mod metadata;
+#[path = "corners/publications.rs"]
+mod publications;
+#[path = "corners/requests.rs"]
+mod requests;
+
+use proptest::prelude::*;
+use proptest::sample::Index;
+use proptest::test_runner::{Config, TestRunner};
+use refit::transport::local::Network;
+use refit_tests::{corners, ranks};
+
+/// How many times each format is tried, beside every number at every corner alone.
+fn cases() -> u32 {
+    std::env::var("REFIT_CORNER_CASES").map_or(4_000, |cases| cases.parse().unwrap())
+}
+
+/// Calls `check` with `numbers` of which one is replaced by each corner, and with some of which a few are.
+fn each(numbers: usize, check: impl Fn(&[(usize, u64)])) {
+    for at in 0..numbers {
+        corners::CORNERS.iter().for_each(|&value| check(&[(at, value)]));
+    }
+    let config = Config { failure_persistence: None, ..Config::with_cases(cases()) };
+    let replaced = |all: Vec<(Index, u64)>| -> Vec<(usize, u64)> {
+        all.into_iter().map(|(at, value)| (at.index(numbers), value)).collect()
+    };
+    TestRunner::new(config)
+        .run(&corners::replacements().prop_map(replaced), |replaced| {
+            check(&replaced);
+            Ok(())
+        })
+        .unwrap();
+}
+
+/// Bytes under the magic of `like` and a digest that is right.
+fn sealed(like: &[u8], body: &[u8]) -> Vec<u8> {
+    [&like[..8], blake3::hash(body).as_bytes(), body].concat()
+}
+
+#[test]
+fn p05_reads_at_the_corners() {
+    let network = Network::new();
+    let (source, target) = (ranks::agent(&network, "source"), ranks::agent(&network, "target"));
+    let (accepted, refused) = corners::reads(&*source, &*target, 4 * cases());
+    println!("{accepted} accepted, {refused} refused");
+    assert!(accepted > 10 && refused > 1_000, "{accepted} accepted, {refused} refused");
+}
