@@ -53,7 +53,8 @@ pub enum LayoutError {
     },
     /// A band reaches outside its logical tensor.
     #[error(
-        "rank {rank}: a band of `{param}` reaches outside tensor `{tensor}`, which is {rows} x {cols}"
+        "rank {rank}: a band of `{param}` reaches outside tensor `{tensor}`, which is {rows} x {cols}: \
+         give the band or the tensor its right shape"
     )]
     OutsideTensor {
         /// The rank.
@@ -69,7 +70,8 @@ pub enum LayoutError {
     },
     /// A band or fill reaches outside its parameter.
     #[error(
-        "rank {rank}: a band or fill reaches outside parameter `{param}`, which is {rows} x {cols}"
+        "rank {rank}: a band or fill reaches outside parameter `{param}`, which is {rows} x {cols}: give the band or the \
+         parameter its right shape"
     )]
     OutsideParam {
         /// The rank.
@@ -83,7 +85,7 @@ pub enum LayoutError {
     },
     /// A band names a tensor that this layout has not declared.
     #[error(
-        "rank {rank}: a band of `{param}` names tensor number {tensor}, which was never declared"
+        "rank {rank}: a band of `{param}` names tensor number {tensor}, which was never declared: declare it first"
     )]
     UnknownTensor {
         /// The rank.
@@ -95,7 +97,7 @@ pub enum LayoutError {
     },
     /// Sizes that no memory could have.
     #[error(
-        "rank {rank}: the size of `{name}`, or of all parameters with it, does not fit in 63 bits"
+        "rank {rank}: the size of `{name}`, or of all parameters with it, does not fit in 63 bits: correct its shape"
     )]
     TooLarge {
         /// The rank.
@@ -104,7 +106,7 @@ pub enum LayoutError {
         name: Arc<str>,
     },
     /// More entries than a plan can number.
-    #[error("rank {rank}: more than {max} entries in one layout", max = u32::MAX)]
+    #[error("rank {rank}: more than {max} entries in one layout: describe fewer, larger boxes", max = u32::MAX)]
     TooMany {
         /// The rank.
         rank: u32,
@@ -118,7 +120,7 @@ pub enum PlanError {
     /// The sides disagree about the shape of a logical tensor.
     #[error(
         "tensor `{tensor}` is {target_rows} x {target_cols} on the target and {source_rows} x {source_cols} on the \
-         source: the sides hold different models"
+         source: the sides hold different models; plan with layouts of one"
     )]
     TensorShape {
         /// The logical tensor.
@@ -135,7 +137,8 @@ pub enum PlanError {
     /// Target bytes that no source rank holds.
     #[error(
         "no source rank holds rows {rows_start}..{rows_end}, columns {cols_start}..{cols_end} of tensor `{tensor}`, \
-         which `{param}` needs from byte {byte} on: a source rank is missing or its layout is incomplete"
+         which `{param}` needs from byte {byte} on: a source rank is missing or its layout is incomplete; \
+         wait for it, or have it publish all that it holds"
     )]
     Uncovered {
         /// The target parameter.
@@ -154,7 +157,10 @@ pub enum PlanError {
         byte: u64,
     },
     /// Two bands or fills of a target parameter claim the same byte.
-    #[error("two bands or fills of target parameter `{param}` both claim row {row}, column {col}")]
+    #[error(
+        "two bands or fills of target parameter `{param}` both claim row {row}, column {col}; correct its layout, so that \
+         each element has one source"
+    )]
     Overlap {
         /// The target parameter.
         param: Arc<str>,
@@ -165,7 +171,8 @@ pub enum PlanError {
     },
     /// Bands and fills of a target parameter leave bytes unclaimed.
     #[error(
-        "bands and fills of target parameter `{param}` claim {claimed} of its {elements} elements"
+        "bands and fills of target parameter `{param}` claim {claimed} of its {elements} elements; correct its layout, \
+         or fill the rest"
     )]
     Gap {
         /// The target parameter.
@@ -177,7 +184,8 @@ pub enum PlanError {
     },
     /// The element types differ and no transform joins them.
     #[error(
-        "`{param}` is {to} but its source `{source_param}` on rank {rank} is {from}: no cast joins these types"
+        "`{param}` is {to} but its source `{source_param}` on rank {rank} is {from}: no cast joins these types; hold it in \
+         one type on both sides"
     )]
     Dtype {
         /// The target parameter.
@@ -194,7 +202,7 @@ pub enum PlanError {
     /// Both sides store the same tensor through an element map.
     #[error(
         "`{param}` is stored through {target_map} and its source `{source_param}` on rank {rank} through \
-         {source_map}: at most one side may map"
+         {source_map}: at most one side may map; store it plainly on one of them"
     )]
     MapsMeet {
         /// The target parameter.
@@ -211,7 +219,7 @@ pub enum PlanError {
     /// An element map is not defined between these types.
     #[error(
         "`{param}` is {to} and its source `{source_param}` on rank {rank} is {from}: {map} is not defined between \
-         these types"
+         these types; hold it in floating-point types that it is"
     )]
     MapDtype {
         /// The target parameter.
@@ -239,7 +247,7 @@ pub enum PlanError {
         max_pieces: u64,
     },
     /// More entries than a plan can number.
-    #[error("the plan would have more than {max} parameters or segments", max = u32::MAX)]
+    #[error("the plan would have more than {max} parameters or segments; describe fewer, larger boxes", max = u32::MAX)]
     TooMany,
 }
 
@@ -259,13 +267,15 @@ pub enum LowerError {
     },
     /// The options forbid staging but a transform needs it.
     #[error(
-        "`{param}` needs a cast or a map, which lands from staging, but the options forbid staging"
+        "`{param}` needs a cast or a map, which lands from staging, but the options forbid staging; allow it"
     )]
     StagingForbidden {
         /// The target parameter.
         param: Arc<str>,
     },
     /// Staging would not fit in 63 bits.
-    #[error("the staging area would not fit in 63 bits")]
+    #[error(
+        "the staging area would not fit in 63 bits; stage in waves (`LowerOptions::with_wave_bytes`)"
+    )]
     StagingTooLarge,
 }

@@ -38,6 +38,18 @@ pub(crate) fn batch_ends(program: &Program) -> Arc<[usize]> {
     ends.collect()
 }
 
+/// Which rank each batch of a program's lease reads: those that [`bind`] makes, and behind them those of
+/// [`bind_headers`].
+pub(crate) fn batch_ranks(program: &Program) -> Vec<u32> {
+    let rank = |read: &Read| program.sources()[read.source as usize].rank;
+    let mut all = Vec::new();
+    for wave in program.waves() {
+        all.extend(wave.reads.chunk_by(|a, b| rank(a) == rank(b)).map(|of_rank| rank(&of_rank[0])));
+    }
+    all.extend(ranks(program));
+    all
+}
+
 /// Registered ranges on one side, to keep every read inside one of them.
 struct Pieces(Vec<(MemoryKind, u64, u64)>);
 
@@ -87,7 +99,7 @@ pub(crate) fn bind(
                 let place = places[read.source as usize];
                 reads.push((operation(read, place, live, staging)?, read.gap));
             }
-            batches.push(Batch { rank, reads: cut(join(reads), &local, remote)? });
+            batches.push(Batch { rank, reads: cut(rank, join(reads), &local, remote)? });
         }
     }
     Ok(batches)
@@ -136,7 +148,7 @@ pub(crate) fn bind_headers(
             transform: Transform::Copy,
             bulk: false,
         };
-        let reads = cut(vec![read], &local, &published_pieces(publication))?;
+        let reads = cut(rank, vec![read], &local, &published_pieces(publication))?;
         batches.push(Batch { rank, reads });
         at = at.saturating_add(HEADER_BYTES);
     }
@@ -240,11 +252,16 @@ fn behind(address: u64, len: u64, gap: u64) -> Option<u64> {
     address.checked_add(len)?.checked_add(gap)
 }
 
-/// Cuts reads at the borders of registrations. A strided read that crosses one becomes its runs first.
-fn cut(reads: Vec<ReadOp>, local: &Pieces, remote: &Pieces) -> Result<Vec<ReadOp>, RefitError> {
+/// Cuts reads from a rank at the borders of registrations. A strided read that crosses one becomes its runs first.
+fn cut(
+    rank: u32,
+    reads: Vec<ReadOp>,
+    local: &Pieces,
+    remote: &Pieces,
+) -> Result<Vec<ReadOp>, RefitError> {
     let mut cut = Vec::with_capacity(reads.len());
     for read in reads {
-        let (near, far) = room(&read, local, remote)?;
+        let (near, far) = room(rank, &read, local, remote)?;
         if read.into.len <= near && read.from.len <= far {
             cut.push(read);
             continue;
@@ -272,7 +289,7 @@ fn cut(reads: Vec<ReadOp>, local: &Pieces, remote: &Pieces) -> Result<Vec<ReadOp
                     dims: Dims::none(),
                     ..read
                 };
-                let (near, far) = room(&part, local, remote)?;
+                let (near, far) = room(rank, &part, local, remote)?;
                 let whole = |bytes: u64, element: u64| bytes.checked_div(element).unwrap_or(0);
                 let elements = whole(near, element.1).min(whole(far, element.0));
                 part.run = read.run.saturating_sub(done).min(elements.saturating_mul(element.0));
@@ -293,12 +310,18 @@ fn sum(parts: [u64; 3]) -> u64 {
     parts.into_iter().fold(0, u64::saturating_add)
 }
 
-fn room(read: &ReadOp, local: &Pieces, remote: &Pieces) -> Result<(u64, u64), RefitError> {
+fn room(
+    rank: u32,
+    read: &ReadOp,
+    local: &Pieces,
+    remote: &Pieces,
+) -> Result<(u64, u64), RefitError> {
+    let outside = |side, len| RefitError::NotRegistered { rank, len, side };
     let near = local
         .left(read.into.kind, read.into.address)
-        .ok_or(RefitError::NotRegistered { side: "target" })?;
+        .ok_or_else(|| outside("target", read.into.len))?;
     let far = remote
         .left(read.from.kind, read.from.address)
-        .ok_or(RefitError::NotRegistered { side: "source" })?;
+        .ok_or_else(|| outside("source", read.from.len))?;
     Ok((near, far))
 }

@@ -133,7 +133,9 @@ pub enum RefitError {
         rank: u32,
     },
     /// A request for digests of bytes that a parameter does not have.
-    #[error("source rank {rank} was asked for digests of bytes beyond the {bytes} of `{param}`")]
+    #[error(
+        "source rank {rank} was asked for digests of bytes beyond the {bytes} of `{param}`; plan anew with its present publication"
+    )]
     AskedOutside {
         /// The rank.
         rank: u32,
@@ -144,7 +146,7 @@ pub enum RefitError {
     },
     /// A request for digests of more bytes than any plan reads.
     #[error(
-        "source rank {rank} was asked for digests of more than {most} bytes, which no plan reads"
+        "source rank {rank} was asked for digests of more than {most} bytes, which no plan reads; run one release on both sides"
     )]
     AskedTooMuch {
         /// The rank.
@@ -220,7 +222,9 @@ pub enum RefitError {
         layout: u64,
     },
     /// A parameter of the layout has no memory.
-    #[error("rank {rank}: no memory was given for parameter `{param}`")]
+    #[error(
+        "rank {rank}: no memory was given for parameter `{param}`; give one for each that the layout lists"
+    )]
     NoMemory {
         /// The rank.
         rank: u32,
@@ -229,7 +233,8 @@ pub enum RefitError {
     },
     /// Memory was given for a name the layout does not have, or twice.
     #[error(
-        "rank {rank}: memory was given for `{param}`, which the layout does not have or which was given already"
+        "rank {rank}: memory was given for `{param}`, which the layout does not have or which was given already; \
+         leave it out"
     )]
     StrayMemory {
         /// The rank.
@@ -244,7 +249,9 @@ pub enum RefitError {
         rank: u32,
     },
     /// A plan reads a parameter that the publication does not have.
-    #[error("source rank {rank} does not publish `{param}`, which the plan reads")]
+    #[error(
+        "source rank {rank} does not publish `{param}`, which the plan reads; plan anew with its present publication"
+    )]
     UnknownSourceParam {
         /// The rank.
         rank: u32,
@@ -253,14 +260,19 @@ pub enum RefitError {
     },
     /// A read would leave registered memory.
     #[error(
-        "a read would leave the registered memory of the {side}; register whole allocations before publishing"
+        "a read of {len} bytes from source rank {rank} would leave the registered memory of the {side}; register whole \
+         allocations before publishing"
     )]
     NotRegistered {
+        /// The rank that is read.
+        rank: u32,
+        /// Bytes of the read, as they lie on that side.
+        len: u64,
         /// `source` or `target`.
         side: &'static str,
     },
     /// The program stages bytes but no staging memory was leased.
-    #[error("the program stages bytes but its lease has no staging memory")]
+    #[error("the program stages bytes but its lease has no staging memory; please report this")]
     NoStaging,
     /// Landing needs memory that the processor can write, or a device that does it.
     #[error(
@@ -272,17 +284,20 @@ pub enum RefitError {
         param: String,
     },
     /// A device could not land.
-    #[error("the device that lands failed: {source}")]
+    #[error("the device that lands failed: {source}; start this worker anew if it keeps happening")]
     Device {
         /// What it says.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// Reads did not settle in time. Nothing was freed; the pull can be waited on again.
     #[error(
-        "reads into agent `{agent}` have not settled after {waited:?}; their memory stays reserved until they do: \
-         wait again, or have the silent peer ended, which settles them"
+        "reads {}into agent `{agent}` have not settled after {waited:?}; their memory stays reserved until they do: \
+         wait again, or have the silent peer ended, which settles them",
+        from_ranks(ranks)
     )]
     Deadline {
+        /// The source ranks whose reads are out; none where all have settled and were given up.
+        ranks: Vec<u32>,
         /// The agent that reads.
         agent: String,
         /// How long the pull has been waited on.
@@ -312,6 +327,10 @@ pub enum RefitError {
         /// What it is.
         what: &'static str,
     },
+}
+
+fn from_ranks(ranks: &[u32]) -> String {
+    if ranks.is_empty() { String::new() } else { format!("from source ranks {ranks:?} ") }
 }
 
 impl RefitError {

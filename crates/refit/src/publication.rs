@@ -96,7 +96,9 @@ pub enum PublicationError {
     )]
     Magic,
     /// Larger than any publication can be.
-    #[error("{bytes} bytes are more than a publication may have ({MAX_ENCODED_BYTES})")]
+    #[error(
+        "{bytes} bytes are more than a publication may have ({MAX_ENCODED_BYTES}); register fewer, larger regions"
+    )]
     TooLarge {
         /// Bytes given.
         bytes: usize,
@@ -105,13 +107,13 @@ pub enum PublicationError {
     #[error("the publication's checksum does not match: it is truncated or damaged; publish again")]
     Damaged,
     /// The bytes arrived as they were sent but do not decode.
-    #[error("the publication does not decode: {reason}")]
+    #[error("the publication does not decode: {reason}; both sides must run the same release")]
     Malformed {
         /// What the decoder says.
         reason: String,
     },
     /// The number of addresses differs from the number of parameters.
-    #[error("rank {rank} publishes {places} addresses for {params} parameters")]
+    #[error("rank {rank} publishes {places} addresses for {params} parameters; give one for each")]
     Places {
         /// The rank.
         rank: u32,
@@ -121,7 +123,9 @@ pub enum PublicationError {
         params: usize,
     },
     /// A parameter lies outside the registered regions.
-    #[error("rank {rank} publishes `{param}` at a place that it has not registered")]
+    #[error(
+        "rank {rank} publishes `{param}` at a place that it has not registered; register whole allocations before publishing"
+    )]
     Unregistered {
         /// The rank.
         rank: u32,
@@ -130,14 +134,17 @@ pub enum PublicationError {
     },
     /// The header lies outside the registered regions, or where a parameter is.
     #[error(
-        "rank {rank} publishes a version header at a place that it has not registered, or that is a parameter's"
+        "rank {rank} publishes a version header at a place that it has not registered, or that is a parameter's; give it \
+         registered memory of its own"
     )]
     Header {
         /// The rank.
         rank: u32,
     },
     /// Regions overlap, or run past the end of the address space.
-    #[error("rank {rank} publishes regions that overlap or wrap around")]
+    #[error(
+        "rank {rank} publishes regions that overlap or wrap around; register whole allocations, once"
+    )]
     Regions {
         /// The rank.
         rank: u32,

@@ -56,7 +56,9 @@ pub enum RequestError {
     )]
     Magic,
     /// Larger than any request can be.
-    #[error("{bytes} bytes are more than a request may have ({MAX_REQUEST_BYTES})")]
+    #[error(
+        "{bytes} bytes are more than a request may have ({MAX_REQUEST_BYTES}); go on without packing"
+    )]
     TooLarge {
         /// Bytes given.
         bytes: usize,
@@ -65,13 +67,15 @@ pub enum RequestError {
     #[error("the request's checksum does not match: it is truncated or damaged; ask again")]
     Damaged,
     /// The bytes arrived as they were sent but do not decode.
-    #[error("the request does not decode: {reason}")]
+    #[error("the request does not decode: {reason}; both sides must run the same release")]
     Malformed {
         /// What the decoder says.
         reason: String,
     },
     /// A box without elements.
-    #[error("target rank {target} asks for a box of `{tensor}` that has no elements")]
+    #[error(
+        "target rank {target} asks for a box of `{tensor}` that has no elements; leave empty ones out"
+    )]
     Empty {
         /// The target rank.
         target: u32,
@@ -79,7 +83,9 @@ pub enum RequestError {
         tensor: String,
     },
     /// Source ranks that are not in ascending order.
-    #[error("target rank {target} asks source ranks that are not in ascending order")]
+    #[error(
+        "target rank {target} asks source ranks that are not in ascending order; both sides must run the same release"
+    )]
     Ranks {
         /// The target rank.
         target: u32,

@@ -24,6 +24,7 @@ use refit_transport::{
     Patience, Peer, Progress, PullError, Transport, TransportError, TransportLease, TransportPool,
 };
 
+use crate::bind::batch_ranks;
 use crate::error::RefitError;
 use crate::land::DeviceLander;
 use crate::memory::{Reach, in_layout_order};
@@ -472,16 +473,24 @@ impl<T: Transport> Landed<T> {
 }
 
 impl<T: Transport> Refit<T> {
+    /// Time is up, and these batches are under way.
+    fn late(&self, batches: impl Iterator<Item = usize>) -> RefitError {
+        let of_batches = batch_ranks(&self.program);
+        let mut ranks: Vec<u32> =
+            batches.filter_map(|batch| of_batches.get(batch).copied()).collect();
+        ranks.sort_unstable();
+        ranks.dedup();
+        let agent = self.inner.transport.agent().to_owned();
+        RefitError::Deadline { ranks, agent, waited: self.started.elapsed() }
+    }
+
     /// What reading that did not end well leaves behind.
     fn stopped(mut self, stop: Stop<T>) -> Failed<Unfinished<T>> {
         // Whether the wave at hand may have written something.
         let (error, live, touched) = match stop {
             Stop::Landing(error) | Stop::Version(error) => (error, None, true),
             Stop::Deadline(pull) => {
-                let error = RefitError::Deadline {
-                    agent: self.inner.transport.agent().to_owned(),
-                    waited: self.started.elapsed(),
-                };
+                let error = self.late(pull.under_way());
                 let reading = Some(Reading::UnderWay(*pull));
                 let state = Unfinished::Pulling(Box::new(Pulling { reading, refit: self }));
                 return Failed { error, state };

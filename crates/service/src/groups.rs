@@ -44,10 +44,12 @@ pub struct Census {
 #[non_exhaustive]
 pub enum Withheld {
     /// Nobody but readers is there.
-    #[error("it has no members")]
+    #[error("it has no members; start its ranks")]
     Empty,
     /// Ranks are missing.
-    #[error("of its {ranks} ranks {missing:?} are not there")]
+    #[error(
+        "of its {ranks} ranks {missing:?} are not there; start them, or wait until they have joined"
+    )]
     Incomplete {
         /// How many ranks it has.
         ranks: u32,
@@ -55,13 +57,13 @@ pub enum Withheld {
         missing: Vec<u32>,
     },
     /// A rank has not said which version it holds.
-    #[error("rank {rank} has announced no version")]
+    #[error("rank {rank} has announced no version; wait for its first commit")]
     Unannounced {
         /// The rank.
         rank: u32,
     },
     /// A rank is being written.
-    #[error("rank {rank} is about to leave version {version}")]
+    #[error("rank {rank} is about to leave version {version}; wait for its commit")]
     Closed {
         /// The rank.
         rank: u32,
@@ -69,7 +71,9 @@ pub enum Withheld {
         version: u64,
     },
     /// Ranks hold different versions.
-    #[error("rank {rank} holds version {version} and rank 0 version {first}")]
+    #[error(
+        "rank {rank} holds version {version} and rank 0 version {first}; wait until all hold one"
+    )]
     Mixed {
         /// A rank.
         rank: u32,
@@ -80,7 +84,8 @@ pub enum Withheld {
     },
     /// What a rank announced was announced by another life of it.
     #[error(
-        "rank {rank} is incarnation {member:032x}, and what is announced for it is of {announced:032x}: it has restarted"
+        "rank {rank} is incarnation {member:032x}, and what is announced for it is of {announced:032x}: it has restarted; \
+         wait for its next commit"
     )]
     StaleIncarnation {
         /// The rank.
@@ -92,7 +97,7 @@ pub enum Withheld {
     },
     /// Two members are the same life of a rank.
     #[error(
-        "ranks {first} and {second} are one incarnation: one of them is a copy of the other's entry"
+        "ranks {first} and {second} are one incarnation: one of them is a copy of the other's entry; remove it"
     )]
     SameIncarnation {
         /// A rank.
@@ -115,7 +120,7 @@ pub enum Withheld {
         other_says: u32,
     },
     /// An entry that says to be of another rank than its key.
-    #[error("`{key}` says to be of rank {rank}")]
+    #[error("`{key}` says to be of rank {rank}; remove it, and have its rank join again")]
     Misplaced {
         /// The entry.
         key: Key,

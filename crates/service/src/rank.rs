@@ -2,6 +2,7 @@
 
 mod direct;
 mod engine;
+mod error;
 mod failover;
 mod pulls;
 mod shadow;
@@ -13,6 +14,7 @@ use crate::source::SourceRank;
 
 pub use self::direct::Direct;
 pub use self::engine::{Engine, EngineError, Unattended};
+pub use self::error::RankError;
 pub use self::shadow::Shadow;
 
 impl<T: Transport> SourceRank for Source<T> {

@@ -21,7 +21,7 @@ use crate::seat::{Point, Seat};
 use crate::stats::ServiceStats;
 
 pub use self::choice::{Load, choose};
-pub use self::error::{Attempt, Ended, RefreshError};
+pub use self::error::{Attempt, Ended, OfferError, RefreshError};
 pub use self::lease::Lease;
 use self::lease::NotLeased;
 use self::vouch::Desk;

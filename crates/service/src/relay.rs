@@ -82,7 +82,7 @@ impl<R: Rendezvous, P: SourceRank + Stage> Stage for Relay<R, P> {
     fn install(&mut self, version: u64) -> Result<(), InstallError> {
         match self.0.source_to_read() {
             Some(target) => target.install(version),
-            None => Err(InstallError::new("the target has left its group")),
+            None => Err(InstallError::new(SourceError::Gone)),
         }
     }
 

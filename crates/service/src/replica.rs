@@ -375,7 +375,7 @@ pub enum ReplicaError {
     /// Not all ranks got there in time.
     #[error(
         "replica `{}` did not reach version {at_least} in time: ranks {behind:?} have not; every rank keeps what it has \
-         installed",
+         installed: have all of them refresh",
         place.replica
     )]
     Deadline {

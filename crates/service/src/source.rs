@@ -591,6 +591,6 @@ pub enum SourceError {
         last: u64,
     },
     /// The rank was given back.
-    #[error("the source has left its group")]
+    #[error("the source has left its group; join again")]
     Gone,
 }

@@ -74,7 +74,7 @@ pub enum Cause {
     #[error("the peer is not connected; connect to it first")]
     UnknownPeer,
     /// An agent was asked to read from itself.
-    #[error("an agent cannot be its own peer")]
+    #[error("an agent cannot be its own peer; give source and target agents of their own")]
     Itself,
     /// The peer was connected once and is gone.
     #[error("the peer is gone; connect to its next incarnation and prepare again")]
@@ -105,7 +105,7 @@ pub enum Cause {
     #[error("it has no bytes; leave empty ones out")]
     Empty,
     /// A range that runs over the end of the address space.
-    #[error("the range leaves the address space")]
+    #[error("the range leaves the address space; ask for fresh metadata")]
     Wraps,
     /// A region that crosses the border of another registration.
     #[error(
@@ -113,7 +113,7 @@ pub enum Cause {
     )]
     RegisteredInPart,
     /// Memory this backend does not handle.
-    #[error("this backend does not handle that kind of memory")]
+    #[error("this backend does not handle that kind of memory; give it to one that does")]
     Kind,
     /// Strided reads on a transport that does not declare them.
     #[error(
@@ -135,7 +135,9 @@ pub enum Cause {
         transform: Transform,
     },
     /// A run that is not made of whole elements.
-    #[error("read {read} has runs of {len} bytes, no whole elements for {transform:?}")]
+    #[error(
+        "read {read} has runs of {len} bytes, no whole elements for {transform:?}; please report this"
+    )]
     Elements {
         /// Index of the read.
         read: usize,
@@ -145,7 +147,9 @@ pub enum Cause {
         transform: Transform,
     },
     /// Lengths of a read that disagree.
-    #[error("read {read} says {len} bytes on the {side} side, its runs span {extent}")]
+    #[error(
+        "read {read} says {len} bytes on the {side} side, its runs span {extent}; please report this"
+    )]
     Extent {
         /// Index of the read.
         read: usize,
@@ -167,10 +171,10 @@ pub enum Cause {
         max: u64,
     },
     /// A batch built by another agent.
-    #[error("the batch was prepared by another agent")]
+    #[error("it was made by another agent; use it with the agent that made it")]
     Foreign,
     /// A batch in the wrong state for the call.
-    #[error("the batch is {state}")]
+    #[error("the batch is {state}; post it once, and poll it until it has settled")]
     State {
         /// Its state.
         state: &'static str,
@@ -242,7 +246,7 @@ pub enum Cause {
         why: String,
     },
     /// A call into the backend panicked.
-    #[error("{call} panicked")]
+    #[error("{call} panicked; start this worker anew, and report this")]
     Panicked {
         /// The backend's function.
         call: &'static str,

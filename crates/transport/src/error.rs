@@ -38,9 +38,7 @@ pub enum TransportError {
         cause: Cause,
     },
     /// Memory could not be registered or deregistered.
-    #[error(
-        "agent `{agent}` cannot register or deregister {len} bytes of {kind:?} memory: {cause}"
-    )]
+    #[error("agent `{agent}` cannot register or deregister {len} bytes of {kind}: {cause}")]
     Register {
         /// This agent.
         agent: String,

@@ -186,6 +186,12 @@ impl<T: Transport> Pull<T> {
                 .all(|state| *state == State::Settled)
     }
 
+    /// Which batches of the lease were posted and have not settled, as of the last poll.
+    pub fn under_way(&self) -> impl Iterator<Item = usize> + '_ {
+        let pending = self.states.iter().zip(self.batches.clone());
+        pending.filter(|(state, _)| **state == State::Pending).map(|(_, batch)| batch)
+    }
+
     /// The lease's first arena, if it is memory of a device: that gives no access to bytes which reads may be writing.
     #[must_use]
     pub fn device_arena(&self) -> Option<&Memory> {

@@ -78,7 +78,7 @@ pub enum DigestRequestError {
     Magic,
     /// Larger than any request can be.
     #[error(
-        "{bytes} bytes are more than a request for digests may have ({MAX_DIGEST_REQUEST_BYTES})"
+        "{bytes} bytes are more than a request for digests may have ({MAX_DIGEST_REQUEST_BYTES}); go on without digests"
     )]
     TooLarge {
         /// Bytes given.
@@ -88,14 +88,17 @@ pub enum DigestRequestError {
     #[error("the request's checksum does not match: it is truncated or damaged; ask again")]
     Damaged,
     /// The bytes arrived as they were sent but do not decode.
-    #[error("the request for digests does not decode: {reason}")]
+    #[error(
+        "the request for digests does not decode: {reason}; both sides must run the same release"
+    )]
     Malformed {
         /// What the decoder says.
         reason: String,
     },
     /// Ranks or parameters that are not in ascending order.
     #[error(
-        "target rank {target} asks for digests of ranks or parameters that are not in ascending order"
+        "target rank {target} asks for digests of ranks or parameters that are not in ascending order; both sides must \
+         run the same release"
     )]
     Order {
         /// The target rank.
@@ -104,7 +107,7 @@ pub enum DigestRequestError {
     /// A piece that no plan has.
     #[error(
         "target rank {target} asks rank {rank} for digests of a piece of `{param}` that is none: it has no bytes, too \
-         many repetitions, or elements that nothing converts"
+         many repetitions, or elements that nothing converts; ask again with the plan of its present publication"
     )]
     Piece {
         /// The target rank.

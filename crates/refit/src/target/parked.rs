@@ -1,5 +1,6 @@
 //! A refit that nobody waits for any more, until its reads have settled.
 
+use std::iter;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -50,9 +51,7 @@ impl<T: Transport> Pulling<T> {
             // Everything has arrived and nothing is under way: given up before it has landed.
             Some(Reading::Arrived(lease)) => {
                 drop(lease);
-                let waited = refit.started.elapsed();
-                let agent = refit.inner.transport.agent().to_owned();
-                let stop = Stop::Landing(RefitError::Deadline { agent, waited });
+                let stop = Stop::Landing(refit.late(iter::empty()));
                 Err(Box::new(refit.stopped(stop)))
             }
             None => unreachable!("methods leave the reading behind them"),
@@ -107,9 +106,7 @@ impl<T: Transport> ParkedTarget<T> {
             }
         };
         refit.inner.live = live;
-        let waited = refit.started.elapsed();
-        let agent = refit.inner.transport.agent().to_owned();
-        let stop = Stop::Landing(RefitError::Deadline { agent, waited });
+        let stop = Stop::Landing(refit.late(iter::empty()));
         match refit.stopped(stop).state {
             Unfinished::Invalid(target) => Settling::Invalid(target),
             Unfinished::Whole(target) => Settling::Whole(target),

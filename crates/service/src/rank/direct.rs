@@ -4,6 +4,7 @@ use refit::pool::Memory;
 use refit::transport::Transport;
 use refit::{DigestRequest, Digests, Expected, Publication, RefitError, Target};
 
+use super::RankError;
 use super::engine::{Engine, EngineError};
 use super::pulls::Pulls;
 use crate::puller::{Cause, PullFailure, Puller, Reading};
@@ -60,8 +61,8 @@ impl<T: Transport, E: Engine> Direct<T, E> {
 
 impl<T: Transport, E: Engine> Puller for Direct<T, E> {
     fn pull(&mut self, reading: &Reading<'_>, deadline: Instant) -> Result<(), PullFailure> {
-        let stopped = |what: &str, error: EngineError| {
-            PullFailure::new(Cause::Failed, format!("the engine could not {what}: {error}"))
+        let stopped = |what, source: EngineError| {
+            PullFailure::new(Cause::Failed, RankError::Engine { what, source })
         };
         let (engine, totals) = (&mut self.engine, &mut self.totals);
         engine.pause().map_err(|error| stopped("pause", error))?;

@@ -4,6 +4,8 @@ use std::fmt::Debug;
 use refit::pool::Memory;
 use refit::translate::PostAction;
 
+use super::RankError;
+
 /// Why an engine did not do what it was asked to.
 pub type EngineError = Box<dyn Error + Send + Sync>;
 
@@ -46,7 +48,7 @@ impl Engine for Unattended {
     ) -> Result<(), EngineError> {
         match actions.first() {
             None => Ok(()),
-            Some(action) => Err(format!("nobody carries out: {action}").into()),
+            Some(action) => Err(RankError::NobodyDerives { action: action.to_string() }.into()),
         }
     }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use refit::transport::Transport;
 use refit::{ParkedTarget, Settling, Target};
 
+use super::RankError;
 use crate::puller::{Cause, PullFailure};
 use crate::worker::{Agent, BuildError, Quarantine, Standing};
 
@@ -33,9 +34,8 @@ impl<T: Transport> Failover<T> {
             .has_room(kept_bytes)
             .map_err(|full| PullFailure::new(Cause::Quarantined, full))?;
         self.built += 1;
-        (self.build)(self.built).map_err(|error| {
-            PullFailure::new(Cause::Failed, format!("no agent could take over: {error}"))
-        })
+        (self.build)(self.built)
+            .map_err(|source| PullFailure::new(Cause::Failed, RankError::NoAgent { source }))
     }
 
     /// Keeps it until its reads have settled.

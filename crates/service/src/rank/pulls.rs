@@ -7,8 +7,8 @@ use refit::{
     ParkedTarget, Publication, RefitError, Settling, Target, Unfinished,
 };
 
+use super::RankError;
 use super::failover::Failover;
-
 use crate::puller::{Cause, PullFailure, Reading};
 
 /// A target in whatever state the last pull left it.
@@ -31,6 +31,14 @@ enum Held<T: Transport> {
 struct Out<T: Transport> {
     group: String,
     parked: ParkedTarget<T>,
+}
+
+impl<T: Transport> Out<T> {
+    fn late(&self) -> PullFailure {
+        let Self { group, parked } = self;
+        let (group, bytes, age) = (group.clone(), parked.bytes(), parked.age());
+        PullFailure::new(Cause::Late, RankError::Out { group, bytes, age })
+    }
 }
 
 impl<T: Transport> Pulls<T> {
@@ -121,11 +129,13 @@ impl<T: Transport> Pulls<T> {
                 Held::Mixed(target) => target
                     .prepare(reading.publications)
                     .map_err(|Failed { error, state }| (error, Held::Mixed(state))),
-                out @ (Held::Out(_) | Held::Lent(_)) => {
-                    self.0 = out;
-                    return Err(PullFailure::new(Cause::Late, "reads of the last pull are out"));
+                Held::Out(out) => {
+                    let late = out.late();
+                    self.0 = Held::Out(out);
+                    return Err(late);
                 }
-                Held::Lost => return Err(lost()),
+                // It has just been taken back.
+                Held::Lent(_) | Held::Lost => return Err(lost()),
             }
         };
         let expected = prepared.and_then(|prepared| {
@@ -220,17 +230,11 @@ impl<T: Transport> Pulls<T> {
     pub(super) fn settle(&mut self, deadline: Instant) -> Result<(), PullFailure> {
         let mut patience = Patience::new();
         while let Held::Out(out) = &mut self.0 {
-            let Out { group, parked } = &mut **out;
-            if parked.poll() == Progress::Pending {
+            if out.parked.poll() == Progress::Pending {
                 if patience.pause(deadline) {
                     continue;
                 }
-                let (bytes, age) = (parked.bytes(), parked.age());
-                let reason = format!(
-                    "reads of group `{group}` into {bytes} bytes are out, {age:?} after they were given up; end the \
-                     silent peer, which settles them"
-                );
-                return Err(PullFailure::new(Cause::Late, reason));
+                return Err(out.late());
             }
             if let Held::Out(out) = std::mem::replace(&mut self.0, Held::Lost) {
                 let Out { group, parked } = *out;
@@ -281,7 +285,7 @@ impl<T: Transport> Held<T> {
 }
 
 fn lost() -> PullFailure {
-    PullFailure::new(Cause::Lost, "an earlier pull was lost, and with it the target's memory")
+    PullFailure::new(Cause::Lost, RankError::Lost)
 }
 
 /// What kind of failure an error of a refit is.

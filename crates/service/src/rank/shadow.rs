@@ -6,6 +6,7 @@ use refit::translate::PostAction;
 use refit::transport::Transport;
 use refit::{DigestRequest, Digests, Expected, Publication, RefitError, Target};
 
+use super::RankError;
 use super::engine::Engine;
 use super::failover::Failover;
 use super::pulls::Pulls;
@@ -181,22 +182,24 @@ impl<T: Transport, E: Engine> Puller for Shadow<T, E> {
 impl<T: Transport, E: Engine> Stage for Shadow<T, E> {
     fn install(&mut self, version: u64) -> Result<(), InstallError> {
         let Some(staged) = self.pulls.params().filter(|_| self.staged == Some(version)) else {
-            return Err(InstallError::new(format!("version {version} is not staged")));
+            return Err(InstallError::new(RankError::NotStaged { version }));
         };
-        self.engine.pause().map_err(InstallError::new)?;
+        let stopped = |what| move |source| InstallError::new(RankError::Engine { what, source });
+        self.engine.pause().map_err(stopped("pause"))?;
         // By name: what is lent comes before what is not.
         let staged: BTreeMap<&str, &Memory> = staged.collect();
-        let from = self.names.iter().map(|name| staged.get(name.as_str()).copied());
-        let Some(from) = from.collect::<Option<Vec<&Memory>>>() else {
-            return Err(InstallError::new("a parameter is not staged; please report this"));
-        };
+        let from = self.names.iter().map(|name| {
+            let missing = || InstallError::new(RankError::Missing { param: name.clone() });
+            staged.get(name.as_str()).copied().ok_or_else(missing)
+        });
+        let from = from.collect::<Result<Vec<&Memory>, _>>()?;
         self.copier
             .copy(from.into_iter().zip(&mut self.live))
-            .map_err(|error| InstallError::new(format!("copying failed: {error}")))?;
+            .map_err(|source| InstallError::new(RankError::Copy { source }))?;
         let span = tracing::debug_span!("post_install", version);
         let _entered = span.enter();
         let mut params = self.names.iter().map(String::as_str).zip(&self.live);
-        self.engine.derive(&self.post_actions, &mut params).map_err(InstallError::new)
+        self.engine.derive(&self.post_actions, &mut params).map_err(stopped("derive"))
     }
 
     fn resume(&mut self, version: u64) {

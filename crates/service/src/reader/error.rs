@@ -3,10 +3,99 @@ use std::error::Error;
 use std::fmt;
 use std::time::Duration;
 
+use refit::PublicationError;
+
 use super::Wanted;
 use crate::groups::Withheld;
 use crate::puller::PullFailure;
 use crate::rendezvous::RendezvousError;
+
+/// Why an offer that was chosen cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum OfferError {
+    /// A rank is another life of itself.
+    #[error("group `{group}` has restarted; take its new publications")]
+    Restarted {
+        /// The group.
+        group: String,
+    },
+    /// It offers another version by now.
+    #[error("group `{group}` went from version {version} to {now}; read that")]
+    Moved {
+        /// The group.
+        group: String,
+        /// What it offered.
+        version: u64,
+        /// What it offers.
+        now: u64,
+    },
+    /// It offers nothing any more.
+    #[error("group `{group}` withdrew version {version}: {why}; wait for its next")]
+    Withdrawn {
+        /// The group.
+        group: String,
+        /// What it offered.
+        version: u64,
+        /// Why nothing.
+        why: Withheld,
+    },
+    /// It has left.
+    #[error("group `{group}` has left; read another")]
+    Left {
+        /// The group.
+        group: String,
+    },
+    /// There is no publication where one was announced.
+    #[error(
+        "the publication of rank {rank} of group `{group}` is gone; wait for it to publish anew"
+    )]
+    NoPublication {
+        /// The group.
+        group: String,
+        /// The rank.
+        rank: u32,
+    },
+    /// What lies there is not a publication.
+    #[error("rank {rank} of group `{group}`: {source}")]
+    Publication {
+        /// The group.
+        group: String,
+        /// The rank.
+        rank: u32,
+        /// What is wrong with it.
+        source: PublicationError,
+    },
+    /// It is another than was announced.
+    #[error("rank {rank} of group `{group}` has published anew; look again")]
+    Republished {
+        /// The group.
+        group: String,
+        /// The rank.
+        rank: u32,
+    },
+    /// It is of another rank.
+    #[error(
+        "rank {rank} of group `{group}` publishes the layout of rank {found}; number the ranks of a group from 0"
+    )]
+    OtherRank {
+        /// The group.
+        group: String,
+        /// The rank.
+        rank: u32,
+        /// The layout's.
+        found: u32,
+    },
+    /// Digests were asked for, and none came.
+    #[error(
+        "group `{group}` has not said in time what its bytes hash to; have it answer (`LiveSource::answer`), or wait for \
+         its next commit"
+    )]
+    NoDigests {
+        /// The group.
+        group: String,
+    },
+}
 
 /// One attempt to read a group.
 #[derive(Debug)]

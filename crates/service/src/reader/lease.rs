@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 
 use refit::{Expected, Publication};
 
+use super::OfferError;
 use crate::groups::{Census, Offer};
 use crate::message::{Message, ReaderLease};
 use crate::puller::{Cause, PullFailure, Reading};
@@ -62,8 +63,8 @@ impl<R: Rendezvous> Lease<R> {
 
     /// Whether the offer still stood after the lease was written. Only then does its source wait for us.
     pub(super) fn confirm(&self, census: &Census) -> Result<(), NotLeased> {
-        let Offer { group, version, .. } = &self.offer;
-        let reason = match (census.offers.get(group), census.withheld.get(group)) {
+        let (group, version) = (self.offer.group.clone(), self.offer.version);
+        let reason = match (census.offers.get(&group), census.withheld.get(&group)) {
             (Some(offer), _) if *offer == self.offer => return Ok(()),
             (Some(offer), _) => {
                 let restarted = offer
@@ -72,20 +73,20 @@ impl<R: Rendezvous> Lease<R> {
                     .zip(&self.offer.ranks)
                     .any(|(now, before)| now.member.incarnation != before.member.incarnation);
                 if restarted {
-                    let reason = format!("group `{group}` has restarted");
+                    let reason = OfferError::Restarted { group };
                     return Err(NotLeased::Failed(PullFailure::new(Cause::Stale, reason)));
                 }
-                format!("group `{group}` went from version {version} to {}", offer.version)
+                OfferError::Moved { group, version, now: offer.version }
             }
-            (None, Some(why)) => format!("group `{group}` withdrew version {version}: {why}"),
-            (None, None) => format!("group `{group}` has left"),
+            (None, Some(why)) => OfferError::Withdrawn { group, version, why: why.clone() },
+            (None, None) => OfferError::Left { group },
         };
         Err(NotLeased::Failed(PullFailure::new(Cause::Vanished, reason)))
     }
 
     /// Reads the publications of all ranks, those that are not known from before.
     pub(super) fn read_publications(&mut self, known: Vec<Publication>) -> Result<(), NotLeased> {
-        let fail = |cause, reason: String| NotLeased::Failed(PullFailure::new(cause, reason));
+        let fail = |cause, reason: OfferError| NotLeased::Failed(PullFailure::new(cause, reason));
         let digests = self.offer.ranks.iter().map(|rank| &rank.member.publication);
         if known.len() == self.offer.ranks.len()
             && known.iter().map(Publication::digest).eq(digests)
@@ -95,32 +96,34 @@ impl<R: Rendezvous> Lease<R> {
         }
         let mut known: BTreeMap<[u8; 32], Publication> =
             known.into_iter().map(|publication| (*publication.digest(), publication)).collect();
-        let group = &self.offer.group;
+        let name = &self.offer.group;
         for rank in &self.offer.ranks {
+            let group = || name.clone();
             let (rank, digest) = (rank.member.rank, &rank.member.publication);
             let publication = match known.remove(digest) {
                 Some(publication) => publication,
                 None => {
-                    let key = self.seat.model().publication(group, rank)?;
+                    let key = self.seat.model().publication(name, rank)?;
                     let mut found = self.seat.list(&key)?;
                     let Some(bytes) = found.entries.remove(&key) else {
-                        let reason =
-                            format!("the publication of rank {rank} of group `{group}` is gone");
+                        let reason = OfferError::NoPublication { group: group(), rank };
                         return Err(fail(Cause::Vanished, reason));
                     };
-                    Publication::decode(&bytes).map_err(|error| {
-                        fail(Cause::Refused, format!("rank {rank} of group `{group}`: {error}"))
+                    Publication::decode(&bytes).map_err(|source| {
+                        fail(
+                            Cause::Refused,
+                            OfferError::Publication { group: group(), rank, source },
+                        )
                     })?
                 }
             };
             if publication.digest() != digest {
-                let reason = format!("rank {rank} of group `{group}` has published anew");
+                let reason = OfferError::Republished { group: group(), rank };
                 return Err(fail(Cause::Stale, reason));
             }
             if publication.rank() != rank {
                 let found = publication.rank();
-                let reason =
-                    format!("rank {rank} of group `{group}` publishes the layout of rank {found}");
+                let reason = OfferError::OtherRank { group: group(), rank, found };
                 return Err(fail(Cause::Refused, reason));
             }
             self.publications.push(publication);

@@ -3,7 +3,7 @@ use std::time::Instant;
 
 use refit::{DigestRequest, Digests, Expected};
 
-use super::Checks;
+use super::{Checks, OfferError};
 use crate::message::{Answer, Message, Wish};
 use crate::puller::{Cause, PullFailure, Vouch};
 use crate::rendezvous::{Rendezvous, RendezvousError};
@@ -77,8 +77,7 @@ impl<R: Rendezvous> Vouch for Desk<'_, R> {
             }
             let changed = self.seat.rendezvous().changed(&prefix, before, deadline);
             if changed.map_err(store)?.is_none() {
-                let reason =
-                    format!("group `{}` has not said in time what its bytes hash to", self.group);
+                let reason = OfferError::NoDigests { group: self.group.to_owned() };
                 return Err(PullFailure::new(Cause::Late, reason));
             }
         }

@@ -1,0 +1,66 @@
+use std::time::Duration;
+
+use super::EngineError;
+use crate::worker::BuildError;
+
+/// Why a rank did not read, or did not install what it had read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RankError {
+    /// Reads of an attempt that was given up have not settled.
+    #[error(
+        "reads of group `{group}` into {bytes} bytes are out, {age:?} after they were given up; end the silent peer, which \
+         settles them"
+    )]
+    Out {
+        /// The group that is read.
+        group: String,
+        /// Bytes that they may write.
+        bytes: u64,
+        /// How long ago they were given up.
+        age: Duration,
+    },
+    /// Reads can no longer be watched.
+    #[error("an earlier pull was lost, and with it the target's memory; start this rank anew")]
+    Lost,
+    /// No agent could be made for reading on in other memory.
+    #[error("no agent could take over: {source}; end the silent peer, or start this rank anew")]
+    NoAgent {
+        /// Why not.
+        source: BuildError,
+    },
+    /// The engine did not do what it was asked to.
+    #[error(
+        "the engine could not {what}: {source}; it does not go on before a refresh has succeeded"
+    )]
+    Engine {
+        /// What it was asked to do.
+        what: &'static str,
+        /// What it says.
+        source: EngineError,
+    },
+    /// There is no engine, and the layout needs one.
+    #[error("nobody carries out: {action}; give the rank the engine that does (`Engine::derive`)")]
+    NobodyDerives {
+        /// What is to be done.
+        action: String,
+    },
+    /// A version was to be installed that is not there.
+    #[error("version {version} is not staged; stage it before it is installed")]
+    NotStaged {
+        /// The version.
+        version: u64,
+    },
+    /// A parameter was not staged with the others: an error of this project.
+    #[error("parameter `{param}` is not staged; please report this")]
+    Missing {
+        /// The parameter.
+        param: String,
+    },
+    /// What was staged could not be copied to the live parameters.
+    #[error("copying to the live parameters failed: {source}; start this rank's engine anew")]
+    Copy {
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
