@@ -59,3 +59,44 @@ fn p05_reads_at_the_corners() {
     println!("{accepted} accepted, {refused} refused");
     assert!(accepted > 10 && refused > 1_000, "{accepted} accepted, {refused} refused");
 }
+
+/// Where numbers of a peer enter, `clippy::arithmetic_side_effects` is denied, and `docs/promises.md` says so.
+#[test]
+fn p05_the_lint_is_denied_where_numbers_enter() {
+    const LINT: &str = "#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]\n";
+    const DOORS: [&str; 22] = [
+        "planner/src/raw.rs",
+        "planner/src/layout.rs",
+        "planner/src/dims.rs",
+        "planner/src/transform.rs",
+        "translate/src/bands/json.rs",
+        "translate/src/bands/shape.rs",
+        "translate/src/bands/written.rs",
+        "transport/src/envelope.rs",
+        "transport/src/registry.rs",
+        "transport/src/reads.rs",
+        "transport/src/nixl/transport.rs",
+        "transport/src/peer/blob.rs",
+        "transport/src/auto/blob.rs",
+        "refit/src/publication.rs",
+        "refit/src/request.rs",
+        "refit/src/digest.rs",
+        "refit/src/header.rs",
+        "refit/src/bind.rs",
+        "service/src/message.rs",
+        "service/src/groups.rs",
+        "service/src/keys.rs",
+        "service/src/rendezvous/sealed/envelope.rs",
+    ];
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap();
+    let table = read("docs/promises.md");
+    for door in DOORS {
+        assert!(read(&format!("crates/{door}")).contains(LINT), "{door} does not deny the lint");
+        let (krate, module) = door.split_once("/src/").unwrap();
+        let module = module.trim_end_matches(".rs");
+        let line = table.lines().find(|line| line.starts_with(&format!("| `{krate}` |")));
+        let named = line.is_some_and(|line| line.contains(&format!("`{module}`")));
+        assert!(named, "`{module}` of `{krate}` is not in docs/promises.md");
+    }
+}

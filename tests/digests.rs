@@ -132,9 +132,23 @@ fn struck(
     }
 }
 
-/// P13: 10,000 single-bit flips, 10,000 words swapped within 4 KiB, and every pair of shards swapped whole.
+/// Swaps two words of two bytes, and says whether that changed anything.
+fn swap_words(a: u64, b: u64) -> bool {
+    let mut changed = false;
+    if a != b {
+        strike(a, 2, |a| {
+            strike(b, 2, |b| {
+                changed = a != b;
+                a.swap_with_slice(b);
+            });
+        });
+    }
+    changed
+}
+
+/// P13: 10,000 single-bit flips, and 10,000 words swapped: half of them within 4 KiB, half with any word of any parameter.
 #[test]
-fn corruption_of_landed_bytes_is_found() {
+fn p13_flipped_bits_and_swapped_words_are_found() {
     let layouts = models::source(&models::tiny(), 2, 1, 1);
     let wanted = models::target(&models::tiny(), 1).remove(0);
     let World { sources, published, target, held } =
@@ -156,31 +170,25 @@ fn corruption_of_landed_bytes_is_found() {
             (None, Some(target)) => InvalidTarget::prepare(target, &published).unwrap(),
             (None, None) => unreachable!("the target comes back"),
         };
-        let mut at = random.below(total);
-        let number = held.iter().position(|(_, len)| {
-            let here = at < *len;
-            at -= if here { 0 } else { *len };
-            here
-        });
-        let number = number.unwrap();
+        let (number, at) = place(&mut random, &held);
         let (address, len) = held[number];
-        let mut changed = true;
         let landed = land(prepared);
-        strike(address, len, |bytes| {
-            if case % 2 == 0 {
-                bytes[at] ^= 1 << random.below(8);
-            } else {
+        // Words lie at even places, and every parameter has whole ones.
+        let word = address + at as u64 / 2 * 2;
+        let (mut other, mut changed) = (number, true);
+        match case % 4 {
+            0 | 2 => strike(address, len, |bytes| bytes[at] ^= 1 << random.below(8)),
+            1 => {
                 let window = at / 4096 * 4096..(at / 4096 * 4096 + 4096).min(len);
-                let words = window.len() / 2;
-                let (a, b) = (random.below(words), random.below(words));
-                let (a, b) = (window.start + 2 * a, window.start + 2 * b);
-                let (x, y) = ([bytes[a], bytes[a + 1]], [bytes[b], bytes[b + 1]]);
-                changed = x != y;
-                bytes[a..a + 2].copy_from_slice(&y);
-                bytes[b..b + 2].copy_from_slice(&x);
-                at = a.min(b);
+                let near = window.start + 2 * random.below(window.len() / 2);
+                changed = swap_words(word, address + near as u64);
             }
-        });
+            _ => {
+                let (far, at) = place(&mut random, &held);
+                changed = swap_words(word, held[far].0 + at as u64 / 2 * 2);
+                other = far;
+            }
+        }
         match landed.verify(&answers) {
             Ok(landed) => {
                 missed += usize::from(changed);
@@ -190,36 +198,65 @@ fn corruption_of_landed_bytes_is_found() {
                 let RefitError::Corrupt { param, start, end, .. } = &error else {
                     panic!("{error}")
                 };
-                assert!(changed && *param == names[number], "{error} instead of {}", names[number]);
-                assert!(start < end && *end <= len as u64, "{error}");
+                let found = names.iter().position(|name| name == param).unwrap();
+                assert!(changed && (found == number || found == other), "{error}");
+                assert!(start < end && *end <= held[found].1 as u64, "{error}");
                 state = Some(target);
             }
         }
     }
     assert_eq!(missed, 0);
+}
 
-    // Shards of the same size, one in the place of the other.
-    let mut target = state.take().unwrap();
-    let mut swaps = 0;
-    for a in 0..held.len() {
-        for b in a + 1..held.len() {
-            let ((from, len), (into, other)) = (held[a], held[b]);
-            if len != other {
-                continue;
-            }
-            let prepared = target.prepare(&published).unwrap();
-            let (error, state) = struck(prepared, &answers, || {
-                strike(from, len, |a| strike(into, len, |b| a.swap_with_slice(b)));
-            });
-            assert!(matches!(error, RefitError::Corrupt { rank: Some(_), .. }), "{error}");
-            target = state;
-            swaps += 1;
-        }
+/// P13: 1,000 times one shard of a parameter in the place of another of its size.
+#[test]
+fn p13_swapped_shards_are_found() {
+    const SWAPS: usize = 1_000;
+    let mut config = models::tiny();
+    config.num_layers = 16;
+    let layouts = models::source(&config, 2, 1, 1);
+    let wanted = models::target(&config, 1).remove(0);
+    let World { sources, published, target, held } =
+        world(&layouts, &wanted, TargetOptions::default());
+    let prepared = target.prepare(&published).unwrap();
+    let answers = answers(&sources, &prepared.digest_request());
+    let (error, mut target) = struck(prepared, &answers, || {
+        strike(held[0].0, 1, |bytes| bytes[0] ^= 1);
+    });
+    assert!(matches!(error, RefitError::Corrupt { .. }), "{error}");
+    let pairs = held
+        .iter()
+        .enumerate()
+        .flat_map(|(at, a)| held[at + 1..].iter().filter(|b| a.1 == b.1).map(|b| (*a, *b)));
+    let mut pairs: Vec<_> = pairs.collect();
+    println!("{} pairs of one size among {} parameters", pairs.len(), held.len());
+    // Large and small ones alike.
+    let mut random = Random::new(14);
+    assert!(pairs.len() >= SWAPS);
+    for _ in 0..SWAPS {
+        let ((from, len), (into, _)) = pairs.swap_remove(random.below(pairs.len()));
+        let prepared = target.prepare(&published).unwrap();
+        let (error, state) = struck(prepared, &answers, || {
+            strike(from, len, |a| strike(into, len, |b| a.swap_with_slice(b)));
+        });
+        assert!(matches!(error, RefitError::Corrupt { rank: Some(_), .. }), "{error}");
+        target = state;
     }
-    assert!(swaps > 10, "{swaps} pairs of one size");
     let landed = land(target.prepare(&published).unwrap()).verify(&answers).unwrap();
     let (target, _) = landed.install().refreshed();
     assert_eq!(ranks::held(&target), oracle::buffers(&wanted));
+}
+
+/// A byte of all parameters: in which of them, and where.
+fn place(random: &mut Random, held: &[(u64, usize)]) -> (usize, usize) {
+    let mut at = random.below(held.iter().map(|(_, len)| len).sum());
+    for (number, (_, len)) in held.iter().enumerate() {
+        match at.checked_sub(*len) {
+            Some(rest) => at = rest,
+            None => return (number, at),
+        }
+    }
+    unreachable!("it is below the sum")
 }
 
 #[test]

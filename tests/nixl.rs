@@ -9,6 +9,10 @@
     reason = "the lint spares test functions, not what they call"
 )]
 
+#[path = "nixl/errors.rs"]
+mod errors;
+#[path = "nixl/exact.rs"]
+mod exact;
 #[path = "nixl/faults.rs"]
 mod faults;
 #[path = "nixl/guard.rs"]
@@ -23,6 +27,10 @@ mod lanes;
 mod pack;
 #[path = "nixl/peer.rs"]
 mod peer;
+#[path = "nixl/rejoins.rs"]
+mod rejoins;
+#[path = "nixl/remap.rs"]
+mod remap;
 #[path = "nixl/versions.rs"]
 mod versions;
 

@@ -93,8 +93,11 @@ pub(super) fn half() -> Said {
             Replica::join(fleet.seat(), place, life, reader, shadow, fresh, soon()).unwrap()
         })
         .collect();
-    // The other one is not told.
-    said!(replica[0].refresh(1, millis(100)).unwrap_err(), ReplicaError::Deadline { .. })
+    // The other one is not told. Until it has staged the version, however busy the machine is.
+    let tried =
+        (0..8).map(|doublings| replica[0].refresh(1, millis(100 << doublings)).unwrap_err());
+    let mut tried = tried.skip_while(|error| matches!(error, ReplicaError::Staging { .. }));
+    said!(tried.next().unwrap(), ReplicaError::Deadline { .. })
 }
 
 pub(super) fn rollback() -> Said {
@@ -134,7 +137,7 @@ pub(super) fn asleep() -> Said {
     let (target, _, canaries) = ranks::target(&agent, &rows(0, 1), TargetOptions::default());
     let mut direct = Direct::new(target, Asleep);
     let mut reader = fleet.reader("engine", ReaderOptions::default());
-    let error = reader.refresh(&mut direct, &Wanted::at_least(1), millis(20)).unwrap_err();
+    let error = reader.refresh(&mut direct, &Wanted::at_least(1), millis(500)).unwrap_err();
     let Attempt { failure, .. } = &error.attempts[0];
     let why = failure.reason.downcast_ref::<RankError>().unwrap();
     let Said { kind, .. } = said!(why, RankError::Engine { what: "pause", .. });

@@ -27,6 +27,52 @@ pub use self::patience::Patience;
 /// until the reads have settled. Dropping a pull that has not settled is the last resort and leaks its memory, loudly:
 /// the lease stays quarantined, live memory is never freed, and the transport takes no new reads. That is the price of
 /// never letting a NIC write memory that somebody else has been given.
+///
+/// What a pull owns cannot be given back, freed or read meanwhile, because it is not the caller's any more:
+///
+/// ```
+/// # use std::sync::Arc;
+/// # use refit_pool::Memory;
+/// # use refit_transport::{Pull, PullError, Transport, TransportLease};
+/// fn pull<T: Transport>(
+///     transport: Arc<T>,
+///     lease: TransportLease<T>,
+///     live: Memory,
+/// ) -> Result<Pull<T>, PullError<T>> {
+///     let pull = Pull::start(transport, lease, vec![live], ..)?;
+///     Ok(pull)
+/// }
+/// ```
+///
+/// ```compile_fail,E0382
+/// # use std::sync::Arc;
+/// # use refit_pool::Memory;
+/// # use refit_transport::{Pull, PullError, Transport, TransportLease};
+/// fn pull<T: Transport>(
+///     transport: Arc<T>,
+///     lease: TransportLease<T>,
+///     live: Memory,
+/// ) -> Result<Pull<T>, PullError<T>> {
+///     let pull = Pull::start(transport, lease, vec![live], ..)?;
+///     drop(live); // error: use of moved value
+///     Ok(pull)
+/// }
+/// ```
+///
+/// ```compile_fail,E0382
+/// # use std::sync::Arc;
+/// # use refit_pool::Memory;
+/// # use refit_transport::{Pull, PullError, Transport, TransportLease};
+/// fn pull<T: Transport>(
+///     transport: Arc<T>,
+///     lease: TransportLease<T>,
+///     live: Memory,
+/// ) -> Result<Pull<T>, PullError<T>> {
+///     let pull = Pull::start(transport, lease, vec![live], ..)?;
+///     drop(lease); // error: use of moved value
+///     Ok(pull)
+/// }
+/// ```
 #[must_use = "dropping a pull that has not settled leaks its memory"]
 pub struct Pull<T: Transport> {
     transport: Arc<T>,

@@ -1,3 +1,5 @@
+#![cfg_attr(not(test), deny(clippy::arithmetic_side_effects))]
+
 use std::cmp::Reverse;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -299,9 +301,10 @@ impl Pieces {
         let (into_type, into_device) = place(op.into.kind)?;
         let index =
             self.0.iter().position(|request| (request.0, request.1) == (from_type, into_type));
+        let next = self.0.len();
         let index = index.unwrap_or_else(|| {
             self.0.push((from_type, into_type, Vec::new()));
-            self.0.len() - 1
+            next
         });
         cuts.push(op.run);
         cuts.sort_unstable();
@@ -309,11 +312,11 @@ impl Pieces {
         for &end in cuts.iter() {
             if end > start {
                 self.0[index].2.push(Piece {
-                    from: op.from.address + start,
+                    from: op.from.address.saturating_add(start),
                     from_device,
-                    into: op.into.address + start,
+                    into: op.into.address.saturating_add(start),
                     into_device,
-                    len: end - start,
+                    len: end.saturating_sub(start),
                 });
                 start = end;
             }
