@@ -23,6 +23,8 @@ mod lanes;
 mod pack;
 #[path = "nixl/peer.rs"]
 mod peer;
+#[path = "nixl/stress.rs"]
+mod stress;
 #[path = "nixl/versions.rs"]
 mod versions;
 
