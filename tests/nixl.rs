@@ -31,6 +31,8 @@ mod peer;
 mod rejoins;
 #[path = "nixl/remap.rs"]
 mod remap;
+#[path = "nixl/stress.rs"]
+mod stress;
 #[path = "nixl/versions.rs"]
 mod versions;
 

@@ -39,8 +39,10 @@ pub(crate) fn run(lane: Lane, rounds: u64, report: &mut Report) {
     world.wait_ready(&mut sums, report);
     let (mut before, mut during, mut hit) = (Vec::new(), Vec::new(), 0);
     let calm = |refits: &[Refit], since: u64, until: u64| -> Vec<u64> {
-        let within =
-            |it: &&Refit| it.model == CALM && it.ok && it.began >= since && it.ended <= until;
+        // Like with like: what reads nothing takes no time, and the mix of both changes when the other model's targets wait.
+        let within = |it: &&Refit| {
+            it.model == CALM && it.ok && it.reads && it.began >= since && it.ended <= until
+        };
         refits.iter().filter(within).map(|it| it.ended - it.began).collect()
     };
     for _ in 0..rounds {

@@ -99,8 +99,10 @@ fn refit(part: &Part, orders: Orders) {
         let pool = rank.pool.stats();
         let registrations = pool.registrations - pool.deregistrations;
         let model = part.model.salt;
+        // A rank of a replica that holds what will do has nothing to read.
+        let reads = u8::from(part.kind == Kind::Direct || !part.again);
         say(&format!(
-            "refit {what} {began} {ended} {due} {version} {attempts} {registrations} {model} {error}"
+            "refit {what} {began} {ended} {due} {version} {attempts} {registrations} {model} {reads} {error}"
         ));
         rank.say_what_is_served();
         if done == part.times {

@@ -166,6 +166,7 @@ fn tell(
         format!("1 of 100 answers came {} ms behind its deadline", millis(p99))
     });
     report.check(sums.refits > done, || format!("{} refits are too few", sums.refits));
+    report.number("latest", sums.latest.1.clone());
     report.number("errors", serde_json::json!(sums.kinds));
 }
 

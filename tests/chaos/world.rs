@@ -21,6 +21,8 @@ pub(crate) struct Refit {
     /// The salt of the model.
     pub(crate) model: u64,
     pub(crate) ok: bool,
+    /// Whether it read every byte.
+    pub(crate) reads: bool,
     pub(crate) began: u64,
     pub(crate) ended: u64,
     pub(crate) registrations: u64,
@@ -43,6 +45,8 @@ pub(crate) struct Sums {
     pub(crate) lates: Vec<u64>,
     /// The same of those only that met a fault: errors, and refits that were tried again.
     pub(crate) met: Vec<u64>,
+    /// By how much the latest answer came late, and what it was.
+    pub(crate) latest: (u64, String),
     /// The first word of every kind of error, and how often it came.
     pub(crate) kinds: BTreeMap<String, u64>,
 }
@@ -227,8 +231,8 @@ impl World {
             return;
         };
         seat.heard = Instant::now();
-        // `refit WHAT BEGAN ENDED DUE VERSION RETRIES REGISTRATIONS MODEL ERROR`, and shorter ones.
-        let words: Vec<&str> = line.splitn(10, ' ').collect();
+        // `refit WHAT BEGAN ENDED DUE VERSION RETRIES REGISTRATIONS MODEL READS ERROR`, and shorter ones.
+        let words: Vec<&str> = line.splitn(11, ' ').collect();
         let number = |at: usize| words.get(at).and_then(|it| it.parse::<u64>().ok()).unwrap_or(0);
         match words[0] {
             "ready" => seat.ready = true,
@@ -260,12 +264,20 @@ impl World {
                 sums.errors += u64::from(what == "error");
                 sums.sessions += u64::from(what == "session");
                 sums.retries += retries;
+                let error = words.get(10).copied().unwrap_or_default();
+                if late > sums.latest.0 {
+                    let who = seat.process.id();
+                    let took = ended.saturating_sub(began) / 1_000;
+                    let last = format!(
+                        "process {who}, {what} after {took} ms, {retries} retries: {error}"
+                    );
+                    sums.latest = (late, last);
+                }
                 if what == "error" {
-                    let error = words.get(9).copied().unwrap_or_default();
                     *sums.kinds.entry(kind(error)).or_default() += 1;
                 }
-                let (process, ok) = (said.process, what == "ok");
-                self.refits.push(Refit { process, model, ok, began, ended, registrations });
+                let (process, ok, reads) = (said.process, what == "ok", number(9) == 1);
+                self.refits.push(Refit { process, model, ok, reads, began, ended, registrations });
             }
             _ => {}
         }

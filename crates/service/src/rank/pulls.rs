@@ -228,7 +228,7 @@ impl<T: Transport> Pulls<T> {
 
     /// Waits until no reads are out. What they brought is not used: their sources may have gone on since.
     pub(super) fn settle(&mut self, deadline: Instant) -> Result<(), PullFailure> {
-        let mut patience = Patience::new();
+        let mut patience = Patience::for_the_silent();
         while let Held::Out(out) = &mut self.0 {
             if out.parked.poll() == Progress::Pending {
                 if patience.pause(deadline) {

@@ -13,6 +13,8 @@ const SLEEP: Duration = Duration::from_micros(50);
 #[derive(Clone, Copy, Debug)]
 pub struct Patience {
     since: Instant,
+    /// For so long it does not sleep.
+    awake: Duration,
 }
 
 impl Default for Patience {
@@ -25,7 +27,14 @@ impl Patience {
     /// Begins to wait.
     #[must_use]
     pub fn new() -> Self {
-        Self { since: Instant::now() }
+        Self { since: Instant::now(), awake: YIELD }
+    }
+
+    /// Goes on waiting for a peer that has kept somebody waiting for long: sleeps from the first pause on, so that a silent
+    /// peer takes no time from the reads of others.
+    #[must_use]
+    pub fn for_the_silent() -> Self {
+        Self { since: Instant::now(), awake: Duration::ZERO }
     }
 
     /// Waits a little, and says whether there is time left.
@@ -35,10 +44,38 @@ impl Patience {
             return false;
         };
         match now.saturating_duration_since(self.since) {
-            waited if waited < SPIN => hint::spin_loop(),
-            waited if waited < YIELD => thread::yield_now(),
+            waited if waited < SPIN.min(self.awake) => hint::spin_loop(),
+            waited if waited < self.awake => thread::yield_now(),
             _ => thread::sleep(SLEEP.min(left)),
         }
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How often it is polled in `long`.
+    fn polls(mut patience: Patience, long: Duration) -> u128 {
+        let deadline = Instant::now() + long;
+        let mut polls = 0;
+        while patience.pause(deadline) {
+            polls += 1;
+        }
+        polls
+    }
+
+    /// No sleep is shorter than it was asked to be, so this is a bound on every machine.
+    #[test]
+    fn silent_peers_are_polled_seldom() {
+        let long = Duration::from_millis(100);
+        // The last sleep may be cut short by the deadline.
+        let most = long.as_micros() / SLEEP.as_micros() + 1;
+        assert!(polls(Patience::for_the_silent(), long) <= most);
+        let mut blocked = Patience::new();
+        blocked.since = Instant::now().checked_sub(YIELD).unwrap();
+        assert!(polls(blocked, long) <= most);
+        assert!(polls(Patience::for_the_silent(), Duration::ZERO) == 0);
     }
 }
