@@ -67,10 +67,12 @@ impl Job {
         let mut command = Command::new(env!("CARGO_BIN_EXE_refit"));
         command
             .args(arguments.split(' '))
-            .arg("--rendezvous")
-            .arg(format!("dir:{}", self.path().join("meet").display()))
             .args(["--ttl", "1", "--threads", "1", "--json"])
             .env_remove("RUST_LOG");
+        if !arguments.contains("--rendezvous ") {
+            command.arg("--rendezvous");
+            command.arg(format!("dir:{}", self.path().join("meet").display()));
+        }
         if !arguments.contains("--key-file") {
             command.arg("--key-file").arg(self.path().join("key"));
         }
