@@ -23,6 +23,10 @@ enum Event {
     Crash { rank: usize },
     /// The store drops what a crashed rank wrote under its session.
     Expire { rank: usize },
+    /// The store takes a rank that lives for dead. It finds out when it looks or writes.
+    LoseSession { rank: usize },
+    /// It comes back as another life.
+    Rejoin { rank: usize },
     /// A crashed or invalid rank is started again.
     Restart { rank: usize },
     /// A write that was under way arrives. Decisions may do so again and again.
@@ -46,6 +50,8 @@ fn event(ranks: usize) -> impl Strategy<Value = Event> {
         1 => rank.clone().prop_map(|rank| Event::CrashWriting { rank }),
         1 => rank.clone().prop_map(|rank| Event::Crash { rank }),
         2 => rank.clone().prop_map(|rank| Event::Expire { rank }),
+        2 => rank.clone().prop_map(|rank| Event::LoseSession { rank }),
+        3 => rank.clone().prop_map(|rank| Event::Rejoin { rank }),
         3 => rank.clone().prop_map(|rank| Event::Restart { rank }),
         2 => any::<u8>().prop_map(|which| Event::Arrive { which }),
         1 => Just(Event::Publish),
@@ -66,6 +72,8 @@ struct Process {
     live: Option<u64>,
     /// What its staging memory really holds.
     shadow: Option<u64>,
+    /// Whether its session has ended: nothing arrives that it writes under that.
+    lost: bool,
 }
 
 #[derive(Debug)]
@@ -189,7 +197,29 @@ impl World {
         machine.reported(state);
         let sees = self.history.len() - 1;
         self.processes[rank] =
-            Some(Process { machine, incarnation, sees, live: None, shadow: None });
+            Some(Process { machine, incarnation, sees, live: None, shadow: None, lost: false });
+    }
+
+    /// A rank that lives and has lost its session takes its place again.
+    fn rejoin(&mut self, rank: usize) {
+        let lost = self.processes[rank].as_ref().is_some_and(|process| process.lost);
+        if !lost {
+            return;
+        }
+        self.incarnations += 1;
+        let incarnation = self.incarnations;
+        let mut process = self.processes[rank].take().unwrap();
+        process.machine.reborn(incarnation);
+        let state = process.machine.state();
+        let number = u32::try_from(rank).unwrap();
+        assert!(!self.now().ranks.contains_key(&number), "two lives of a rank at once");
+        self.write(|view, _| {
+            view.ranks.insert(number, state);
+        });
+        process.machine.reported(state);
+        (process.incarnation, process.lost) = (incarnation, false);
+        process.sees = self.history.len() - 1;
+        self.processes[rank] = Some(process);
     }
 
     fn act(&mut self, rank: usize, works: bool) -> Option<Step> {
@@ -199,6 +229,8 @@ impl World {
         let process = self.processes[rank].as_mut()?;
         let step = process.machine.next(&view);
         match step.clone() {
+            // The write is refused, and the rank told so: it has to join again.
+            Step::Report(_) if process.lost => {}
             Step::Report(state) => {
                 process.machine.reported(state);
                 if state.health == Health::Installing {
@@ -240,6 +272,7 @@ impl World {
             }
             Step::Done(version) => assert_eq!(process.live, Some(version)),
             Step::Superseded => panic!("two lives of a rank at once"),
+            Step::Vanished => assert!(process.lost, "what it wrote is there"),
             _ => {}
         }
         Some(step)
@@ -264,9 +297,10 @@ impl World {
             Event::Act { rank, works } => drop(self.act(rank, works)),
             Event::CrashWriting { rank } => {
                 let Some(process) = &self.processes[rank] else { return };
-                let view = self.history[process.sees].clone();
+                let (view, lost) = (self.history[process.sees].clone(), process.lost);
                 let step = self.processes[rank].take().unwrap().machine.next(&view);
                 match step {
+                    Step::Report(_) if lost => {}
                     // Under a session, so it arrives before the session ends or never.
                     Step::Report(state) => self.arrives(state),
                     Step::Decide(decision) => self.late.push(decision),
@@ -282,6 +316,18 @@ impl World {
                     });
                 }
             }
+            Event::LoseSession { rank } => {
+                let number = u32::try_from(rank).unwrap();
+                if let Some(process) = &mut self.processes[rank]
+                    && !process.lost
+                {
+                    process.lost = true;
+                    self.write(|view, _| {
+                        view.ranks.remove(&number);
+                    });
+                }
+            }
+            Event::Rejoin { rank } => self.rejoin(rank),
             Event::Restart { rank } => {
                 let invalid = |process: &Process| process.machine.state().health == Health::Invalid;
                 if self.processes[rank].as_ref().is_some_and(invalid) {
@@ -344,6 +390,7 @@ impl World {
         self.newest += 1;
         for rank in 0..ranks {
             self.happen(Event::Expire { rank });
+            self.happen(Event::Rejoin { rank });
             self.happen(Event::Restart { rank });
             self.happen(Event::Want { rank });
         }

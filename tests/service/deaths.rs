@@ -18,8 +18,8 @@ use refit_service::rendezvous::{
     Created, InProcess, InProcessSession, Key, Life, Rendezvous, RendezvousError, Revision,
     Snapshot,
 };
-use refit_service::replica::{Replica, ReplicaRank};
-use refit_service::source::{GroupRank, LiveSource, SourceOptions};
+use refit_service::replica::{Replica, ReplicaError, ReplicaRank};
+use refit_service::source::{GroupRank, LiveSource, SourceError, SourceOptions};
 use refit_service::{Point, Seat};
 use refit_tests::ranks;
 
@@ -40,6 +40,11 @@ impl Mortal {
 
     fn die(&self) {
         self.dead.store(true, Ordering::SeqCst);
+        self.lose();
+    }
+
+    /// The store takes this process for dead, and the process finds out by what it does next.
+    fn lose(&self) {
         for session in self.sessions.lock().unwrap().iter() {
             drop(session.lock().unwrap().take());
         }
@@ -118,6 +123,8 @@ impl Rendezvous for Mortal {
 struct Process {
     store: Arc<Mortal>,
     dies_at: Arc<Mutex<Option<Point>>>,
+    /// Loses its session there, once.
+    loses_at: Arc<Mutex<Option<Point>>>,
 }
 
 impl Process {
@@ -127,7 +134,7 @@ impl Process {
             dead: AtomicBool::new(false),
             sessions: Mutex::default(),
         };
-        Self { store: Arc::new(mortal), dies_at: Arc::default() }
+        Self { store: Arc::new(mortal), dies_at: Arc::default(), loses_at: Arc::default() }
     }
 
     fn dies_at(&self, point: Point) {
@@ -138,7 +145,11 @@ impl Process {
         let session = Arc::new(self.store.session(Duration::from_secs(1)).unwrap());
         let model = Model::new(Key::new(["model"]).unwrap());
         let (store, dies_at) = (self.store.clone(), self.dies_at.clone());
+        let loses_at = self.loses_at.clone();
         Seat::new(self.store.clone(), session, model).with_observer(Arc::new(move |point| {
+            if loses_at.lock().unwrap().take_if(|it| *it == point).is_some() {
+                store.lose();
+            }
             if *dies_at.lock().unwrap() == Some(point) {
                 store.die();
                 // Without a word: this is not a failure.
@@ -218,12 +229,16 @@ impl World {
 }
 
 fn commit(trainer: &mut Trainer, version: u64) {
-    let mut updating = trainer.begin_update(soon()).unwrap();
+    try_commit(trainer, version).unwrap();
+}
+
+fn try_commit(trainer: &mut Trainer, version: u64) -> Result<(), SourceError> {
+    let mut updating = trainer.begin_update(soon())?;
     let mut changing = updating.source_mut().begin_update().unwrap();
     for (_, memory) in changing.params_mut() {
         memory.host_bytes_mut().unwrap().fill(byte(version));
     }
-    updating.commit(version).unwrap();
+    updating.commit(version)
 }
 
 /// What a rank's live parameters are whole of.
@@ -343,4 +358,127 @@ fn a_rank_may_die_anywhere_and_comes_back() {
         assert!(ranks.iter().flatten().all(|rank| whole(rank) == Some(3)));
         assert_eq!(serving(&mut ranks), Some(3), "{point:?}");
     }
+}
+
+/// A rank that was taken for dead at any point, and lives: it serves nothing, joins again with its memory and its agent, and
+/// both go on. What it had staged need not be read again.
+#[test]
+fn a_rank_may_lose_its_session_anywhere_and_joins_again() {
+    for point in Point::ALL.into_iter().filter(|point| !of_sources(*point)) {
+        let world = World { store: InProcess::new(), network: Network::new() };
+        let mut trainer = world.trainer(&Process::new(&world.store), "trainer");
+        commit(&mut trainer, 1);
+        let loser = Process::new(&world.store);
+        let processes = [Process::new(&world.store), loser.clone()];
+        let mut ranks = [0, 1].map(|rank| Some(world.rank(&processes[rank as usize], rank)));
+        ranks = refresh(ranks, 1, 20_000).map(|(rank, reached)| rank.filter(|_| reached));
+        assert_eq!(serving(&mut ranks), Some(1));
+
+        commit(&mut trainer, 2);
+        *loser.loses_at.lock().unwrap() = Some(point);
+        if point == Point::RankJoined {
+            // Between two refreshes.
+            loser.loses_at.lock().unwrap().take();
+            loser.store.lose();
+        }
+        let mut ranks = refresh(ranks, 2, 250).map(|(rank, _)| rank);
+        // The other may have passed the point first; then this rank has lost nothing.
+        let lost = loser.loses_at.lock().unwrap().take().is_none();
+        assert!(lost || matches!(point, Point::Deciding | Point::Decided), "{point:?}");
+        if lost {
+            assert_eq!(serving(&mut ranks), None, "{point:?}: half a replica serves");
+            let rank = ranks[1].as_mut().unwrap();
+            assert!(rank.has_vanished(), "{point:?}");
+            let error = rank.refresh(2, millis(50)).unwrap_err();
+            assert!(error.is_session_ended(), "{point:?}: {error}");
+
+            let (pulls, staged) = (rank.stage().totals().pulls, rank.stage().staged());
+            rank.rejoin(loser.seat(), unique().into(), soon()).unwrap();
+            assert!(!rank.has_vanished(), "{point:?}");
+            assert_eq!((rank.installed(), rank.serving()), (None, None), "{point:?}");
+            assert_eq!(rank.stats().rejoins, 1);
+            let committed = ranks[0].as_ref().unwrap().installed().unwrap();
+            let said = refresh(ranks, committed, 20_000);
+            assert!(said.iter().all(|(_, reached)| *reached), "{point:?}");
+            ranks = said.map(|(rank, _)| rank);
+            let rank = ranks[1].as_ref().unwrap();
+            if staged == Some(committed) && whole(rank) == Some(committed) {
+                assert_eq!(rank.stage().totals().pulls, pulls, "{point:?}: read again");
+            }
+        }
+        commit(&mut trainer, 3);
+        let said = refresh(ranks, 3, 20_000);
+        assert!(said.iter().all(|(_, reached)| *reached), "{point:?}");
+        let mut ranks = said.map(|(rank, _)| rank);
+        assert!(ranks.iter().flatten().all(|rank| whole(rank) == Some(3)));
+        assert_eq!(serving(&mut ranks), Some(3), "{point:?}");
+    }
+}
+
+/// One that comes back too late finds another process in its place, and neither serves nor joins.
+#[test]
+fn a_place_that_another_took_is_not_taken_back() {
+    let world = World { store: InProcess::new(), network: Network::new() };
+    let process = Process::new(&world.store);
+    let mut rank = world.rank(&process, 0);
+    process.store.lose();
+    let _next = world.rank(&Process::new(&world.store), 0);
+    assert!(!rank.has_vanished(), "somebody is there");
+    let error = rank.refresh(1, millis(50)).unwrap_err();
+    assert!(matches!(error, ReplicaError::Superseded { .. }), "{error}");
+    let error = rank.rejoin(process.seat(), unique().into(), millis(50)).unwrap_err();
+    assert!(matches!(error, ReplicaError::Taken { .. }), "{error}");
+    assert_eq!(rank.serving(), None);
+}
+
+/// A trainer that was taken for dead at any point, and lives, offers what is whole again, from where it was. What it had
+/// begun to write it does not offer.
+#[test]
+fn a_trainer_may_lose_its_session_anywhere_and_offers_what_is_whole() {
+    let mut losses = 0;
+    for point in Point::ALL.into_iter().filter(|point| of_sources(*point)) {
+        if matches!(point, Point::Joined | Point::Withdrawn) {
+            continue;
+        }
+        let world = World { store: InProcess::new(), network: Network::new() };
+        let process = Process::new(&world.store);
+        let mut trainer = world.trainer(&process, "trainer");
+        commit(&mut trainer, 1);
+        let before = trainer.source().unwrap().publication().unwrap();
+
+        *process.loses_at.lock().unwrap() = Some(point);
+        let committed = try_commit(&mut trainer, 2);
+        assert!(process.loses_at.lock().unwrap().is_none(), "{point:?} was not passed");
+        losses += 1;
+        let ended = SourceError::Rendezvous(RendezvousError::SessionEnded).to_string();
+        match committed {
+            Ok(()) => assert_eq!(point, Point::Opened),
+            Err(error) => assert_eq!(error.to_string(), ended, "{point:?}"),
+        }
+        trainer.rejoin(process.seat(), soon()).unwrap();
+        // Before it had closed the first version it could not write.
+        let whole_now = if point == Point::Closing { 1 } else { 2 };
+        assert_eq!(trainer.offered(), Some(whole_now), "{point:?}");
+        // The same memory under the same registrations.
+        let after = trainer.source().unwrap().publication().unwrap();
+        assert_eq!(before.digest(), after.digest(), "{point:?}");
+        let ranks = [0, 1].map(|rank| Some(world.rank(&Process::new(&world.store), rank)));
+        let said = refresh(ranks, whole_now, 20_000);
+        assert!(said.iter().all(|(_, reached)| *reached), "{point:?}");
+        let ranks = said.map(|(rank, _)| rank);
+        assert!(ranks.iter().flatten().all(|rank| whole(rank) == Some(whole_now)));
+
+        // In the middle of a write.
+        drop(trainer.begin_update(soon()).unwrap());
+        process.store.lose();
+        trainer.rejoin(process.seat(), soon()).unwrap();
+        assert_eq!(trainer.offered(), None, "{point:?}");
+        let said = refresh(ranks, whole_now + 1, 150);
+        assert!(said.iter().all(|(_, reached)| !reached), "{point:?}");
+        commit(&mut trainer, 3);
+        let said = refresh(said.map(|(rank, _)| rank), 3, 20_000);
+        assert!(said.iter().all(|(_, reached)| *reached), "{point:?}");
+        assert!(said.iter().all(|(rank, _)| whole(rank.as_ref().unwrap()) == Some(3)));
+    }
+    assert_eq!(losses, 6);
 }

@@ -299,6 +299,10 @@ fn the_least_read_group_of_the_newest_version_is_taken() {
     assert_eq!(take(&Wanted::at_least(6), &[("b", 3), ("c", 3)]), None);
     assert_eq!(take(&Wanted::at_least(7), &[]), None);
     assert_eq!(take(&Wanted { prefer: Some(5), ..five.clone() }, &[("a", 2)]).unwrap(), "a");
+    // One version and no other: not a newer one, and none where nobody holds it any more.
+    assert_eq!(take(&Wanted::exactly(4), &[]).unwrap(), "d");
+    assert_eq!(take(&Wanted::exactly(5), &[]).unwrap(), "a");
+    assert_eq!(take(&Wanted::exactly(3), &[]), None);
     let not_b = Wanted { not_from: Some("b".to_owned()), ..five };
     assert_eq!(take(&not_b, &[("c", 2)]).unwrap(), "c");
 }

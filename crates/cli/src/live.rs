@@ -5,6 +5,7 @@
 
 mod args;
 mod checkpoint;
+mod cycle;
 mod endpoint;
 mod figures;
 mod log;

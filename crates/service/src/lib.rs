@@ -67,5 +67,5 @@ mod stats;
 pub mod worker;
 
 pub use self::meeting::{Meeting, MeetingError};
-pub use self::seat::{Observer, Point, Seat};
+pub use self::seat::{Observer, Point, Reseat, Seat};
 pub use self::stats::{PullTotals, Retries, ServiceStats};

@@ -100,6 +100,8 @@ impl ReaderOptions {
 pub struct Wanted {
     /// None below this.
     pub at_least: u64,
+    /// None above this.
+    pub at_most: Option<u64>,
     /// This one, if it is on offer; the newest otherwise.
     pub prefer: Option<u64>,
     /// Never from this group: what a relay offers itself.
@@ -111,6 +113,13 @@ impl Wanted {
     #[must_use]
     pub fn at_least(version: u64) -> Self {
         Self { at_least: version, ..Self::default() }
+    }
+
+    /// This version and no other: whoever holds an old one may offer it still. A replica does not go back, so it is for
+    /// ranks that read on their own.
+    #[must_use]
+    pub fn exactly(version: u64) -> Self {
+        Self { at_least: version, at_most: Some(version), ..Self::default() }
     }
 }
 

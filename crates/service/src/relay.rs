@@ -5,7 +5,7 @@ use std::time::Instant;
 use crate::puller::{Cause, PullFailure, Puller, Reading};
 use crate::rendezvous::Rendezvous;
 use crate::replica::{InstallError, Stage};
-use crate::seat::Seat;
+use crate::seat::{Reseat, Seat};
 use crate::source::{GroupRank, LiveSource, SourceError, SourceOptions, SourceRank};
 use crate::stats::ServiceStats;
 
@@ -51,6 +51,14 @@ impl<R: Rendezvous, P: SourceRank + Puller> Relay<R, P> {
         self.0.stats()
     }
 
+    /// Offers again what it holds, under another session, after the last one has ended.
+    ///
+    /// # Errors
+    /// [`SourceError`], as [`LiveSource::rejoin`].
+    pub fn rejoin(&mut self, seat: Seat<R>, deadline: Instant) -> Result<(), SourceError> {
+        self.0.rejoin(seat, deadline)
+    }
+
     /// Leaves the group, as [`LiveSource::leave`].
     ///
     /// # Errors
@@ -90,6 +98,12 @@ impl<R: Rendezvous, P: SourceRank + Stage> Stage for Relay<R, P> {
         if let Some(target) = self.0.source_to_read() {
             target.resume(version);
         }
+    }
+}
+
+impl<R: Rendezvous, P: SourceRank + Puller> Reseat<R> for Relay<R, P> {
+    fn reseat(&mut self, seat: &Seat<R>, deadline: Instant) -> Result<(), SourceError> {
+        self.rejoin(seat.clone(), deadline)
     }
 }
 

@@ -11,7 +11,8 @@ use crate::message::{Message, RankState};
 use crate::puller::Puller;
 use crate::reader::{Ended, Reader, RefreshError, Wanted};
 use crate::rendezvous::{Created, Key, Life, Rendezvous, RendezvousError};
-use crate::seat::{Point, Seat};
+use crate::seat::{Point, Reseat, Seat};
+use crate::source::SourceError;
 use crate::stats::ServiceStats;
 
 pub use self::machine::{Machine, Step};
@@ -117,25 +118,8 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
         let ReplicaRank { replica, rank, ranks } = &place;
         let prefix = seat.model().replica(replica)?;
         let key = seat.model().rank_state(replica, *rank)?;
-        let mut machine = Machine::new(*rank, *ranks, incarnation);
-        let state = machine.state();
-        let value = state.encode();
-        RankState::decode(&value)?;
-        loop {
-            let found = seat.list(&key)?;
-            match seat.create(&key, &value)? {
-                Created::New => break,
-                Created::Already(there) if there == value => break,
-                Created::Already(there) => {
-                    if seat.rendezvous().changed(&key, found.revision, deadline)?.is_none() {
-                        let holder = RankState::decode(&there).ok().map(|state| state.incarnation);
-                        return Err(ReplicaError::Taken { place, holder });
-                    }
-                }
-            }
-        }
-        machine.reported(state);
-        seat.at(Point::RankJoined);
+        let machine = Machine::new(*rank, *ranks, incarnation);
+        RankState::decode(&machine.state().encode())?;
         let mut joined = Self {
             seat,
             place,
@@ -150,8 +134,60 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
             broken: None,
             stats: ServiceStats::default(),
         };
-        joined.look()?;
+        joined.enter(deadline)?;
         Ok(joined)
+    }
+
+    /// Joins again after the session has ended, under that of another seat and as another life of this rank, which needs an
+    /// incarnation of its own. Its memory, its agent, its plans and what it has staged stay as they are.
+    ///
+    /// It has installed nothing, as far as others are told, and serves nothing before the next
+    /// [`refresh`](Self::refresh) has caught up with what was committed. Where that is staged still, nothing is read
+    /// for it.
+    ///
+    /// # Errors
+    /// As [`join`](Self::join), and what [`Reseat`] says. May be tried again, with another seat if need be.
+    pub fn rejoin(
+        &mut self,
+        seat: Seat<R>,
+        incarnation: u128,
+        deadline: Instant,
+    ) -> Result<(), ReplicaError>
+    where
+        S: Reseat<R>,
+    {
+        self.machine.reborn(incarnation);
+        self.view = View::default();
+        self.seat = seat;
+        self.reader.reseat(self.seat.clone());
+        self.enter(deadline)?;
+        self.stage.reseat(&self.seat, deadline)?;
+        self.stats.rejoins += 1;
+        Ok(())
+    }
+
+    /// Takes this rank's place, once no other life of it is there.
+    fn enter(&mut self, deadline: Instant) -> Result<(), ReplicaError> {
+        let state = self.machine.state();
+        let value = state.encode();
+        loop {
+            let found = self.seat.list(&self.key)?;
+            match self.seat.create(&self.key, &value)? {
+                Created::New => break,
+                // A retry of our own, whose answer was lost.
+                Created::Already(there) if there == value => break,
+                Created::Already(there) => {
+                    let store = self.seat.rendezvous();
+                    if store.changed(&self.key, found.revision, deadline)?.is_none() {
+                        let holder = RankState::decode(&there).ok().map(|state| state.incarnation);
+                        return Err(ReplicaError::Taken { place: self.place.clone(), holder });
+                    }
+                }
+            }
+        }
+        self.machine.reported(state);
+        self.seat.at(Point::RankJoined);
+        self.look()
     }
 
     /// What stages and installs.
@@ -169,9 +205,16 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
     /// What has happened so far, to this rank as a reader as well.
     #[must_use]
     pub fn stats(&self) -> ServiceStats {
-        let ServiceStats { installs, aborts, .. } = self.stats;
+        let ServiceStats { installs, aborts, rejoins, .. } = self.stats;
         let quarantined_bytes = self.stage.quarantined_bytes();
-        ServiceStats { installs, aborts, quarantined_bytes, ..*self.reader.stats() }
+        ServiceStats { installs, aborts, rejoins, quarantined_bytes, ..*self.reader.stats() }
+    }
+
+    /// Whether this rank's session has ended, as far as the store is known, so that it has to
+    /// [`rejoin`](Self::rejoin) before it can do anything. Asks the store as [`serving`](Self::serving) does.
+    pub fn has_vanished(&mut self) -> bool {
+        self.look_now_and_then();
+        self.machine.has_vanished(&self.view)
     }
 
     /// The version that this rank may answer for now: all ranks have installed it. `None` while they differ, when a rank is
@@ -179,11 +222,7 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
     ///
     /// Asks the store when what is known is a third of its time old.
     pub fn serving(&mut self) -> Option<u64> {
-        if self.seen.elapsed() > self.fresh / 3
-            && let Err(error) = self.look()
-        {
-            tracing::warn!(%error, "the replica cannot be looked at");
-        }
+        self.look_now_and_then();
         self.machine.serving(&self.view).filter(|_| self.seen.elapsed() < self.fresh)
     }
 
@@ -239,6 +278,9 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
                 Step::Superseded => {
                     return Err(ReplicaError::Superseded { place: self.place.clone() });
                 }
+                Step::Vanished => {
+                    return Err(ReplicaError::Vanished { place: self.place.clone() });
+                }
             }
         }
     }
@@ -250,6 +292,14 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
     pub fn leave(self) -> Result<S, RendezvousError> {
         self.seat.rendezvous().remove(&self.key)?;
         Ok(self.stage)
+    }
+
+    fn look_now_and_then(&mut self) {
+        if self.seen.elapsed() > self.fresh / 3
+            && let Err(error) = self.look()
+        {
+            tracing::warn!(%error, "the replica cannot be looked at");
+        }
     }
 
     /// Takes a new view, and removes decisions that later ones have made superfluous.
@@ -289,7 +339,8 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
         prefer: Option<u64>,
         deadline: Instant,
     ) -> Result<(), Box<RefreshError>> {
-        let wanted = Wanted { at_least, prefer, not_from: Some(self.place.replica.clone()) };
+        let not_from = Some(self.place.replica.clone());
+        let wanted = Wanted { prefer, not_from, ..Wanted::at_least(at_least) };
         self.machine.staging();
         let refreshed = self.reader.refresh(&mut self.stage, &wanted, deadline)?;
         self.seat.at(Point::Staged);
@@ -332,6 +383,22 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
     }
 }
 
+impl ReplicaError {
+    /// Whether the session has ended, by whatever that was noticed: [`Replica::rejoin`] goes on from here.
+    #[must_use]
+    pub fn is_session_ended(&self) -> bool {
+        match self {
+            Self::Vanished { .. } => true,
+            Self::Rendezvous(error) => matches!(error, RendezvousError::SessionEnded),
+            Self::Source(SourceError::Rendezvous(error)) => {
+                matches!(error, RendezvousError::SessionEnded)
+            }
+            Self::Staging { source, .. } => source.is_session_ended(),
+            _ => false,
+        }
+    }
+}
+
 /// Why a rank did not get where it was to go.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -364,6 +431,18 @@ pub enum ReplicaError {
         /// The rank.
         place: ReplicaRank,
     },
+    /// What it had written is gone: it was stopped, or cut off, for longer than its session's time to live.
+    #[error(
+        "rank {} of replica `{}` has lost its session: it was silent for longer than the time to live; join again",
+        place.rank, place.replica
+    )]
+    Vanished {
+        /// The rank.
+        place: ReplicaRank,
+    },
+    /// What it offers to others could not join again.
+    #[error(transparent)]
+    Source(#[from] SourceError),
     /// Nothing could be staged.
     #[error("rank {} of replica `{}` could not stage a version, and keeps what it has: {source}", place.rank, place.replica)]
     Staging {

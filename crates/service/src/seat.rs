@@ -2,9 +2,11 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::keys::Model;
 use crate::rendezvous::{Created, Key, Life, Rendezvous, RendezvousError, Snapshot};
+use crate::source::SourceError;
 
 /// A process's place at the rendezvous of a model. Clones are the same place.
 pub struct Seat<R: Rendezvous> {
@@ -87,6 +89,15 @@ impl Point {
         Self::Installed,
         Self::Reported,
     ];
+}
+
+/// What has entries of its own under the session of its process, and takes them along to the next.
+pub trait Reseat<R: Rendezvous> {
+    /// Goes on under this seat's session, after the last one has ended.
+    ///
+    /// # Errors
+    /// [`SourceError`], as [`LiveSource::rejoin`](crate::source::LiveSource::rejoin).
+    fn reseat(&mut self, seat: &Seat<R>, deadline: Instant) -> Result<(), SourceError>;
 }
 
 impl<R: Rendezvous> Seat<R> {

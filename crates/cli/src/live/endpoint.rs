@@ -142,6 +142,12 @@ impl Page<'_> {
             None,
             service.installs,
         )?;
+        self.count(
+            "rejoins",
+            "Times a rank came back after its session had ended",
+            None,
+            service.rejoins,
+        )?;
         self.count("aborts", "Rounds of the replica that were aborted", None, service.aborts)?;
         self.count(
             "crowded",

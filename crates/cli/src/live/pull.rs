@@ -9,16 +9,16 @@ use refit::pool::PoolOptions;
 use refit::translate::TargetLayout;
 use refit::transport::{Transport, TransportPool, TransportRegistrar, draw_incarnation};
 use refit::{RefitError, Target, TargetOptions};
-use refit_service::puller::Cause;
 use refit_service::rank::{Direct, Shadow};
-use refit_service::reader::{Ended, Reader, ReaderOptions, RefreshError, Wanted};
+use refit_service::reader::{Reader, ReaderOptions, Wanted};
 use refit_service::relay::Relay;
 use refit_service::rendezvous::{Rendezvous, RendezvousError};
-use refit_service::replica::{Replica, ReplicaError, ReplicaRank, Stage};
+use refit_service::replica::{Replica, ReplicaRank, Stage};
 use refit_service::source::{GroupRank, SourceOptions};
-use refit_service::{Seat, ServiceStats};
+use refit_service::{Reseat, Seat};
 
 use super::args::{Common, Holding, PullArgs};
+use super::cycle::{Alone, Cycle, Missed, Together};
 use super::endpoint::Labels;
 use super::place::Place;
 use super::rank::{Bystander, Holder};
@@ -29,6 +29,9 @@ use crate::error::CliError;
 
 /// How long one look for an offer lasts, after which a stop is noticed.
 const LOOK: Duration = Duration::from_millis(200);
+
+/// How long a rank waits before it tries again what failed.
+const PAUSE: Duration = Duration::from_millis(500);
 
 /// For how long entries that are refused may be all there is.
 const REFUSED: Duration = Duration::from_secs(2);
@@ -161,13 +164,6 @@ struct Pulling<R: Rendezvous, T: Transport> {
     version: Option<u64>,
 }
 
-/// Why a version was not installed.
-enum Missed {
-    /// Trying again may help.
-    Again(CliError),
-    Fatal(CliError),
-}
-
 impl<R: Rendezvous, T: Transport> Pulling<R, T> {
     fn relay<P>(&self, target: P) -> Result<Relay<R, P>, CliError>
     where
@@ -182,7 +178,7 @@ impl<R: Rendezvous, T: Transport> Pulling<R, T> {
         Ok(Relay::join(self.seat.clone(), group, target, options, within)?)
     }
 
-    fn staged<S: Stage + Holder>(
+    fn staged<S: Stage + Holder + Reseat<R>>(
         mut self,
         stage: S,
         reader: Reader<R>,
@@ -195,106 +191,89 @@ impl<R: Rendezvous, T: Transport> Pulling<R, T> {
         let Common { deadline, ttl, .. } = self.args.common;
         let seat = self.seat.clone();
         let within = Instant::now() + deadline;
-        let mut replica = Replica::join(seat, place, incarnation, reader, stage, ttl / 2, within)?;
+        let replica = Replica::join(seat, place, incarnation, reader, stage, ttl / 2, within)?;
         self.house.voice.say(joined);
-        self.go_on(|pulling, at_least| {
-            let outcome = replica.refresh(at_least, Instant::now() + deadline);
-            let version = match outcome {
-                Ok(ready) => Ok(ready.version),
-                Err(error) => match replica.installed() {
-                    // Others were waited for, who may have left meanwhile.
-                    Some(version)
-                        if version >= at_least
-                            && matches!(error, ReplicaError::Deadline { .. }) =>
-                    {
-                        Ok(version)
-                    }
-                    _ => Err(of_replica(error)),
-                },
-            };
-            let stage = replica.stage();
-            pulling.ended(version, stage, replica.stats())?.map_or(Ok(None), |version| {
-                pulling
-                    .compare(version, stage)
-                    .and_then(|()| check(pulling))
-                    .map_err(Missed::Fatal)?;
-                Ok(Some(version))
-            })
-        })?;
-        replica.leave()?;
+        let mut together = Together(replica);
+        self.go_on(&mut together, check)?;
+        together.0.leave()?;
         self.house.voice.say(&Event::Left { unreleased: 0 });
         Ok(())
     }
 
-    fn paused<P: Holder>(
+    fn paused<P: Holder + Reseat<R>>(
         mut self,
-        mut direct: P,
-        mut reader: Reader<R>,
+        rank: P,
+        reader: Reader<R>,
         joined: &Event,
         check: impl Fn(&Self) -> Result<(), CliError>,
     ) -> Result<(), CliError> {
         self.house.voice.say(joined);
-        let deadline = self.args.common.deadline;
-        self.go_on(|pulling, at_least| {
-            let not_from = Some(pulling.args.replica.clone());
-            let wanted = Wanted { not_from, ..Wanted::at_least(at_least) };
-            let outcome = reader.refresh(&mut direct, &wanted, Instant::now() + deadline);
-            let version = outcome.map(|it| it.version).map_err(of_refresh);
-            let stats = *reader.stats();
-            pulling.ended(version, &direct, stats)?.map_or(Ok(None), |version| {
-                pulling
-                    .compare(version, &direct)
-                    .and_then(|()| check(pulling))
-                    .map_err(Missed::Fatal)?;
-                Ok(Some(version))
-            })
-        })?;
-        drop(direct);
+        let not_from = self.args.replica.clone();
+        let mut alone = Alone { rank, reader, not_from, version: None };
+        self.go_on(&mut alone, check)?;
+        drop(alone);
         self.house.voice.say(&Event::Left { unreleased: 0 });
         Ok(())
     }
 
     /// Goes from version to version until there were enough, or it is told to stop.
-    fn go_on(
+    fn go_on<C: Cycle<R>>(
         &mut self,
-        mut refresh: impl FnMut(&mut Self, u64) -> Result<Option<u64>, Missed>,
+        cycle: &mut C,
+        check: impl Fn(&Self) -> Result<(), CliError>,
     ) -> Result<(), CliError> {
         let stop = self.house.wakes.stop();
-        let (mut installed, mut progress) = (0, Instant::now());
+        let (mut installed, mut newest, mut progress) = (0, None, Instant::now());
         loop {
             let at_least = self.version.map_or(0, |version| version.saturating_add(1));
-            let found = match self.await_offer(at_least, &stop, progress) {
-                Ok(found) => found,
+            let offered = self.await_offer(at_least, &stop, progress, cycle);
+            let began = Instant::now();
+            let outcome = match offered {
+                Ok(true) => {
+                    let refreshed = cycle.refresh(at_least, began + self.args.common.deadline);
+                    self.count(cycle);
+                    refreshed
+                }
+                Ok(false) => {
+                    self.house.voice.say(&Event::Leaving { reason: "told to stop" });
+                    return Ok(());
+                }
+                Err(missed) => Err(missed),
+            };
+            let version = match outcome {
+                Ok(version) => version,
                 Err(Missed::Fatal(error)) => return Err(error),
                 Err(Missed::Again(error)) => {
-                    self.tell(&error, progress, error_pause)?;
+                    self.tell(&error, progress)?;
+                    continue;
+                }
+                Err(Missed::Session) => {
+                    match self.rejoin(cycle) {
+                        Ok(()) => {}
+                        // The next look finds that it is not there still.
+                        Err(Missed::Session) => thread::sleep(PAUSE),
+                        Err(Missed::Again(error)) => self.tell(&error, progress)?,
+                        Err(Missed::Fatal(error)) => return Err(error),
+                    }
                     continue;
                 }
             };
-            if !found {
-                self.house.voice.say(&Event::Leaving { reason: "told to stop" });
-                return Ok(());
-            }
-            let began = Instant::now();
             let before = self.verified;
-            match refresh(self, at_least) {
-                Ok(Some(version)) => {
-                    (self.version, progress) = (Some(version), Instant::now());
-                    installed += 1;
-                    let verified = self.verified;
-                    self.house.figures.update(|figures| {
-                        (figures.version, figures.verified_bytes) = (Some(version), verified);
-                    });
-                    self.house.voice.say(&Event::Installed {
-                        version,
-                        seconds: began.elapsed().as_secs_f64(),
-                        verified_bytes: verified - before,
-                    });
-                }
-                Ok(None) => {}
-                Err(Missed::Again(error)) => self.tell(&error, progress, || ())?,
-                Err(Missed::Fatal(error)) => return Err(error),
-            }
+            self.compare(version, cycle.holder())?;
+            check(self)?;
+            (self.version, progress) = (Some(version), Instant::now());
+            // One that it had before it lost its session is not another.
+            installed += u64::from(newest < Some(version));
+            newest = newest.max(Some(version));
+            let verified = self.verified;
+            self.house.figures.update(|figures| {
+                (figures.version, figures.verified_bytes) = (Some(version), verified);
+            });
+            self.house.voice.say(&Event::Installed {
+                version,
+                seconds: began.elapsed().as_secs_f64(),
+                verified_bytes: verified - before,
+            });
             if self.args.versions.is_some_and(|most| installed >= most) {
                 self.house.voice.say(&Event::Leaving { reason: "installed all versions" });
                 thread::sleep(LINGER);
@@ -303,12 +282,26 @@ impl<R: Rendezvous, T: Transport> Pulling<R, T> {
         }
     }
 
+    /// Takes this rank's place again, under a session of its own.
+    fn rejoin(&mut self, cycle: &mut impl Cycle<R>) -> Result<(), Missed> {
+        let began = Instant::now();
+        let seat = self.place.seat().map_err(Missed::Again)?;
+        let version = cycle.rejoin(&seat, began + self.args.common.deadline)?;
+        self.scout.reseat(seat.clone());
+        (self.seat, self.version) = (seat, version);
+        self.house.figures.update(|figures| figures.version = version);
+        self.count(cycle);
+        self.house.voice.say(&Event::Rejoined { seconds: began.elapsed().as_secs_f64() });
+        Ok(())
+    }
+
     /// Waits until something new is offered. `false`: told to stop.
     fn await_offer(
         &mut self,
         at_least: u64,
         stop: &Stop,
         progress: Instant,
+        cycle: &mut impl Cycle<R>,
     ) -> Result<bool, Missed> {
         let wanted =
             Wanted { not_from: Some(self.args.replica.clone()), ..Wanted::at_least(at_least) };
@@ -316,6 +309,9 @@ impl<R: Rendezvous, T: Transport> Pulling<R, T> {
         loop {
             if stop.is_set() {
                 return Ok(false);
+            }
+            if cycle.has_vanished() {
+                return Err(Missed::Session);
             }
             let found = self.scout.wait_for(&wanted, Instant::now() + LOOK);
             if found.map_err(|error| Missed::Again(error.into()))?.is_some() {
@@ -359,19 +355,14 @@ impl<R: Rendezvous, T: Transport> Pulling<R, T> {
     }
 
     /// Takes in what an attempt came to.
-    fn ended(
-        &mut self,
-        version: Result<u64, Missed>,
-        holder: &impl Holder,
-        service: ServiceStats,
-    ) -> Result<Option<u64>, Missed> {
-        let (pulls, relay, pool) = (holder.totals(), holder.offering(), self.pool.stats());
+    fn count(&self, cycle: &impl Cycle<R>) {
+        let (holder, service, pool) = (cycle.holder(), cycle.stats(), self.pool.stats());
+        let (pulls, relay) = (holder.totals(), holder.offering());
         self.house.figures.update(|figures| {
             (figures.service, figures.relay) = (service, relay);
             (figures.pulls, figures.pool) = (pulls, pool);
             figures.parameter_bytes = self.holding.layout.layout.bytes();
         });
-        version.map(Some)
     }
 
     /// Compares every byte with what this version is to be.
@@ -388,13 +379,8 @@ impl<R: Rendezvous, T: Transport> Pulling<R, T> {
         Ok(())
     }
 
-    /// Tells a failure, unless it has lasted for too long.
-    fn tell(
-        &self,
-        error: &CliError,
-        progress: Instant,
-        pause: impl FnOnce(),
-    ) -> Result<(), CliError> {
+    /// Tells a failure, unless it has lasted for too long, and waits a little.
+    fn tell(&self, error: &CliError, progress: Instant) -> Result<(), CliError> {
         self.house.figures.update(|figures| figures.failures += 1);
         if progress.elapsed() > self.args.wait {
             let wait = self.args.wait;
@@ -403,32 +389,7 @@ impl<R: Rendezvous, T: Transport> Pulling<R, T> {
             )));
         }
         self.house.voice.say(&Event::Failed { error: error.to_string() });
-        pause();
+        thread::sleep(PAUSE);
         Ok(())
     }
-}
-
-fn error_pause() {
-    thread::sleep(Duration::from_millis(500));
-}
-
-fn of_replica(error: ReplicaError) -> Missed {
-    match error {
-        ReplicaError::Staging { ref source, .. } if hopeless(source) => Missed::Fatal(error.into()),
-        ReplicaError::Staging { .. } | ReplicaError::Deadline { .. } => Missed::Again(error.into()),
-        // Also when the session has ended: this rank's place may be another's by now, and another life begins clean.
-        _ => Missed::Fatal(error.into()),
-    }
-}
-
-fn of_refresh(error: Box<RefreshError>) -> Missed {
-    if hopeless(&error) { Missed::Fatal(error.into()) } else { Missed::Again(error.into()) }
-}
-
-/// Whether trying again is of no use: the session has ended, reads cannot be watched any more, or whatever was tried cannot be joined.
-fn hopeless(error: &RefreshError) -> bool {
-    let refused =
-        |attempt: &refit_service::reader::Attempt| attempt.failure.cause == Cause::Refused;
-    matches!(error.ended, Ended::Lost(_) | Ended::Store(RendezvousError::SessionEnded))
-        || (!error.attempts.is_empty() && error.attempts.iter().all(refused))
 }

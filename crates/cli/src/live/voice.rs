@@ -18,6 +18,8 @@ pub(super) enum Event {
     Published { version: u64, seconds: f64 },
     /// A version is live, and was compared if that was asked for.
     Installed { version: u64, seconds: f64, verified_bytes: u64 },
+    /// The session had ended, and the rank is there again.
+    Rejoined { seconds: f64 },
     /// Something did not work, and is tried again.
     Failed { error: String },
     /// The rank is about to leave.
@@ -62,6 +64,9 @@ impl Event {
             Self::Installed { version, seconds, verified_bytes } => format!(
                 "installed: version {version}, in {seconds:.3} s, {verified_bytes} bytes compared"
             ),
+            Self::Rejoined { seconds } => {
+                format!("rejoined: its session had ended, in {seconds:.3} s")
+            }
             Self::Failed { error } => format!("failed: {error}"),
             Self::Leaving { reason } => format!("leaving: {reason}"),
             Self::Left { unreleased: 0 } => "left".to_owned(),

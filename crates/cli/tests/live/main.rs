@@ -2,7 +2,10 @@
 
 #![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
 
+#[cfg(feature = "etcd")]
+mod etcd;
 mod logs;
 mod mistakes;
 mod process;
+mod sessions;
 mod versions;

@@ -20,12 +20,16 @@ pub(crate) fn have_nixl(test: &str) -> bool {
     match NixlLibrary::load(&[]) {
         Ok(_) => true,
         Err(error) => {
-            use std::io::Write;
-            let line = format!("skipped for want of NIXL: {test}: {error}\n");
-            std::io::stdout().write_all(line.as_bytes()).unwrap();
+            skipped(&format!("for want of NIXL: {test}: {error}"));
             false
         }
     }
+}
+
+/// Says that a test is skipped, and why, whether or not what tests print is shown.
+pub(crate) fn skipped(why: &str) {
+    use std::io::Write;
+    std::io::stdout().write_all(format!("skipped {why}\n").as_bytes()).unwrap();
 }
 
 /// The config of a model of some hundred kilobytes.
@@ -67,10 +71,12 @@ impl Job {
         let mut command = Command::new(env!("CARGO_BIN_EXE_refit"));
         command
             .args(arguments.split(' '))
-            .arg("--rendezvous")
-            .arg(format!("dir:{}", self.path().join("meet").display()))
             .args(["--ttl", "1", "--threads", "1", "--json"])
             .env_remove("RUST_LOG");
+        if !arguments.contains("--rendezvous ") {
+            command.arg("--rendezvous");
+            command.arg(format!("dir:{}", self.path().join("meet").display()));
+        }
         if !arguments.contains("--key-file") {
             command.arg("--key-file").arg(self.path().join("key"));
         }

@@ -8,7 +8,9 @@ use super::RankError;
 use super::engine::{Engine, EngineError};
 use super::pulls::Pulls;
 use crate::puller::{Cause, PullFailure, Puller, Reading};
-use crate::source::SourceRank;
+use crate::rendezvous::Rendezvous;
+use crate::seat::{Reseat, Seat};
+use crate::source::{SourceError, SourceRank};
 use crate::stats::PullTotals;
 
 /// A target rank that reads into its live parameters, while its engine stands still.
@@ -93,6 +95,13 @@ impl<T: Transport, E: Engine> Puller for Direct<T, E> {
 
     fn quarantined_bytes(&self) -> u64 {
         self.pulls.kept_bytes()
+    }
+}
+
+/// Has no entries of its own.
+impl<R: Rendezvous, T: Transport, E: Engine> Reseat<R> for Direct<T, E> {
+    fn reseat(&mut self, _: &Seat<R>, _: Instant) -> Result<(), SourceError> {
+        Ok(())
     }
 }
 

@@ -11,8 +11,10 @@ use super::engine::Engine;
 use super::failover::Failover;
 use super::pulls::Pulls;
 use crate::puller::{Cause, PullFailure, Puller, Reading};
+use crate::rendezvous::Rendezvous;
 use crate::replica::{InstallError, Stage};
-use crate::source::SourceRank;
+use crate::seat::{Reseat, Seat};
+use crate::source::{SourceError, SourceRank};
 use crate::stats::PullTotals;
 use crate::worker::{BuildError, Quarantine};
 
@@ -204,6 +206,13 @@ impl<T: Transport, E: Engine> Stage for Shadow<T, E> {
 
     fn resume(&mut self, version: u64) {
         self.engine.resume(version);
+    }
+}
+
+/// Has no entries of its own.
+impl<R: Rendezvous, T: Transport, E: Engine> Reseat<R> for Shadow<T, E> {
+    fn reseat(&mut self, _: &Seat<R>, _: Instant) -> Result<(), SourceError> {
+        Ok(())
     }
 }
 

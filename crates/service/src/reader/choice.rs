@@ -35,6 +35,7 @@ pub fn choose<'a>(
             tried.get(&offer.group).is_some_and(|tried| tried.refused && tried.offer == **offer);
         let room = load.is_none_or(|load| readers(offer) < load.most.get() as usize);
         offer.version >= wanted.at_least
+            && wanted.at_most.is_none_or(|most| offer.version <= most)
             && wanted.not_from.as_ref() != Some(&offer.group)
             && !refused
             && room

@@ -143,10 +143,21 @@ pub struct RefreshError {
     pub ended: Ended,
 }
 
+impl RefreshError {
+    /// Whether the reader's session has ended: [`Reader::reseat`](super::Reader::reseat) goes on from here.
+    #[must_use]
+    pub fn is_session_ended(&self) -> bool {
+        matches!(self.ended, Ended::Store(RendezvousError::SessionEnded))
+    }
+}
+
 impl fmt::Display for RefreshError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let version = self.wanted.at_least;
-        write!(f, "no version from {version} on was read in {:?}", self.took)?;
+        match (self.wanted.at_least, self.wanted.at_most) {
+            (least, None) => write!(f, "no version from {least} on")?,
+            (least, Some(most)) => write!(f, "no version from {least} to {most}")?,
+        }
+        write!(f, " was read in {:?}", self.took)?;
         match &self.ended {
             Ended::Deadline => write!(f, ", when the deadline passed")?,
             Ended::Unsettled(failure) => write!(f, ", and nothing can be read yet ({failure})")?,

@@ -72,6 +72,9 @@ pub enum Step {
     Invalid,
     /// Another life of this rank is there. This one must not serve or write.
     Superseded,
+    /// What this rank had written is gone: its session has ended. It may come back as another life
+    /// ([`Machine::reborn`]).
+    Vanished,
 }
 
 impl Machine {
@@ -87,6 +90,22 @@ impl Machine {
             phase: Phase::Free,
             reported: None,
             goal: Goal::Leave,
+        }
+    }
+
+    /// Another life of this rank, whose last one ended with its session: with what it has staged, and as if it had installed
+    /// nothing.
+    ///
+    /// What is staged stays, because a version names bytes for ever and nobody else writes them. What is installed must not
+    /// be claimed: a life in between may have gone further, and a rank's installed versions never go back. A mix
+    /// stays a mix.
+    pub fn reborn(&mut self, incarnation: u128) {
+        self.incarnation = incarnation;
+        self.installed = None;
+        self.reported = None;
+        self.goal = Goal::Leave;
+        if self.phase != Phase::Invalid {
+            self.phase = Phase::Free;
         }
     }
 
@@ -125,6 +144,12 @@ impl Machine {
         RankState { rank, ranks, incarnation, installed, prepared, health }
     }
 
+    /// Whether what it has written is not there any more.
+    #[must_use]
+    pub fn has_vanished(&self, view: &View) -> bool {
+        self.reported.is_some() && !view.ranks.contains_key(&self.rank)
+    }
+
     /// The version that this rank may answer for, given what it sees: all ranks have installed it, and it has not begun to
     /// write another.
     #[must_use]
@@ -142,6 +167,10 @@ impl Machine {
         let other = |state: &RankState| state.incarnation != self.incarnation;
         if view.ranks.get(&self.rank).is_some_and(other) {
             return Step::Superseded;
+        }
+        // It waits for nobody then: nobody sees it.
+        if self.has_vanished(view) {
+            return Step::Vanished;
         }
         if let Phase::Bound(prepared) = self.phase
             && view.round() > prepared.round

@@ -1,0 +1,125 @@
+//! Ranks that the rendezvous takes for dead while they live, and ranks that are told to leave twice.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use refit_service::keys::Model;
+use refit_service::message::{Message, ReaderLease};
+use refit_service::rendezvous::{Directory, JobKey, Key, Life, Rendezvous, Sealed, Writer};
+use rustix::process::Signal;
+
+use crate::process::{Job, Rank, have_nixl};
+use crate::versions::scrape;
+
+/// Longer than the time to live of a session, which is a second here.
+const TOO_LONG: Duration = Duration::from_millis(2500);
+
+#[test]
+fn a_target_that_was_stopped_for_too_long_joins_again() {
+    if !have_nixl("a_target_that_was_stopped_for_too_long_joins_again") {
+        return;
+    }
+    let job = Job::new();
+    let mut source = job.start("serve --source tp=1 --rank 0");
+    let mut targets = [0, 1]
+        .map(|rank| job.start(&format!("pull --target tp=2 --rank {rank} --metrics 127.0.0.1:0")));
+    let page = targets[1].hear("metrics")["address"].as_str().unwrap().to_owned();
+    for target in &mut targets {
+        target.hear_version("installed", 1);
+    }
+    let count = |name: &str| -> u64 {
+        let page = scrape(&page);
+        let line = page.lines().find(|line| line.starts_with(&format!("{name}{{")));
+        line.unwrap().rsplit_once(' ').unwrap().1.parse().unwrap()
+    };
+    let before =
+        ["refit_pool_registrations_total", "refit_refits_total"].map(|name| (name, count(name)));
+
+    targets[1].signal(Signal::STOP);
+    thread::sleep(TOO_LONG);
+    targets[1].signal(Signal::CONT);
+    targets[1].hear("rejoined");
+    // What it had staged becomes live again, and every byte is compared. Nothing was read or registered for it.
+    targets[1].hear_version("installed", 1);
+    assert_eq!(count("refit_rejoins_total"), 1);
+    for (name, value) in before {
+        assert_eq!(count(name), value, "{name}");
+    }
+    source.signal(Signal::USR1);
+    for target in &mut targets {
+        target.hear_version("installed", 2);
+    }
+    targets.iter_mut().for_each(Rank::leave);
+    source.leave();
+}
+
+#[test]
+fn a_source_that_was_stopped_for_too_long_offers_its_version_again() {
+    if !have_nixl("a_source_that_was_stopped_for_too_long_offers_its_version_again") {
+        return;
+    }
+    let job = Job::new();
+    let mut source = job.start("serve --source tp=1 --rank 0");
+    source.hear_version("published", 1);
+    // Somebody has to look for the store to notice.
+    let mut first = job.start("pull --target tp=1 --rank 0 --replica first");
+    first.hear_version("installed", 1);
+    source.signal(Signal::STOP);
+    thread::sleep(TOO_LONG);
+    source.signal(Signal::CONT);
+    source.hear("failed");
+    let mut second = job.start("pull --target tp=1 --rank 0 --replica second");
+    second.hear_version("installed", 1);
+    first.leave();
+    second.leave();
+    source.leave();
+}
+
+/// It waits for a reader that never ends, and for as long as it may; told again, it does not.
+#[test]
+fn a_second_signal_ends_it_where_it_stands() {
+    if !have_nixl("a_second_signal_ends_it_where_it_stands") {
+        return;
+    }
+    let job = Job::new();
+    let mut source = job.start("serve --source tp=1 --rank 0 --drain 600");
+    source.hear_version("published", 1);
+    let store = Directory::new(job.path().join("meet")).unwrap();
+    let key = JobKey::from_file(&job.path().join("key")).unwrap();
+    let store = Sealed::new(store, Writer::new("refit", "reader", 1).unwrap(), Some(key)).unwrap();
+    let all = store.list(&Key::new(["refit"]).unwrap()).unwrap();
+    let model = all.entries.keys().find_map(|key| key.parts().nth(1).map(str::to_owned));
+    let model = Model::new(Key::new(["refit".to_owned(), model.unwrap()]).unwrap());
+    let session = Arc::new(store.session(Duration::from_secs(60)).unwrap());
+    let lease = ReaderLease { incarnation: 1, version: 1, millis: 600_000 };
+    let at = model.reader("trainer", "endless").unwrap();
+    store.put(&at, &lease.encode(), Life::Session(&session)).unwrap();
+
+    source.signal(Signal::TERM);
+    source.hear("leaving");
+    thread::sleep(Duration::from_millis(500));
+    source.signal(Signal::TERM);
+    let told = Instant::now();
+    let (status, errors) = source.end();
+    assert_eq!(status.code(), Some(1), "{errors}");
+    // Not when it has waited.
+    assert!(told.elapsed() < Duration::from_secs(25), "{:?}", told.elapsed());
+}
+
+/// Told to leave while it waits for the other rank, it goes as soon as its refresh has ended, and with 0.
+#[test]
+fn a_target_that_waits_for_others_leaves_when_it_is_told_to() {
+    if !have_nixl("a_target_that_waits_for_others_leaves_when_it_is_told_to") {
+        return;
+    }
+    let job = Job::new();
+    let mut source = job.start("serve --source tp=1 --rank 0");
+    // One of two ranks: it stages, and waits for the other until its deadline.
+    let mut alone = job.start("pull --target tp=2 --rank 0 --deadline 2 --drain 30");
+    alone.hear("joined");
+    alone.hear("failed");
+    thread::sleep(Duration::from_millis(300));
+    alone.leave();
+    source.leave();
+}
