@@ -3,6 +3,7 @@
 mod direct;
 mod engine;
 mod failover;
+mod lane;
 mod pulls;
 mod shadow;
 

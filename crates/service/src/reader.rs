@@ -8,6 +8,7 @@ mod vouch;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use refit::Publication;
@@ -138,7 +139,7 @@ pub struct Reader<R: Rendezvous> {
     asked: RefCell<Option<[u8; 32]>>,
     books: BTreeMap<String, LeaseBook>,
     /// By group: its publications as they were read last.
-    publications: BTreeMap<String, Vec<Publication>>,
+    publications: BTreeMap<String, Arc<[Publication]>>,
     stats: ServiceStats,
 }
 
@@ -275,8 +276,13 @@ impl<R: Rendezvous> Reader<R> {
             };
             self.stats.retries.count(failure.cause);
             tracing::warn!(group = chosen.group, version = chosen.version, %failure, "an attempt to read failed");
-            if failure.cause == Cause::Lost {
-                return Err(round.ended(Ended::Lost(failure)));
+            if failure.cause == Cause::Lost
+                && let Err(lost) = puller.make_ready(&chosen.group, patience)
+            {
+                // Nothing takes over from it.
+                let full = lost.cause == Cause::Quarantined;
+                let ended = if full { Ended::Quarantined(lost) } else { Ended::Lost(failure) };
+                return Err(round.ended(ended));
             }
             round.failed(chosen, failure, began.elapsed());
         }

@@ -98,12 +98,12 @@ impl<T: Transport, E: Engine> Shadow<T, E> {
         self
     }
 
-    /// Goes on in other memory when a peer falls silent in the middle of a pull: such reads may write the shadow for as long
-    /// as the peer likes, and there may be another to read.
+    /// Goes on in other memory when a peer falls silent in the middle of a pull, or the transport can no longer watch its
+    /// reads: they may write the shadow for as long as the peer likes, and there may be another to read.
     ///
     /// `build` makes a target like the first one, with an agent, a pool and parameters of its own; its argument counts
     /// its calls, for agents whose names do not carry an incarnation. The old target is kept by the
-    /// [reaper](crate::worker::reaper) until its reads have settled, and destroyed then. What is kept at a time has to
+    /// [reaper](crate::worker::reaper) until its reads have settled, and destroyed then, or leaked if they never can. What is kept at a time has to
     /// find room in `quarantine`; otherwise nothing is replaced, and a refresh ends with
     /// [`Ended::Quarantined`](crate::reader::Ended::Quarantined).
     #[must_use]
@@ -165,7 +165,7 @@ impl<T: Transport, E: Engine> Puller for Shadow<T, E> {
         // A fresh agent would wait for the same peer.
         let wait = if pulls.silent() == Some(group) { deadline } else { Instant::now() };
         match pulls.settle(wait) {
-            Err(PullFailure { cause: Cause::Late, .. }) => {
+            Err(PullFailure { cause: Cause::Late | Cause::Lost, .. }) => {
                 pulls.fail_over(failover, |fresh| fits(fresh, names, live))
             }
             settled => settled,
