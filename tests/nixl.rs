@@ -9,6 +9,8 @@
     reason = "the lint spares test functions, not what they call"
 )]
 
+#[path = "nixl/failover.rs"]
+mod failover;
 #[path = "nixl/faults.rs"]
 mod faults;
 #[path = "nixl/guard.rs"]

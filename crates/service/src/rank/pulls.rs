@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
-use refit::pool::Memory;
+use refit::pool::{Memory, PoolStats};
 use refit::transport::{Patience, Progress, Transport, TransportError, TransportPool};
 use refit::{
     Cancelled, DigestRequest, Digests, Expected, Failed, Installed, InvalidTarget, Lent,
@@ -209,10 +209,12 @@ impl<T: Transport> Pulls<T> {
         reading: &Reading<'_>,
         deadline: Instant,
     ) -> Result<Prepared<T>, PullFailure> {
+        if self.suspect {
+            return Err(self.lost());
+        }
         // First: from here on the target has to come back from somewhere.
         self.lane.start().map_err(|error| PullFailure::new(Cause::Failed, error))?;
         let target = match std::mem::replace(&mut self.held, Held::Lost) {
-            _ if self.suspect => return Err(self.lost()),
             Held::Whole(target) => Cancelled::Whole(target),
             Held::Mixed(target) => Cancelled::Invalid(target),
             Held::Lost => return Err(self.lost()),
@@ -309,6 +311,11 @@ impl<T: Transport> Pulls<T> {
             Held::Whole(_) | Held::Lent(_) | Held::Mixed(_) if !self.suspect => 0,
             _ => self.params_bytes.saturating_add(self.pool.stats().bytes),
         }
+    }
+
+    /// What the pool holds.
+    pub(super) fn pool_stats(&self) -> PoolStats {
+        self.pool.stats()
     }
 
     /// Waits until no reads are out. What they brought is not used: their sources may have gone on since.

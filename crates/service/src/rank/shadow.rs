@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use refit::pool::Memory;
+use refit::pool::{Memory, PoolStats};
 use refit::translate::PostAction;
 use refit::transport::Transport;
 use refit::{DigestRequest, Digests, Expected, Publication, RefitError, Target};
@@ -120,6 +120,12 @@ impl<T: Transport, E: Engine> Shadow<T, E> {
     #[must_use]
     pub fn staged(&self) -> Option<u64> {
         self.staged
+    }
+
+    /// What the pool of its target holds.
+    #[must_use]
+    pub fn pool_stats(&self) -> PoolStats {
+        self.pulls.pool_stats()
     }
 
     /// What its pulls came to.
