@@ -87,7 +87,7 @@ pub enum Cause {
     Failed,
     /// Memory that abandoned reads may write has reached its limit: nothing is read before some of it is back.
     Quarantined,
-    /// The reads can no longer be watched, or their agent is of no use any more: this rank reads again only with another.
+    /// The reads can no longer be watched: this rank reads no more.
     Lost,
 }
 

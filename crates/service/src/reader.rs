@@ -276,13 +276,8 @@ impl<R: Rendezvous> Reader<R> {
             };
             self.stats.retries.count(failure.cause);
             tracing::warn!(group = chosen.group, version = chosen.version, %failure, "an attempt to read failed");
-            if failure.cause == Cause::Lost
-                && let Err(lost) = puller.make_ready(&chosen.group, patience)
-            {
-                // Nothing takes over from it.
-                let full = lost.cause == Cause::Quarantined;
-                let ended = if full { Ended::Quarantined(lost) } else { Ended::Lost(failure) };
-                return Err(round.ended(ended));
+            if failure.cause == Cause::Lost {
+                return Err(round.ended(Ended::Lost(failure)));
             }
             round.failed(chosen, failure, began.elapsed());
         }

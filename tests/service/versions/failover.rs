@@ -261,7 +261,7 @@ fn an_agent_that_lost_its_reads_is_replaced() {
     world.silence.lose("dp0-");
     let refreshed = reader.refresh(&mut rank, &Wanted::at_least(1), soon()).unwrap();
     assert_eq!((refreshed.group.as_str(), refreshed.version), ("dp1", 1));
-    assert_eq!((reader.stats().retries.lost, reader.stats().retries.total()), (1, 1));
+    assert_eq!((reader.stats().retries.failed, reader.stats().retries.total()), (1, 1));
     installs(&mut rank, 1);
     let until = soon();
     while reaper::stats().lost == lost {

@@ -229,15 +229,15 @@ impl<T: Transport> Pulls<T> {
             let prepared = match target {
                 Cancelled::Whole(target) => target
                     .prepare(&publications)
-                    .map_err(|Failed { error, state }| (error, Held::Whole(state))),
+                    .map_err(|Failed { error, state }| left(error, Held::Whole(state))),
                 Cancelled::Invalid(target) => target
                     .prepare(&publications)
-                    .map_err(|Failed { error, state }| (error, Held::Mixed(state))),
+                    .map_err(|Failed { error, state }| left(error, Held::Mixed(state))),
             };
             prepared.and_then(|prepared| {
                 prepared
                     .expecting(&expected)
-                    .map_err(|Failed { error, state }| (error, state.cancel().into()))
+                    .map_err(|Failed { error, state }| left(error, state.cancel().into()))
             })
         };
         self.away(reading.group, deadline, work, |prepared| prepared.cancel().into())
@@ -253,7 +253,7 @@ impl<T: Transport> Pulls<T> {
         let silent = group.to_owned();
         let work = move || {
             let arrived = prepared.pull().and_then(|pulling| pulling.wait(deadline));
-            arrived.map_err(|Failed { error, state }| (error, Held::after(state, &silent)))
+            arrived.map_err(|Failed { error, state }| left(error, Held::after(state, &silent)))
         };
         // Nobody is there any more to say whether it may be used.
         self.away(group, deadline, work, |pulled| match pulled.land() {
@@ -268,14 +268,15 @@ impl<T: Transport> Pulls<T> {
         &mut self,
         group: &str,
         deadline: Instant,
-        work: impl FnOnce() -> Result<O, (RefitError, Held<T>)> + Send + 'static,
+        work: impl FnOnce() -> Result<O, Left<T>> + Send + 'static,
         unwanted: impl Fn(O) -> Held<T> + Send + 'static,
     ) -> Result<O, PullFailure> {
         let since = Instant::now();
         let until = deadline.checked_add(GRACE).unwrap_or(deadline);
         match self.lane.run(until, work) {
             Ran::Done(Ok(output)) => Ok(output),
-            Ran::Done(Err((error, held))) => {
+            Ran::Done(Err(left)) => {
+                let (error, held) = *left;
                 self.held = held;
                 let failure = failure(error);
                 self.suspect |= failure.cause == Cause::Lost;
@@ -429,14 +430,21 @@ impl<T: Transport> Agent for Pulls<T> {
     }
 }
 
+/// Why something failed, and what it left behind.
+type Left<T> = Box<(RefitError, Held<T>)>;
+
+fn left<T: Transport>(error: RefitError, held: Held<T>) -> Left<T> {
+    Box::new((error, held))
+}
+
 /// What has come back, if something has.
 fn returned<T: Transport, O>(
-    answers: &Receiver<Result<O, (RefitError, Held<T>)>>,
+    answers: &Receiver<Result<O, Left<T>>>,
     unwanted: impl Fn(O) -> Held<T>,
 ) -> Option<Held<T>> {
     match answers.try_recv() {
         Ok(Ok(output)) => Some(unwanted(output)),
-        Ok(Err((_, held))) => Some(held),
+        Ok(Err(left)) => Some(left.1),
         Err(TryRecvError::Empty) => None,
         // It panicked.
         Err(TryRecvError::Disconnected) => Some(Held::Lost),

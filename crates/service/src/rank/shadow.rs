@@ -155,6 +155,13 @@ impl<T: Transport, E: Engine> Puller for Shadow<T, E> {
             let (target, report) = installed.refreshed();
             totals.add(&report);
             Ok::<_, (_, std::convert::Infallible)>(target)
+        });
+        let pulled = pulled.map_err(|failure| match failure.cause {
+            // Another takes over.
+            Cause::Lost if self.failover.is_some() => {
+                PullFailure::new(Cause::Failed, failure.reason)
+            }
+            _ => failure,
         })?;
         match pulled {
             Ok(()) => self.staged = Some(reading.version),
