@@ -13,6 +13,8 @@
 mod errors;
 #[path = "nixl/exact.rs"]
 mod exact;
+#[path = "nixl/failover.rs"]
+mod failover;
 #[path = "nixl/faults.rs"]
 mod faults;
 #[path = "nixl/guard.rs"]

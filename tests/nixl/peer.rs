@@ -36,11 +36,22 @@ impl Remote {
             serve(bytes.parse().unwrap());
             return None;
         }
-        let mut command = command(&current(), &[(ROLE, &bytes.to_string())]);
+        Some(Self::of((ROLE, &bytes.to_string())))
+    }
+
+    /// Starts the same test in another process, in the role that this variable gives it.
+    pub(crate) fn of(role: (&str, &str)) -> Self {
+        let mut command = command(&current(), &[role]);
         let mut child =
             Guarded(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap());
         let link = Link::of(&mut child.0);
-        Some(Self { child, link })
+        Self { child, link }
+    }
+
+    /// Says a line to it, and waits for the answer.
+    pub(crate) fn ask(&mut self, line: &str) -> String {
+        self.link.tell(line);
+        self.link.reply()
     }
 
     pub(crate) fn offer(&mut self) -> Offer {

@@ -1,36 +1,69 @@
 //! Peers that fall silent in the middle of a read, and may speak again: over the in-process transport, whose bytes move
 //! when it is polled.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use refit_planner::Capabilities;
 use refit_pool::Region;
 use refit_transport::local::LocalTransport;
-use refit_transport::{Peer, ReadOp, Status, Transport, TransportError, Written};
+use refit_transport::{Cause, Peer, ReadOp, Status, Transport, TransportError, Written};
 
-/// Who is silent: by the first part of an agent's name, and after how many polls of reads from it.
+/// What befalls which peers, by the first part of their agents' names.
 #[derive(Clone, Debug, Default)]
-pub struct Silence(Arc<Mutex<Vec<(String, usize)>>>);
+pub struct Silence(Arc<(Mutex<Befallen>, Condvar)>);
+
+#[derive(Debug, Default)]
+struct Befallen {
+    /// After how many polls of reads from them.
+    silent: Vec<(String, usize)>,
+    blocking: Vec<String>,
+    lost: Vec<String>,
+}
 
 impl Silence {
     /// From so many polls on, peers whose names begin like this say nothing.
     pub fn fall(&self, peers: &str, polls: usize) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push((peers.to_owned(), polls));
+        self.state().silent.push((peers.to_owned(), polls));
+    }
+
+    /// A call that connects to such peers, or posts reads from them, does not return.
+    pub fn block(&self, peers: &str) {
+        self.state().blocking.push(peers.to_owned());
+    }
+
+    /// Reads from such peers can no longer be watched.
+    pub fn lose(&self, peers: &str) {
+        self.state().lost.push(peers.to_owned());
     }
 
     /// All go on where they stopped.
     pub fn end(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        *self.state() = Befallen::default();
+        self.0.1.notify_all();
+    }
+
+    fn state(&self) -> MutexGuard<'_, Befallen> {
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn holds(&self, peer: &str) -> bool {
-        let mut silent = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some((_, left)) = silent.iter_mut().find(|(peers, _)| peer.starts_with(peers)) else {
+        let mut state = self.state();
+        let Some((_, left)) = state.silent.iter_mut().find(|(peers, _)| peer.starts_with(peers))
+        else {
             return false;
         };
         let holds = *left == 0;
         *left = left.saturating_sub(1);
         holds
+    }
+
+    fn wait(&self, peer: &str) {
+        let blocks = |state: &mut Befallen| state.blocking.iter().any(|it| peer.starts_with(it));
+        drop(self.0.1.wait_while(self.state(), blocks));
+    }
+
+    fn loses(&self, peer: &str) -> bool {
+        self.state().lost.iter().any(|it| peer.starts_with(it))
     }
 }
 
@@ -85,6 +118,7 @@ impl Transport for Hushed {
     }
 
     fn connect(&self, name: &str, metadata: &[u8]) -> Result<Peer, TransportError> {
+        self.silence.wait(name);
         self.inner.connect(name, metadata)
     }
 
@@ -105,11 +139,16 @@ impl Transport for Hushed {
     }
 
     unsafe fn post(&self, prepared: &mut HushedReads) -> Result<Status, TransportError> {
+        self.silence.wait(&prepared.peer);
         // SAFETY: the caller's promise is what this asks for.
         unsafe { self.inner.post(&mut prepared.inner) }
     }
 
     fn poll(&self, prepared: &mut HushedReads) -> Result<Status, TransportError> {
+        if self.silence.loses(&prepared.peer) {
+            let (agent, peer) = (self.agent().to_owned(), prepared.peer.clone());
+            return Err(TransportError::Lost { agent, peer, cause: Cause::PeerGone });
+        }
         if self.silence.holds(&prepared.peer) {
             return Ok(Status::Pending);
         }

@@ -272,6 +272,18 @@ impl<T: Transport> Target<T> {
         self
     }
 
+    /// What it reads through.
+    #[must_use]
+    pub fn transport(&self) -> &Arc<T> {
+        &self.0.transport
+    }
+
+    /// Where its staging memory and its registrations come from.
+    #[must_use]
+    pub fn pool(&self) -> &TransportPool<T> {
+        &self.0.pool
+    }
+
     /// How bytes come from each source rank met so far, and why that way.
     pub fn routes(&self) -> impl Iterator<Item = (u32, String)> {
         self.0.peers.iter().map(|(&rank, (_, peer))| (rank, self.0.transport.route(peer)))

@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::fmt;
+use std::sync::Arc;
 use std::time::Instant;
 
 use refit::{DigestRequest, Digests, Expected, Publication};
@@ -14,7 +15,7 @@ pub struct Reading<'a> {
     /// The version.
     pub version: u64,
     /// By rank, counted from 0.
-    pub publications: &'a [Publication],
+    pub publications: &'a Arc<[Publication]>,
     /// In the same order.
     pub expected: &'a [Expected],
     /// Who vouches for the bytes, if they are to be compared with what their source says of them.

@@ -4,6 +4,7 @@ mod direct;
 mod engine;
 mod error;
 mod failover;
+mod lane;
 mod pulls;
 mod shadow;
 

@@ -8,6 +8,7 @@ mod vouch;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use refit::Publication;
@@ -147,7 +148,7 @@ pub struct Reader<R: Rendezvous> {
     asked: RefCell<Option<[u8; 32]>>,
     books: BTreeMap<String, LeaseBook>,
     /// By group: its publications as they were read last.
-    publications: BTreeMap<String, Vec<Publication>>,
+    publications: BTreeMap<String, Arc<[Publication]>>,
     stats: ServiceStats,
 }
 

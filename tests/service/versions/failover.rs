@@ -10,7 +10,7 @@ use refit_service::rank::{Direct, Shadow, Unattended};
 use refit_service::reader::{Ended, ReaderOptions, Wanted};
 use refit_service::replica::Stage;
 use refit_service::source::SourceOptions;
-use refit_service::worker::{Quarantine, WorkerError};
+use refit_service::worker::{GRACE, Quarantine, WorkerError, reaper};
 use refit_tests::ranks;
 use refit_tests::silence::{Hushed, Silence};
 
@@ -21,7 +21,7 @@ type Rank = Shadow<Hushed, Unattended>;
 /// Two groups, the first of which has the newer version; an agent that can be hushed, and what it made so far.
 struct World {
     fleet: Fleet,
-    _groups: Vec<Vec<LocalSource>>,
+    groups: Vec<Vec<LocalSource>>,
     silence: Silence,
     agents: Arc<Mutex<Vec<Weak<Hushed>>>>,
 }
@@ -36,7 +36,7 @@ impl World {
             group
         });
         let groups = groups.collect();
-        Self { fleet, _groups: groups, silence: Silence::default(), agents: Arc::default() }
+        Self { fleet, groups, silence: Silence::default(), agents: Arc::default() }
     }
 
     /// Makes targets of agents of this world.
@@ -185,4 +185,99 @@ fn live_memory_waits_for_the_silent_peer() {
     assert_eq!(reader.refresh(&mut rank, &Wanted::at_least(2), soon()).unwrap().group, "dp0");
     assert_eq!(reader.stats().quarantined_bytes, 0);
     assert_eq!(world.alive(), [true]);
+}
+
+/// What an answer may take beyond its deadline.
+const LATE: Duration = Duration::from_millis(250);
+
+/// A transport that does not return from connecting costs an attempt, as one does whose reads do not settle.
+#[test]
+fn p03_a_connection_that_blocks_costs_one_attempt() {
+    blocked(None);
+}
+
+/// And so does one that does not return from posting.
+#[test]
+fn p03_a_post_that_blocks_costs_one_attempt() {
+    blocked(Some(2));
+}
+
+/// The first peer blocks, after the rank has read this version from it.
+fn blocked(before: Option<u64>) {
+    let mut world = World::new(&[2, 1]);
+    let quarantine = Quarantine::new("engine", 2 * bytes());
+    let mut rank = world.shadow(&quarantine);
+    let mut reader = world.fleet.reader("engine", options(200));
+    if let Some(version) = before {
+        let refreshed = reader.refresh(&mut rank, &Wanted::at_least(version), soon()).unwrap();
+        assert_eq!(refreshed.version, version);
+        commit(&mut world.groups[0], 3);
+    }
+    world.silence.block("dp0-");
+    let refreshed = reader.refresh(&mut rank, &Wanted::at_least(1), soon()).unwrap();
+    assert_eq!((refreshed.group.as_str(), refreshed.version), ("dp1", 1));
+    assert_eq!((reader.stats().retries.late, reader.stats().retries.total()), (1, 1));
+    assert_eq!((world.alive(), quarantine.agents()), (vec![true, true], 1));
+    assert!(quarantine.bytes() >= bytes(), "{quarantine:?}");
+    assert_eq!(reader.stats().quarantined_bytes, quarantine.bytes());
+    installs(&mut rank, 1);
+    // The call returns where nobody waits for it, and the agent goes with all that it had.
+    world.silence.end();
+    settles(&quarantine);
+    assert_eq!((world.alive(), rank.quarantined_bytes()), (vec![false, true], 0));
+    installs(&mut rank, 1);
+    assert_eq!(reader.refresh(&mut rank, &Wanted::at_least(2), soon()).unwrap().group, "dp0");
+}
+
+/// Where nothing can take over, whoever asked is answered in time all the same, and the same rank goes on afterwards.
+#[test]
+fn p03_a_call_that_blocks_keeps_nobody() {
+    let world = World::new(&[1]);
+    let mut rank = Direct::new(world.targets()(), Unattended);
+    let mut reader = world.fleet.reader("engine", options(10_000));
+    world.silence.block("dp0-");
+    for round in 0..2 {
+        let deadline = millis(400);
+        let failed = reader.refresh(&mut rank, &Wanted::at_least(1), deadline).unwrap_err();
+        let late = Instant::now().saturating_duration_since(deadline);
+        assert!(late <= GRACE + LATE, "{late:?} late in round {round}: {failed}");
+        let said = failed.to_string();
+        assert!(said.contains("does not return") && said.contains("`dp0`"), "{said}");
+        assert!(rank.params().is_none() && rank.quarantined_bytes() >= bytes());
+    }
+    world.silence.end();
+    assert_eq!(reader.refresh(&mut rank, &Wanted::at_least(1), soon()).unwrap().version, 1);
+    assert_eq!((rank.quarantined_bytes(), world.alive()), (0, vec![true]));
+}
+
+/// An agent that cannot watch its reads is replaced; what it keeps is gone, and counts as kept for good.
+#[test]
+fn an_agent_that_lost_its_reads_is_replaced() {
+    let world = World::new(&[2, 1]);
+    let quarantine = Quarantine::new("engine", bytes() * 3 / 2);
+    let mut rank = world.shadow(&quarantine);
+    let mut reader = world.fleet.reader("engine", options(200));
+    let lost = reaper::stats().lost;
+    world.silence.lose("dp0-");
+    let refreshed = reader.refresh(&mut rank, &Wanted::at_least(1), soon()).unwrap();
+    assert_eq!((refreshed.group.as_str(), refreshed.version), ("dp1", 1));
+    assert_eq!((reader.stats().retries.failed, reader.stats().retries.total()), (1, 1));
+    installs(&mut rank, 1);
+    let until = soon();
+    while reaper::stats().lost == lost {
+        assert!(Instant::now() < until, "{:?}", reaper::stats());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // Never destroyed, and never given back.
+    assert_eq!((world.alive(), quarantine.agents()), (vec![true, true], 1));
+    assert!(quarantine.bytes() >= bytes(), "{quarantine:?}");
+    // It does not go on like that: the next one would be beyond the limit.
+    world.silence.lose("dp1-");
+    let failed = reader.refresh(&mut rank, &Wanted::at_least(1), soon()).unwrap_err();
+    assert!(matches!(failed.ended, Ended::Quarantined(_)), "{failed}");
+    // A rank to which nothing is given instead says so at once.
+    let mut rank = Direct::new(world.targets()(), Unattended);
+    let failed = reader.refresh(&mut rank, &Wanted::at_least(1), soon()).unwrap_err();
+    assert!(matches!(failed.ended, Ended::Lost(_)), "{failed}");
+    assert_eq!(failed.attempts.len(), 0);
 }

@@ -192,6 +192,9 @@ impl Page<'_> {
         self.gauge("pool_leased", "Memory of the pool that is in use", bytes, pool.leased_bytes)?;
         let help = "Memory that an abandoned read may still write";
         self.gauge("pool_quarantined", help, bytes, pool.quarantined_bytes)?;
+        let help =
+            "Memory that silent peers keep, that of agents which others took over from included";
+        self.gauge("quarantined", help, bytes, service.quarantined_bytes)?;
         self.count("pool_quarantines", "Times memory was quarantined", None, pool.quarantines)?;
         self.count("pool_registrations", "Pieces of memory registered", None, pool.registrations)?;
         let undone = pool.deregistrations;

@@ -1,7 +1,6 @@
 //! `refit pull`: a target rank.
 
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,6 +14,7 @@ use refit_service::relay::Relay;
 use refit_service::rendezvous::{Rendezvous, RendezvousError};
 use refit_service::replica::{Replica, ReplicaRank, Stage};
 use refit_service::source::{GroupRank, SourceOptions};
+use refit_service::worker::Quarantine;
 use refit_service::{Reseat, Seat};
 
 use super::args::{Common, Holding, PullArgs};
@@ -22,7 +22,7 @@ use super::cycle::{Alone, Cycle, Missed, Together};
 use super::endpoint::Labels;
 use super::place::Place;
 use super::rank::{Bystander, Holder};
-use super::start::{self, House, Work};
+use super::start::{self, Agents, House, Work};
 use super::voice::Event;
 use super::wakes::Stop;
 use crate::error::CliError;
@@ -35,6 +35,9 @@ const PAUSE: Duration = Duration::from_millis(500);
 
 /// For how long entries that are refused may be all there is.
 const REFUSED: Duration = Duration::from_secs(2);
+
+/// How many times its parameters silent peers may keep from a rank that reads beside its live ones.
+const KEPT: u64 = 4;
 
 /// How long a rank that needs no more stays, for the others to see that it has installed what they have.
 const LINGER: Duration = Duration::from_millis(500);
@@ -75,31 +78,35 @@ impl Work for Pull {
     fn run<R: Rendezvous, T: Transport>(
         self,
         place: Place<R>,
-        transport: Arc<T>,
+        agents: Agents<T>,
         house: House,
     ) -> Result<(), CliError> {
         let Self { args, holding } = self;
         let TargetLayout { layout, post_actions, .. } = holding.layout.clone();
-        let pool = TransportPool::new(
-            house.home.clone(),
-            TransportRegistrar::new(transport.clone()),
-            PoolOptions::default(),
-        );
-        let options = TargetOptions::default().with_lower(house.home.lowering());
-        let (params, guards) = house.home.guarded(&layout)?;
         let staged = !args.paused;
         // A shadow is nobody's to derive from.
         let actions = if staged { Vec::new() } else { post_actions.clone() };
         let mut of_target = TargetLayout::from(layout.clone());
         of_target.post_actions = actions;
-        let target = Target::new(transport, pool.clone(), of_target, params, options)?;
-        let target = house.home.equip(target)?;
+        let home = house.home.clone();
+        // Each with an agent, a pool and parameters of its own.
+        let make = move || {
+            let transport = agents()?;
+            let registrar = TransportRegistrar::new(transport.clone());
+            let pool = TransportPool::new(home.clone(), registrar, PoolOptions::default());
+            let options = TargetOptions::default().with_lower(home.lowering());
+            let (params, guards) = home.guarded(&of_target.layout)?;
+            let target = Target::new(transport, pool, of_target.clone(), params, options)?;
+            Ok::<_, CliError>((home.equip(target)?, guards))
+        };
+        let (target, guards) = make()?;
 
         let (rank, ranks) = (layout.rank(), holding.ranks);
         let name = format!("{}-{rank}", args.replica);
         let reading = ReaderOptions::default()
             .with_lease(args.lease)
-            .with_attempt(args.lease.min(args.common.deadline))
+            // One that comes to nothing leaves time for another.
+            .with_attempt(args.lease.min(args.common.deadline / 2))
             .with_fanout(args.fanout)
             .with_checks(args.digests.into());
         let incarnation = draw_incarnation(&name).map_err(RefitError::from)?;
@@ -108,7 +115,7 @@ impl Work for Pull {
         let reader = Reader::new(seat.clone(), &name, incarnation, reading)?;
         let bytes = layout.bytes();
         let pulling =
-            Pulling { args, holding, place, seat, pool, scout, house, verified: 0, version: None };
+            Pulling { args, holding, place, seat, scout, house, verified: 0, version: None };
         let joined = Event::Joined {
             side: "engine",
             name: pulling.args.replica.clone(),
@@ -118,13 +125,15 @@ impl Work for Pull {
         };
         if staged {
             let (live, live_guards) = pulling.house.home.guarded(&layout)?;
-            let shadow = Shadow::new(target, live, post_actions, Bystander)?;
+            let kept = Quarantine::new(&name, bytes.saturating_mul(KEPT));
+            let shadow = Shadow::new(target, live, post_actions, Bystander)?
+                .with_failover(kept, move |_| Ok(make()?.0));
             #[cfg(feature = "cuda")]
             let shadow = match &pulling.house.home {
                 crate::device::Home::Host => shadow,
                 crate::device::Home::Cuda(gpu) => shadow.with_device(gpu.device().clone()),
             };
-            let check = |pulling: &Pulling<R, T>| {
+            let check = |pulling: &Pulling<R>| {
                 live_guards.check(&pulling.house.home, &pulling.holding.layout.layout)
             };
             if pulling.args.relay {
@@ -135,7 +144,7 @@ impl Work for Pull {
             }
         } else {
             let direct = Direct::new(target, Bystander);
-            let check = |pulling: &Pulling<R, T>| {
+            let check = |pulling: &Pulling<R>| {
                 guards.check(&pulling.house.home, &pulling.holding.layout.layout)
             };
             if pulling.args.relay {
@@ -150,13 +159,12 @@ impl Work for Pull {
 
 /// A target rank that goes from version to version.
 #[derive(Debug)]
-struct Pulling<R: Rendezvous, T: Transport> {
+struct Pulling<R: Rendezvous> {
     args: PullArgs,
     holding: Holding<TargetLayout>,
     place: Place<R>,
     /// With its session everything that this rank is ends at once.
     seat: Seat<R>,
-    pool: TransportPool<T>,
     /// Looks for offers, and reads none.
     scout: Reader<R>,
     house: House,
@@ -164,7 +172,7 @@ struct Pulling<R: Rendezvous, T: Transport> {
     version: Option<u64>,
 }
 
-impl<R: Rendezvous, T: Transport> Pulling<R, T> {
+impl<R: Rendezvous> Pulling<R> {
     fn relay<P>(&self, target: P) -> Result<Relay<R, P>, CliError>
     where
         P: Holder + refit_service::source::SourceRank,
@@ -356,7 +364,7 @@ impl<R: Rendezvous, T: Transport> Pulling<R, T> {
 
     /// Takes in what an attempt came to.
     fn count(&self, cycle: &impl Cycle<R>) {
-        let (holder, service, pool) = (cycle.holder(), cycle.stats(), self.pool.stats());
+        let (holder, service, pool) = (cycle.holder(), cycle.stats(), cycle.holder().pool());
         let (pulls, relay) = (holder.totals(), holder.offering());
         self.house.figures.update(|figures| {
             (figures.service, figures.relay) = (service, relay);

@@ -1,6 +1,6 @@
 //! Target ranks without an engine.
 
-use refit::pool::Memory;
+use refit::pool::{Memory, PoolStats};
 use refit::translate::PostAction;
 use refit::transport::Transport;
 use refit_service::puller::Puller;
@@ -44,6 +44,9 @@ pub(super) trait Holder: Puller {
 
     fn totals(&self) -> PullTotals;
 
+    /// The memory that it reads into beside its parameters.
+    fn pool(&self) -> PoolStats;
+
     /// What has happened on the side that offers, if there is one.
     fn offering(&self) -> ServiceStats {
         ServiceStats::default()
@@ -58,6 +61,10 @@ impl<T: Transport> Holder for Shadow<T, Bystander> {
     fn totals(&self) -> PullTotals {
         *Self::totals(self)
     }
+
+    fn pool(&self) -> PoolStats {
+        self.pool_stats()
+    }
 }
 
 impl<T: Transport> Holder for Direct<T, Bystander> {
@@ -68,6 +75,10 @@ impl<T: Transport> Holder for Direct<T, Bystander> {
     fn totals(&self) -> PullTotals {
         *Self::totals(self)
     }
+
+    fn pool(&self) -> PoolStats {
+        self.pool_stats()
+    }
 }
 
 impl<R: Rendezvous, P: Holder + SourceRank> Holder for Relay<R, P> {
@@ -77,6 +88,10 @@ impl<R: Rendezvous, P: Holder + SourceRank> Holder for Relay<R, P> {
 
     fn totals(&self) -> PullTotals {
         self.target().map(Holder::totals).unwrap_or_default()
+    }
+
+    fn pool(&self) -> PoolStats {
+        self.target().map(Holder::pool).unwrap_or_default()
     }
 
     fn offering(&self) -> ServiceStats {

@@ -17,7 +17,7 @@ use refit_service::source::{GroupRank, LiveSource, SourceError, SourceOptions};
 use super::args::{Common, Holding, ServeArgs};
 use super::endpoint::Labels;
 use super::place::Place;
-use super::start::{self, House, Work};
+use super::start::{self, Agents, House, Work};
 use super::voice::Event;
 use super::wakes::Wake;
 use crate::error::CliError;
@@ -61,10 +61,11 @@ impl Work for Serve {
     fn run<R: Rendezvous, T: Transport>(
         self,
         place: Place<R>,
-        transport: Arc<T>,
+        agents: Agents<T>,
         house: House,
     ) -> Result<(), CliError> {
         let Self { args, holding } = self;
+        let transport = agents()?;
         let layout = &holding.layout;
         let (rank, ranks, bytes) = (layout.rank(), holding.ranks, layout.bytes());
         let pool = TransportPool::new(

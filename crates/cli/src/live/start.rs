@@ -45,10 +45,13 @@ pub(super) trait Work: Send + 'static {
     fn run<R: Rendezvous, T: Transport>(
         self,
         place: Place<R>,
-        transport: Arc<T>,
+        agents: Agents<T>,
         house: House,
     ) -> Result<(), CliError>;
 }
+
+/// Makes agents, each of an incarnation of its own.
+pub(super) type Agents<T> = Box<dyn Fn() -> Result<Arc<T>, CliError> + Send>;
 
 /// What comes with a process.
 #[derive(Debug)]
@@ -145,33 +148,39 @@ fn over(
         TransportName::Nixl => {
             let options = nixl_options(&work, name, &house.home);
             check(&work, &options, house.voice)?;
-            let transport = transports::nixl_of(options)?;
-            meet(work, name, transport, house)
+            let agents = move || transports::nixl_of(options.clone());
+            meet(work, name, Box::new(agents), house)
         }
         #[cfg(feature = "cuda")]
         TransportName::Peer => {
-            let transport = transports::peer(name, &house.home)?;
-            meet(work, name, transport, house)
+            let (named, home) = (name.to_owned(), house.home.clone());
+            let agents = move || transports::peer(&named, &home);
+            meet(work, name, Box::new(agents), house)
         }
         #[cfg(all(feature = "cuda", feature = "nixl"))]
         TransportName::Auto => {
             let options = nixl_options(&work, name, &house.home);
             // One of the two ways is enough.
-            let far =
-                check(&work, &options, house.voice).and_then(|()| transports::nixl_of(options));
-            if let Err(error) = &far {
-                house.voice.say(&Event::Failed { error: error.to_string() });
-            }
-            let far = far.map_err(|error| error.to_string()).and_then(|far| {
-                Arc::into_inner(far).ok_or_else(|| "the agent is in use".to_owned())
-            });
-            let transport = transports::auto_of(name, &house.home, far)?;
-            meet(work, name, transport, house)
+            let checked = check(&work, &options, house.voice).map_err(|error| error.to_string());
+            let (named, home, voice) = (name.to_owned(), house.home.clone(), house.voice);
+            let agents = move || {
+                let far = checked.clone().and_then(|()| {
+                    let far = transports::nixl_of(options.clone());
+                    let far = far.map_err(|error| error.to_string())?;
+                    Arc::into_inner(far).ok_or_else(|| "the agent is in use".to_owned())
+                });
+                if let Err(error) = &far {
+                    voice.say(&Event::Failed { error: error.clone() });
+                }
+                transports::auto_of(&named, &home, far)
+            };
+            meet(work, name, Box::new(agents), house)
         }
         #[cfg(all(feature = "cuda", not(feature = "nixl")))]
         TransportName::Auto => {
-            let transport = transports::auto(name, work.is_read(), &house.home)?;
-            meet(work, name, transport, house)
+            let (named, read, home) = (name.to_owned(), work.is_read(), house.home.clone());
+            let agents = move || transports::auto(&named, read, &home);
+            meet(work, name, Box::new(agents), house)
         }
         other => Err(transports::missing(other)),
     }
@@ -211,7 +220,7 @@ fn check(
 fn meet<T: Transport>(
     work: impl Work,
     name: &str,
-    transport: Arc<T>,
+    agents: Agents<T>,
     house: House,
 ) -> Result<(), CliError> {
     let (common, model) = (work.common(), work.model());
@@ -219,13 +228,13 @@ fn meet<T: Transport>(
         Store::Directory(path) => {
             let place: Place<Sealed<Directory>> =
                 Place::new(common, Directory::new(path)?, name, &model)?;
-            work.run(place, transport, house)
+            work.run(place, agents, house)
         }
         #[cfg(feature = "etcd")]
         Store::Etcd(endpoints) => {
             let store = super::place::etcd(endpoints)?;
             let place = Place::new(common, store, name, &model)?;
-            work.run(place, transport, house)
+            work.run(place, agents, house)
         }
         #[cfg(not(feature = "etcd"))]
         Store::Etcd(_) => Err(transports::without("etcd", "etcd")),

@@ -1,6 +1,6 @@
 use std::time::Instant;
 
-use refit::pool::Memory;
+use refit::pool::{Memory, PoolStats};
 use refit::transport::Transport;
 use refit::{DigestRequest, Digests, Expected, Publication, RefitError, Target};
 
@@ -40,6 +40,12 @@ impl<T: Transport, E: Engine> Direct<T, E> {
     #[must_use]
     pub fn version(&self) -> Option<u64> {
         self.version
+    }
+
+    /// What the pool of its target holds.
+    #[must_use]
+    pub fn pool_stats(&self) -> PoolStats {
+        self.pulls.pool_stats()
     }
 
     /// What its pulls came to.

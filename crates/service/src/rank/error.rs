@@ -20,9 +20,35 @@ pub enum RankError {
         /// How long ago they were given up.
         age: Duration,
     },
+    /// A call into the transport has not returned.
+    #[error(
+        "agent `{agent}`, which keeps {bytes} bytes, has been in a call to group `{group}` for {age:?}, which does not \
+         return; end the silent peer, or wait for the transport to give it up"
+    )]
+    Away {
+        /// The agent that is in it.
+        agent: String,
+        /// The group that is read.
+        group: String,
+        /// Bytes that cannot be used meanwhile.
+        bytes: u64,
+        /// For how long.
+        age: Duration,
+    },
+    /// A call into the transport panicked.
+    #[error("a call of agent `{agent}` panicked, and its memory is lost; start this rank anew")]
+    Panicked {
+        /// The agent.
+        agent: String,
+    },
     /// Reads can no longer be watched.
-    #[error("an earlier pull was lost, and with it the target's memory; start this rank anew")]
-    Lost,
+    #[error(
+        "agent `{agent}` is of no use since an earlier pull, whose reads it cannot watch; start this rank anew"
+    )]
+    Lost {
+        /// The agent.
+        agent: String,
+    },
     /// No agent could be made for reading on in other memory.
     #[error("no agent could take over: {source}; end the silent peer, or start this rank anew")]
     NoAgent {

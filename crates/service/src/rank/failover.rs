@@ -1,18 +1,18 @@
 //! Other memory for a rank whose own may still be written.
 
 use std::fmt;
-use std::sync::Arc;
 
+use refit::Target;
 use refit::transport::Transport;
-use refit::{ParkedTarget, Settling, Target};
 
 use super::RankError;
+use super::pulls::Pulls;
 use crate::puller::{Cause, PullFailure};
-use crate::worker::{Agent, BuildError, Quarantine, Standing};
+use crate::worker::{BuildError, Quarantine};
 
 type Build<T> = dyn FnMut(u64) -> Result<Target<T>, BuildError> + Send;
 
-/// Makes targets, and parts with those whose reads are out.
+/// Makes targets, and parts with those whose reads are out, or whose agents are of no use.
 pub(super) struct Failover<T: Transport> {
     quarantine: Quarantine,
     build: Box<Build<T>>,
@@ -39,14 +39,8 @@ impl<T: Transport> Failover<T> {
     }
 
     /// Keeps it until its reads have settled.
-    pub(super) fn retire(&self, parked: ParkedTarget<T>) {
-        let transport = Arc::clone(parked.transport());
-        let bytes = parked.kept_bytes();
-        self.quarantine.retire(Retired {
-            held: Some(Settling::Parked(Box::new(parked))),
-            bytes,
-            transport,
-        });
+    pub(super) fn retire(&self, pulls: Pulls<T>) {
+        self.quarantine.retire(pulls);
     }
 
     /// Bytes of those whose reads have not.
@@ -61,40 +55,5 @@ impl<T: Transport> fmt::Debug for Failover<T> {
             .field("quarantine", &self.quarantine)
             .field("built", &self.built)
             .finish_non_exhaustive()
-    }
-}
-
-/// A target that nobody uses any more. Its transport goes last.
-struct Retired<T: Transport> {
-    /// Absent only while it is polled.
-    held: Option<Settling<T>>,
-    bytes: u64,
-    transport: Arc<T>,
-}
-
-impl<T: Transport> Agent for Retired<T> {
-    fn name(&self) -> String {
-        self.transport.agent().to_owned()
-    }
-
-    fn poll(&mut self) -> Standing {
-        self.held = self.held.take().map(|held| match held {
-            Settling::Parked(mut parked) => {
-                parked.poll();
-                parked.settle()
-            }
-            settled => settled,
-        });
-        match &self.held {
-            Some(Settling::Invalid(_) | Settling::Whole(_)) if self.transport.unsettled() == 0 => {
-                Standing::Quiet
-            }
-            Some(Settling::Lost(_)) | None => Standing::Lost,
-            Some(_) => Standing::Restless,
-        }
-    }
-
-    fn bytes(&self) -> u64 {
-        self.bytes
     }
 }

@@ -1,19 +1,39 @@
+//! A target in whatever state its pulls leave it, and the thread that calls into its transport.
+//!
+//! A connection may take as long as the peer likes, and a post may copy. So both happen on a thread of the target's own, and
+//! whoever pulls has an answer at the deadline: a target that is not back by then is *away*, and is treated as one whose
+//! reads are out.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Instant;
 
-use refit::pool::Memory;
-use refit::transport::{Patience, Progress, Transport, TransportError};
+use refit::pool::{Memory, PoolStats};
+use refit::transport::{Patience, Progress, Transport, TransportError, TransportPool};
 use refit::{
     Cancelled, DigestRequest, Digests, Expected, Failed, Installed, InvalidTarget, Lent,
-    ParkedTarget, Publication, RefitError, Settling, Target, Unfinished,
+    ParkedTarget, Prepared, Publication, Pulled, RefitError, Settling, Target, Unfinished,
 };
 
 use super::RankError;
 use super::failover::Failover;
+use super::lane::{Lane, Ran};
 use crate::puller::{Cause, PullFailure, Reading};
+use crate::worker::{Agent, GRACE, Standing};
 
-/// A target in whatever state the last pull left it.
+/// A target, and what goes with it when another takes over.
 #[derive(Debug)]
-pub(super) struct Pulls<T: Transport>(Held<T>);
+pub(super) struct Pulls<T: Transport> {
+    held: Held<T>,
+    /// The agent refuses to go on, though the target is here.
+    suspect: bool,
+    lane: Lane,
+    params_bytes: u64,
+    pool: TransportPool<T>,
+    /// Dropped last: what the others hold is registered with it.
+    transport: Arc<T>,
+}
 
 #[derive(Debug)]
 enum Held<T: Transport> {
@@ -22,6 +42,7 @@ enum Held<T: Transport> {
     Lent(Box<Lent<T>>),
     Mixed(InvalidTarget<T>),
     Out(Box<Out<T>>),
+    Away(Away<T>),
     /// Reads are out for ever.
     Lost,
 }
@@ -41,14 +62,36 @@ impl<T: Transport> Out<T> {
     }
 }
 
+/// A call into the transport, made to read this group, has not returned.
+struct Away<T: Transport> {
+    group: String,
+    since: Instant,
+    /// What it left behind, once it has.
+    back: Box<dyn FnMut() -> Option<Held<T>> + Send>,
+}
+
+impl<T: Transport> fmt::Debug for Away<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { group, since, .. } = self;
+        f.debug_struct("Away").field("group", group).field("since", since).finish_non_exhaustive()
+    }
+}
+
 impl<T: Transport> Pulls<T> {
     pub(super) fn new(target: Target<T>) -> Self {
-        Self(Held::Whole(target))
+        Self {
+            suspect: false,
+            lane: Lane::default(),
+            params_bytes: target.params().map(|(_, memory)| memory.len() as u64).sum(),
+            pool: target.pool().clone(),
+            transport: Arc::clone(target.transport()),
+            held: Held::Whole(target),
+        }
     }
 
     /// The parameters, if they are whole, by name and in no particular order.
     pub(super) fn params(&self) -> Option<Box<dyn Iterator<Item = (&str, &Memory)> + '_>> {
-        match &self.0 {
+        match &self.held {
             Held::Whole(target) => Some(Box::new(target.params())),
             Held::Lent(lent) => Some(Box::new(lent.params())),
             _ => None,
@@ -58,23 +101,23 @@ impl<T: Transport> Pulls<T> {
     /// Lets others read, under the target's own rank.
     pub(super) fn lend(&mut self) -> Result<Expected, RefitError> {
         self.take_back()?;
-        match std::mem::replace(&mut self.0, Held::Lost) {
+        match std::mem::replace(&mut self.held, Held::Lost) {
             Held::Whole(target) => {
                 let rank = target.layout().rank();
                 match target.lend(rank) {
                     Ok(lent) => {
                         let offered = lent.offered();
-                        self.0 = Held::Lent(Box::new(lent));
+                        self.held = Held::Lent(Box::new(lent));
                         offered.ok_or(RefitError::NothingInstalled)
                     }
                     Err(Failed { error, state }) => {
-                        self.0 = Held::Whole(state);
+                        self.held = Held::Whole(state);
                         Err(error)
                     }
                 }
             }
             other => {
-                self.0 = other;
+                self.held = other;
                 Err(RefitError::NothingInstalled)
             }
         }
@@ -82,22 +125,22 @@ impl<T: Transport> Pulls<T> {
 
     /// Lets nobody read any more: what they read at this moment they discard.
     pub(super) fn take_back(&mut self) -> Result<(), RefitError> {
-        match std::mem::replace(&mut self.0, Held::Lost) {
+        match std::mem::replace(&mut self.held, Held::Lost) {
             Held::Lent(lent) => match lent.take_back() {
-                Ok(target) => self.0 = Held::Whole(target),
+                Ok(target) => self.held = Held::Whole(target),
                 Err(Failed { error, state }) => {
-                    self.0 = Held::Lent(state);
+                    self.held = Held::Lent(state);
                     return Err(error);
                 }
             },
-            other => self.0 = other,
+            other => self.held = other,
         }
         Ok(())
     }
 
     /// Digests of what is lent.
     pub(super) fn digests(&self, request: &DigestRequest) -> Result<Digests, RefitError> {
-        match &self.0 {
+        match &self.held {
             Held::Lent(lent) => lent.digests(request),
             _ => Err(RefitError::NothingInstalled),
         }
@@ -105,7 +148,7 @@ impl<T: Transport> Pulls<T> {
 
     /// Where what is lent can be read.
     pub(super) fn publication(&self) -> Result<Publication, RefitError> {
-        match &self.0 {
+        match &self.held {
             Held::Lent(lent) => lent.publication(),
             _ => Err(RefitError::NothingInstalled),
         }
@@ -122,59 +165,19 @@ impl<T: Transport> Pulls<T> {
             let span = tracing::debug_span!("transfer_planning", group = reading.group);
             let _entered = span.enter();
             self.take_back().map_err(failure)?;
-            match std::mem::replace(&mut self.0, Held::Lost) {
-                Held::Whole(target) => target
-                    .prepare(reading.publications)
-                    .map_err(|Failed { error, state }| (error, Held::Whole(state))),
-                Held::Mixed(target) => target
-                    .prepare(reading.publications)
-                    .map_err(|Failed { error, state }| (error, Held::Mixed(state))),
-                Held::Out(out) => {
-                    let late = out.late();
-                    self.0 = Held::Out(out);
-                    return Err(late);
-                }
-                // It has just been taken back.
-                Held::Lent(_) | Held::Lost => return Err(lost()),
-            }
-        };
-        let expected = prepared.and_then(|prepared| {
-            prepared.expecting(reading.expected).map_err(|Failed { error, state }| {
-                let held = match state.cancel() {
-                    Cancelled::Whole(target) => Held::Whole(target),
-                    Cancelled::Invalid(target) => Held::Mixed(target),
-                };
-                (error, held)
-            })
-        });
-        let prepared = match expected {
-            Ok(prepared) => prepared,
-            Err((error, held)) => {
-                self.0 = held;
-                return Err(failure(error));
-            }
+            self.prepare(reading, deadline)?
         };
         let asked = reading.vouch.map(|vouch| (vouch, prepared.digest_request()));
         if let Some((vouch, request)) = &asked
             && let Err(failure) = vouch.ask(request)
         {
-            self.0 = match prepared.cancel() {
-                Cancelled::Whole(target) => Held::Whole(target),
-                Cancelled::Invalid(target) => Held::Mixed(target),
-            };
+            self.held = prepared.cancel().into();
             return Err(failure);
         }
-        let arrived = {
+        let pulled = {
             let span = tracing::debug_span!("wire_transfer", group = reading.group);
             let _entered = span.enter();
-            prepared.pull().and_then(|pulling| pulling.wait(deadline))
-        };
-        let pulled = match arrived {
-            Ok(pulled) => pulled,
-            Err(Failed { error, state }) => {
-                self.0 = Held::after(state, reading.group);
-                return Err(failure(error));
-            }
+            self.read(prepared, reading.group, deadline)?
         };
         let landed = {
             let span = tracing::debug_span!("transformation", group = reading.group);
@@ -186,7 +189,7 @@ impl<T: Transport> Pulls<T> {
                 Ok(Some(answers)) => landed.verify(&answers),
                 Ok(None) => Ok(landed),
                 Err(failure) => {
-                    self.0 = Held::Mixed(landed.install().stale());
+                    self.held = Held::Mixed(landed.install().stale());
                     return Err(failure);
                 }
             },
@@ -194,79 +197,280 @@ impl<T: Transport> Pulls<T> {
         };
         match landed {
             Err(Failed { error, state }) => {
-                self.0 = Held::Mixed(state);
+                self.held = Held::Mixed(state);
                 Err(failure(error))
             }
             Ok(landed) => match finish(landed.install()) {
                 Ok(target) => {
-                    self.0 = Held::Whole(target);
+                    self.held = Held::Whole(target);
                     Ok(Ok(()))
                 }
                 Err((target, error)) => {
-                    self.0 = Held::Mixed(target);
+                    self.held = Held::Mixed(target);
                     Ok(Err(error))
                 }
             },
         }
     }
 
+    fn prepare(
+        &mut self,
+        reading: &Reading<'_>,
+        deadline: Instant,
+    ) -> Result<Prepared<T>, PullFailure> {
+        if self.suspect {
+            return Err(self.lost());
+        }
+        // First: from here on the target has to come back from somewhere.
+        self.lane.start().map_err(|error| PullFailure::new(Cause::Failed, error))?;
+        let target = match std::mem::replace(&mut self.held, Held::Lost) {
+            Held::Whole(target) => Cancelled::Whole(target),
+            Held::Mixed(target) => Cancelled::Invalid(target),
+            Held::Lost => return Err(self.lost()),
+            Held::Out(out) => {
+                let late = out.late();
+                self.held = Held::Out(out);
+                return Err(late);
+            }
+            Held::Away(away) => {
+                let late = self.still_away(&away);
+                self.held = Held::Away(away);
+                return Err(late);
+            }
+            // It has just been taken back.
+            Held::Lent(_) => return Err(self.lost()),
+        };
+        let (publications, expected) =
+            (Arc::clone(reading.publications), reading.expected.to_vec());
+        let work = move || {
+            let prepared = match target {
+                Cancelled::Whole(target) => target
+                    .prepare(&publications)
+                    .map_err(|Failed { error, state }| left(error, Held::Whole(state))),
+                Cancelled::Invalid(target) => target
+                    .prepare(&publications)
+                    .map_err(|Failed { error, state }| left(error, Held::Mixed(state))),
+            };
+            prepared.and_then(|prepared| {
+                prepared
+                    .expecting(&expected)
+                    .map_err(|Failed { error, state }| left(error, state.cancel().into()))
+            })
+        };
+        self.away(reading.group, deadline, work, |prepared| prepared.cancel().into())
+    }
+
+    /// Posts the reads and waits for them.
+    fn read(
+        &mut self,
+        prepared: Prepared<T>,
+        group: &str,
+        deadline: Instant,
+    ) -> Result<Pulled<T>, PullFailure> {
+        let silent = group.to_owned();
+        let work = move || {
+            let arrived = prepared.pull().and_then(|pulling| pulling.wait(deadline));
+            arrived.map_err(|Failed { error, state }| left(error, Held::after(state, &silent)))
+        };
+        // Nobody is there any more to say whether it may be used.
+        self.away(group, deadline, work, |pulled| match pulled.land() {
+            Ok(landed) => Held::Mixed(landed.install().stale()),
+            Err(Failed { state, .. }) => Held::Mixed(state),
+        })
+    }
+
+    /// Has the target's thread do something to it, and waits for that, a little beyond the deadline. `unwanted` says what is
+    /// left of a success that comes later.
+    fn away<O: Send + 'static>(
+        &mut self,
+        group: &str,
+        deadline: Instant,
+        work: impl FnOnce() -> Result<O, Left<T>> + Send + 'static,
+        unwanted: impl Fn(O) -> Held<T> + Send + 'static,
+    ) -> Result<O, PullFailure> {
+        let since = Instant::now();
+        let until = deadline.checked_add(GRACE).unwrap_or(deadline);
+        match self.lane.run(until, work) {
+            Ran::Done(Ok(output)) => Ok(output),
+            Ran::Done(Err(left)) => {
+                let (error, held) = *left;
+                self.held = held;
+                let failure = failure(error);
+                self.suspect |= failure.cause == Cause::Lost;
+                Err(failure)
+            }
+            Ran::Gone => {
+                self.held = Held::Lost;
+                let agent = self.transport.agent().to_owned();
+                Err(PullFailure::new(Cause::Lost, RankError::Panicked { agent }))
+            }
+            Ran::Away(answers) => {
+                let back = move || returned(&answers, &unwanted);
+                let away = Away { group: group.to_owned(), since, back: Box::new(back) };
+                let reason = self.still_away(&away);
+                self.held = Held::Away(away);
+                Err(reason)
+            }
+        }
+    }
+
     /// The group whose reads are out.
     pub(super) fn silent(&self) -> Option<&str> {
-        match &self.0 {
+        match &self.held {
             Held::Out(out) => Some(&out.group),
+            Held::Away(away) => Some(&away.group),
             _ => None,
         }
     }
 
-    /// Bytes that cannot be used because reads are out.
+    /// Bytes that cannot be used because reads are out, or may be.
     pub(super) fn kept_bytes(&self) -> u64 {
-        match &self.0 {
-            Held::Out(out) => out.parked.kept_bytes(),
-            _ => 0,
+        match &self.held {
+            Held::Whole(_) | Held::Lent(_) | Held::Mixed(_) if !self.suspect => 0,
+            _ => self.params_bytes.saturating_add(self.pool.stats().bytes),
         }
+    }
+
+    /// What the pool holds.
+    pub(super) fn pool_stats(&self) -> PoolStats {
+        self.pool.stats()
     }
 
     /// Waits until no reads are out. What they brought is not used: their sources may have gone on since.
     pub(super) fn settle(&mut self, deadline: Instant) -> Result<(), PullFailure> {
         let mut patience = Patience::for_the_silent();
-        while let Held::Out(out) = &mut self.0 {
-            if out.parked.poll() == Progress::Pending {
-                if patience.pause(deadline) {
-                    continue;
-                }
-                return Err(out.late());
+        while self.look() == Progress::Pending {
+            if patience.pause(deadline) {
+                continue;
             }
-            if let Held::Out(out) = std::mem::replace(&mut self.0, Held::Lost) {
-                let Out { group, parked } = *out;
-                self.0 = match parked.settle() {
-                    Settling::Parked(parked) => Held::Out(Box::new(Out { group, parked: *parked })),
-                    Settling::Invalid(target) => Held::Mixed(target),
-                    Settling::Whole(target) => Held::Whole(target),
-                    Settling::Lost(error) => {
-                        return Err(PullFailure::new(Cause::Lost, error));
-                    }
-                };
-            }
+            return Err(match &self.held {
+                Held::Away(away) => self.still_away(away),
+                Held::Out(out) => out.late(),
+                _ => continue,
+            });
         }
-        if matches!(self.0, Held::Lost) { Err(lost()) } else { Ok(()) }
+        if self.suspect || matches!(self.held, Held::Lost) { Err(self.lost()) } else { Ok(()) }
     }
 
-    /// Has a fresh target take over from one whose reads are out, if `fits` finds nothing wrong with it. The old one is
-    /// kept until they have settled.
+    /// Moves on what is under way, waits for nobody, and says whether something still is.
+    fn look(&mut self) -> Progress {
+        loop {
+            self.held = match std::mem::replace(&mut self.held, Held::Lost) {
+                Held::Out(mut out) => {
+                    if out.parked.poll() == Progress::Pending {
+                        self.held = Held::Out(out);
+                        return Progress::Pending;
+                    }
+                    let Out { group, parked } = *out;
+                    match parked.settle() {
+                        Settling::Parked(parked) => {
+                            self.held = Held::Out(Box::new(Out { group, parked: *parked }));
+                            return Progress::Pending;
+                        }
+                        Settling::Invalid(target) => Held::Mixed(target),
+                        Settling::Whole(target) => Held::Whole(target),
+                        Settling::Lost(error) => {
+                            tracing::error!(%error, agent = self.transport.agent(), "reads are lost");
+                            Held::Lost
+                        }
+                    }
+                }
+                Held::Away(mut away) => match (away.back)() {
+                    // It may have left reads behind.
+                    Some(held) => held,
+                    None => {
+                        self.held = Held::Away(away);
+                        return Progress::Pending;
+                    }
+                },
+                here => {
+                    self.held = here;
+                    return Progress::Done;
+                }
+            };
+        }
+    }
+
+    /// Has a fresh target take over, if `fits` finds nothing wrong with it. The old one is kept until its reads have settled.
     pub(super) fn fail_over(
         &mut self,
         failover: &mut Failover<T>,
         fits: impl FnOnce(&Target<T>) -> Result<(), RefitError>,
     ) -> Result<(), PullFailure> {
-        let Held::Out(out) = &self.0 else { return Ok(()) };
-        let Out { group, parked } = &**out;
-        let fresh = failover.build(parked.kept_bytes())?;
+        let fresh = failover.build(self.kept_bytes())?;
         fits(&fresh).map_err(failure)?;
-        tracing::warn!(group, agent = parked.transport().agent(), "a fresh agent takes over");
-        if let Held::Out(out) = std::mem::replace(&mut self.0, Held::Whole(fresh)) {
-            failover.retire(out.parked);
-        }
+        tracing::warn!(
+            group = self.silent(),
+            agent = self.transport.agent(),
+            "a fresh agent takes over"
+        );
+        failover.retire(std::mem::replace(self, Self::new(fresh)));
         Ok(())
+    }
+
+    fn still_away(&self, away: &Away<T>) -> PullFailure {
+        let reason = RankError::Away {
+            agent: self.transport.agent().to_owned(),
+            group: away.group.clone(),
+            bytes: self.kept_bytes(),
+            age: away.since.elapsed(),
+        };
+        PullFailure::new(Cause::Late, reason)
+    }
+
+    fn lost(&self) -> PullFailure {
+        let agent = self.transport.agent().to_owned();
+        PullFailure::new(Cause::Lost, RankError::Lost { agent })
+    }
+}
+
+/// A target that another has taken over from.
+impl<T: Transport> Agent for Pulls<T> {
+    fn name(&self) -> String {
+        self.transport.agent().to_owned()
+    }
+
+    fn poll(&mut self) -> Standing {
+        match self.look() {
+            Progress::Pending => Standing::Restless,
+            _ if matches!(self.held, Held::Lost) => Standing::Lost,
+            _ if self.transport.unsettled() > 0 => Standing::Restless,
+            _ => Standing::Quiet,
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        self.kept_bytes()
+    }
+}
+
+/// Why something failed, and what it left behind.
+type Left<T> = Box<(RefitError, Held<T>)>;
+
+fn left<T: Transport>(error: RefitError, held: Held<T>) -> Left<T> {
+    Box::new((error, held))
+}
+
+/// What has come back, if something has.
+fn returned<T: Transport, O>(
+    answers: &Receiver<Result<O, Left<T>>>,
+    unwanted: impl Fn(O) -> Held<T>,
+) -> Option<Held<T>> {
+    match answers.try_recv() {
+        Ok(Ok(output)) => Some(unwanted(output)),
+        Ok(Err(left)) => Some(left.1),
+        Err(TryRecvError::Empty) => None,
+        // It panicked.
+        Err(TryRecvError::Disconnected) => Some(Held::Lost),
+    }
+}
+
+impl<T: Transport> From<Cancelled<T>> for Held<T> {
+    fn from(cancelled: Cancelled<T>) -> Self {
+        match cancelled {
+            Cancelled::Whole(target) => Self::Whole(target),
+            Cancelled::Invalid(target) => Self::Mixed(target),
+        }
     }
 }
 
@@ -282,10 +486,6 @@ impl<T: Transport> Held<T> {
             Unfinished::Lost => Self::Lost,
         }
     }
-}
-
-fn lost() -> PullFailure {
-    PullFailure::new(Cause::Lost, RankError::Lost)
 }
 
 /// What kind of failure an error of a refit is.

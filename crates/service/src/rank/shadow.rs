@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use refit::pool::Memory;
+use refit::pool::{Memory, PoolStats};
 use refit::translate::PostAction;
 use refit::transport::Transport;
 use refit::{DigestRequest, Digests, Expected, Publication, RefitError, Target};
@@ -101,12 +101,12 @@ impl<T: Transport, E: Engine> Shadow<T, E> {
         self
     }
 
-    /// Goes on in other memory when a peer falls silent in the middle of a pull: such reads may write the shadow for as long
-    /// as the peer likes, and there may be another to read.
+    /// Goes on in other memory when a peer falls silent in the middle of a pull, or the transport can no longer watch its
+    /// reads: they may write the shadow for as long as the peer likes, and there may be another to read.
     ///
     /// `build` makes a target like the first one, with an agent, a pool and parameters of its own; its argument counts
     /// its calls, for agents whose names do not carry an incarnation. The old target is kept by the
-    /// [reaper](crate::worker::reaper) until its reads have settled, and destroyed then. What is kept at a time has to
+    /// [reaper](crate::worker::reaper) until its reads have settled, and destroyed then, or leaked if they never can. What is kept at a time has to
     /// find room in `quarantine`; otherwise nothing is replaced, and a refresh ends with
     /// [`Ended::Quarantined`](crate::reader::Ended::Quarantined).
     #[must_use]
@@ -123,6 +123,12 @@ impl<T: Transport, E: Engine> Shadow<T, E> {
     #[must_use]
     pub fn staged(&self) -> Option<u64> {
         self.staged
+    }
+
+    /// What the pool of its target holds.
+    #[must_use]
+    pub fn pool_stats(&self) -> PoolStats {
+        self.pulls.pool_stats()
     }
 
     /// What its pulls came to.
@@ -152,6 +158,13 @@ impl<T: Transport, E: Engine> Puller for Shadow<T, E> {
             let (target, report) = installed.refreshed();
             totals.add(&report);
             Ok::<_, (_, std::convert::Infallible)>(target)
+        });
+        let pulled = pulled.map_err(|failure| match failure.cause {
+            // Another takes over.
+            Cause::Lost if self.failover.is_some() => {
+                PullFailure::new(Cause::Failed, failure.reason)
+            }
+            _ => failure,
         })?;
         match pulled {
             Ok(()) => self.staged = Some(reading.version),
@@ -168,7 +181,7 @@ impl<T: Transport, E: Engine> Puller for Shadow<T, E> {
         // A fresh agent would wait for the same peer.
         let wait = if pulls.silent() == Some(group) { deadline } else { Instant::now() };
         match pulls.settle(wait) {
-            Err(PullFailure { cause: Cause::Late, .. }) => {
+            Err(PullFailure { cause: Cause::Late | Cause::Lost, .. }) => {
                 pulls.fail_over(failover, |fresh| fits(fresh, names, live))
             }
             settled => settled,

@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use refit::{Expected, Publication};
 
@@ -16,7 +17,7 @@ pub struct Lease<R: Rendezvous> {
     /// `None` once it was given back.
     key: Option<Key>,
     offer: Offer,
-    publications: Vec<Publication>,
+    publications: Arc<[Publication]>,
     expected: Vec<Expected>,
 }
 
@@ -57,7 +58,7 @@ impl<R: Rendezvous> Lease<R> {
             key: Some(key),
             expected: expected.collect(),
             offer: offer.clone(),
-            publications: Vec::new(),
+            publications: Arc::default(),
         })
     }
 
@@ -85,7 +86,7 @@ impl<R: Rendezvous> Lease<R> {
     }
 
     /// Reads the publications of all ranks, those that are not known from before.
-    pub(super) fn read_publications(&mut self, known: Vec<Publication>) -> Result<(), NotLeased> {
+    pub(super) fn read_publications(&mut self, known: Arc<[Publication]>) -> Result<(), NotLeased> {
         let fail = |cause, reason: OfferError| NotLeased::Failed(PullFailure::new(cause, reason));
         let digests = self.offer.ranks.iter().map(|rank| &rank.member.publication);
         if known.len() == self.offer.ranks.len()
@@ -94,14 +95,15 @@ impl<R: Rendezvous> Lease<R> {
             self.publications = known;
             return Ok(());
         }
-        let mut known: BTreeMap<[u8; 32], Publication> =
-            known.into_iter().map(|publication| (*publication.digest(), publication)).collect();
+        let known: BTreeMap<&[u8; 32], &Publication> =
+            known.iter().map(|publication| (publication.digest(), publication)).collect();
         let name = &self.offer.group;
+        let mut publications = Vec::with_capacity(self.offer.ranks.len());
         for rank in &self.offer.ranks {
             let group = || name.clone();
             let (rank, digest) = (rank.member.rank, &rank.member.publication);
-            let publication = match known.remove(digest) {
-                Some(publication) => publication,
+            let publication = match known.get(digest) {
+                Some(publication) => (*publication).clone(),
                 None => {
                     let key = self.seat.model().publication(name, rank)?;
                     let mut found = self.seat.list(&key)?;
@@ -126,8 +128,9 @@ impl<R: Rendezvous> Lease<R> {
                 let reason = OfferError::OtherRank { group: group(), rank, found };
                 return Err(fail(Cause::Refused, reason));
             }
-            self.publications.push(publication);
+            publications.push(publication);
         }
+        self.publications = publications.into();
         Ok(())
     }
 
@@ -144,7 +147,7 @@ impl<R: Rendezvous> Lease<R> {
     }
 
     /// Gives it back, and the group with what is known of it.
-    pub(super) fn release(mut self) -> (String, Vec<Publication>) {
+    pub(super) fn release(mut self) -> (String, Arc<[Publication]>) {
         self.give_back();
         (self.offer.group.clone(), std::mem::take(&mut self.publications))
     }
