@@ -43,6 +43,10 @@ impl Notes {
         lock(&self.0).done.clone()
     }
 
+    pub(crate) fn has_raised(&self) -> bool {
+        lock(&self.0).raised.is_some()
+    }
+
     /// The failure that a callback is to blame for, in place of this one.
     pub(crate) fn blame(&self, failure: Failure) -> Failure {
         match lock(&self.0).raised.take() {

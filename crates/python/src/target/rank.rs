@@ -9,6 +9,7 @@ use refit::pool::{Memory, PoolOptions};
 use refit::translate::{PostAction, TargetLayout};
 use refit::transport::{Transport, TransportPool, TransportRegistrar, draw_incarnation};
 use refit::{TargetOptions, allocate};
+use refit_service::puller::{Cause, PullFailure, Puller, Reading as Version};
 use refit_service::rank::{Direct, Shadow};
 use refit_service::reader::{Ended, Reader, ReaderOptions, Wanted};
 use refit_service::rendezvous::RendezvousError;
@@ -16,7 +17,7 @@ use refit_service::replica::{Replica, ReplicaRank};
 
 use crate::agent::Begin;
 use crate::desk::lock;
-use crate::engine::Callbacks;
+use crate::engine::{Callbacks, Notes};
 use crate::failure::{Failure, Kind};
 use crate::home::Home;
 use crate::place::{Meeting, Place};
@@ -105,8 +106,9 @@ impl Begin for Join {
         let reader = reader(&name)?;
         match self.mode {
             Mode::Direct => {
+                let notes = engine.notes.clone();
                 let direct = Direct::new(target(params, actions)?, engine);
-                Ok(Box::new(InPlace { direct, reader, scout, place, pool, replica, live }))
+                Ok(Box::new(InPlace { direct, notes, reader, scout, place, pool, replica, live }))
             }
             Mode::Staged => {
                 // Nothing is derived from a shadow.
@@ -153,6 +155,7 @@ fn wait_for(
 #[derive(Debug)]
 struct InPlace<T: Transport> {
     direct: Direct<T, Callbacks>,
+    notes: Notes,
     reader: Reader<Meeting>,
     scout: Reader<Meeting>,
     place: Place,
@@ -161,17 +164,43 @@ struct InPlace<T: Transport> {
     live: Live,
 }
 
+/// A target whose refresh ends when a callback has raised: trying again would call it again.
+#[derive(Debug)]
+struct Prompt<'a, T: Transport> {
+    direct: &'a mut Direct<T, Callbacks>,
+    notes: &'a Notes,
+}
+
+impl<T: Transport> Puller for Prompt<'_, T> {
+    fn pull(&mut self, reading: &Version<'_>, deadline: Instant) -> Result<(), PullFailure> {
+        self.direct.pull(reading, deadline).map_err(|failure| {
+            // The one cause that a reader does not try again after; what is raised in the end is the callback's error.
+            let cause = if self.notes.has_raised() { Cause::Lost } else { failure.cause };
+            PullFailure { cause, ..failure }
+        })
+    }
+
+    fn make_ready(&mut self, group: &str, deadline: Instant) -> Result<(), PullFailure> {
+        self.direct.make_ready(group, deadline)
+    }
+
+    fn quarantined_bytes(&self) -> u64 {
+        self.direct.quarantined_bytes()
+    }
+}
+
 impl<T: Transport> Reading for InPlace<T> {
     fn refresh(&mut self, at_least: u64, deadline: Instant) -> Result<u64, Failure> {
         let wanted = wanted(&self.replica, at_least);
-        let mut read = self.reader.refresh(&mut self.direct, &wanted, deadline);
+        let mut direct = Prompt { direct: &mut self.direct, notes: &self.notes };
+        let mut read = self.reader.refresh(&mut direct, &wanted, deadline);
         let ended = |read: &Result<_, Box<refit_service::reader::RefreshError>>| matches!(read, Err(error) if matches!(error.ended, Ended::Store(RendezvousError::SessionEnded)));
         if ended(&read) {
             // Nobody else has this rank's place: only readers' leases were kept by the session.
             let seat = self.place.seat()?;
             self.reader.reseat(seat.clone());
             self.scout.reseat(seat);
-            read = self.reader.refresh(&mut self.direct, &wanted, deadline);
+            read = self.reader.refresh(&mut direct, &wanted, deadline);
         }
         let was = self.live.version();
         self.live.set(self.direct.version());
