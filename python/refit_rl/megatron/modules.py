@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import LayoutError, RefusedError, TensorError
+from ..errors import LayoutError, RefusedError
 
 __all__ = ["Held", "Span", "unwrap", "walk", "wrappers"]
 
@@ -75,7 +75,6 @@ def walk(model_chunks: Any) -> Held:
     Raises:
         RefusedError: a setting under which parameters are not what their names say; it says what to change.
         LayoutError: modules that are not those of a `GPTModel` or `HybridModel`.
-        TensorError: parameters that cannot be read in place: not contiguous, or on top of each other.
     """
     chunks = list(model_chunks) if isinstance(model_chunks, (list, tuple)) else [model_chunks]
     if not chunks:
@@ -83,7 +82,6 @@ def walk(model_chunks: Any) -> Held:
     held = Held()
     for number, chunk in enumerate(chunks):
         _walk_chunk(held, chunk, f"model{number}." if len(chunks) > 1 else "")
-    _check_memory(held.parameters)
     return held
 
 
@@ -216,21 +214,6 @@ def _refuse_hidden(model: Any) -> None:
                 "says when parameters are complete: pass the chunks as `get_model` gives them back",
                 (name,),
             )
-
-
-def _check_memory(parameters: dict[str, Any]) -> None:
-    """Parameters are read where they lie, so each has to be in one piece and in a place of its own."""
-    spans: list[tuple[Span, str]] = []
-    for name, tensor in parameters.items():
-        if not tensor.is_contiguous():
-            raise TensorError(f"`{name}` is not contiguous: it cannot be read in place", (name,))
-        span = Span.of(tensor)
-        if span.nbytes:
-            spans.append((span, name))
-    spans.sort(key=lambda it: it[0].begin)
-    for (one, name), (other, second) in zip(spans, spans[1:]):
-        if one.begin + one.nbytes > other.begin:
-            raise TensorError(f"`{name}` and `{second}` lie on top of each other", (name, second))
 
 
 def moved(parameters: dict[str, Any], model_chunks: Sequence[Any], spans: dict[str, Span]) -> list[str]:
