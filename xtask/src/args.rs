@@ -26,6 +26,8 @@ pub(crate) enum Task {
         /// Whether to only say if that would change anything.
         check: bool,
     },
+    /// Build and test the Python package.
+    Python(Vec<String>),
     /// Run the models of the pool's locks.
     Loom,
     /// Kill, stop and restart processes over NIXL.
@@ -69,6 +71,8 @@ impl Task {
             "bench" => Ok(Self::Bench(without_separator(rest))),
             "refit" => Ok(Self::Refit(without_separator(rest))),
             "chart" => Ok(Self::Chart(without_separator(rest))),
+            // These pass to pytest.
+            "python" => Ok(Self::Python(without_separator(rest))),
             "chaos" => Ok(Self::Chaos(without_separator(rest))),
             "bundle" => bundle::Options::parse(rest).map(Self::Bundle),
             "setup" => none(&name, &rest).map(|()| Self::Setup),
@@ -125,6 +129,7 @@ mod tests {
             Ok(Task::Test(strings(&["-p", "refit", "--", "--nocapture"])))
         );
         assert_eq!(parse("refit -- plan --help"), Ok(Task::Refit(strings(&["plan", "--help"]))));
+        assert_eq!(parse("python -- -k nixl"), Ok(Task::Python(strings(&["-k", "nixl"]))));
         assert_eq!(parse("chaos --trials 3"), Ok(Task::Chaos(strings(&["--trials", "3"]))));
         assert_eq!(parse("bench --steps 3"), Ok(Task::Bench(strings(&["--steps", "3"]))));
     }

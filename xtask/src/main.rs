@@ -13,6 +13,7 @@ mod extra;
 mod failure;
 mod help;
 mod ptx;
+mod python;
 mod setup;
 mod tidy;
 
@@ -57,6 +58,7 @@ fn run(task: Task) -> Result<(), Failure> {
         Task::Chart(args) => cargo::chart(&root, &args),
         Task::Bundle(options) => bundle::run(&root, &options),
         Task::Ptx { check } => ptx::run(&root, check),
+        Task::Python(args) => python::run(&root, &args),
         Task::Loom => cargo::loom(&root),
         Task::Chaos(args) => cargo::chaos(&root, &args),
         Task::Tidy => tidy::run(&root),
