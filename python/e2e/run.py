@@ -162,32 +162,48 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running(case: Case, folder: Path) -> Iterator[tuple[Talk, Talk]]:
-    """The trainer and the engine of a case."""
-    model = folder / "initial"
-    meet = folder / "meet"
-    meet.mkdir()
-    common = ["--model", str(model), "--rendezvous", f"dir:{meet}", "--name", case.name]
+def training(case: Case, folder: Path) -> Iterator[Talk]:
+    """The ranks of a trainer."""
+    (folder / "meet").mkdir()
+    write_config(case, folder)
     world = case.tp * case.pp * case.ep * case.dp
     port = str(free_port())
     sizes = [f"--{what}={getattr(case, what)}" for what in ("tp", "pp", "ep")]
-    command = [sys.executable, str(HERE / "trainer.py"), *common, *sizes, f"--dump={folder / 'held'}"]
+    command = [sys.executable, str(HERE / "trainer.py"), *common(case, folder), *sizes, f"--dump={folder / 'held'}"]
     command += ["--overlap"] if case.overlap else []
     envs = [
         environment(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         for rank in range(world)
     ]
-    serve = [sys.executable, str(HERE / "engine.py"), *common, f"--tp={case.engine}", "--prompts-max=8", "--max-model-len=128"]
-    with contextlib.ExitStack() as ends:
-        trainer = Talk("trainer", [command] * world, envs, folder / "trainer.log")
-        ends.callback(trainer.close, 30.0)
-        engine = Talk("engine", [serve], [environment()], folder / "engine.log")
-        ends.callback(engine.close, 60.0)
-        ready = trainer.answer()
-        if ready["copies"] != case.dp:
-            raise Broken(f"the trainer publishes {ready['copies']} copies of the model, not {case.dp}")
-        engine.answer()
-        yield trainer, engine
+    trainer = Talk("trainer", [command] * world, envs, folder / "trainer.log")
+    try:
+        yield trainer
+    finally:
+        trainer.close(30.0)
+
+
+@contextlib.contextmanager
+def serving(case: Case, folder: Path) -> Iterator[Talk]:
+    """The engine, which starts its own workers."""
+    sizes = [f"--tp={case.engine}", "--prompts-max=8", "--max-model-len=128"]
+    command = [sys.executable, str(HERE / "engine.py"), *common(case, folder), *sizes]
+    engine = Talk("engine", [command], [environment()], folder / "engine.log")
+    try:
+        yield engine
+    finally:
+        engine.close(60.0)
+
+
+def common(case: Case, folder: Path) -> list[str]:
+    return ["--model", str(folder / "initial"), "--rendezvous", f"dir:{folder / 'meet'}", "--name", case.name]
+
+
+def write_config(case: Case, folder: Path) -> Path:
+    """`config.json` as the model states it: what transformers would write of it is more than either side needs."""
+    config = folder / "initial" / "config.json"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(json.dumps(models.MODELS[case.model]))
+    return config
 
 
 def initial(case: Case, folder: Path) -> None:
@@ -195,14 +211,11 @@ def initial(case: Case, folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    (folder / "initial").mkdir(parents=True)
-    config = folder / "initial" / "config.json"
-    config.write_text(json.dumps(models.MODELS[case.model]))
+    config = write_config(case, folder)
     torch.manual_seed(99)
     made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.parent), dtype=torch.bfloat16)
     made.save_pretrained(config.parent)
-    # As it was: transformers writes more into it than either side needs.
-    config.write_text(json.dumps(models.MODELS[case.model]))
+    write_config(case, folder)
 
 
 def one_version(case: Case, folder: Path, trainer: Talk, engine: Talk, version: int) -> dict[str, Any]:
@@ -256,7 +269,12 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     }
     try:
         initial(case, folder)
-        with running(case, folder) as (trainer, engine):
+        # Both start at the same time.
+        with training(case, folder) as trainer, serving(case, folder) as engine:
+            ready = trainer.answer()
+            if ready["copies"] != case.dp:
+                raise Broken(f"the trainer publishes {ready['copies']} copies of the model, not {case.dp}")
+            engine.answer()
             for version in VERSIONS:
                 row = one_version(case, folder, trainer, engine, version)
                 result["versions"].append(row)

@@ -278,12 +278,14 @@ pub(crate) fn of_vllm(
     Ok(Layout::new(Side::Target, layout, post_actions))
 }
 
-/// What the engine calls its experts, by what it holds.
+/// What the engine calls its experts, by what it holds. Shared experts have the same name in every release.
 fn names_of(held: &[TensorSpec]) -> ExpertNames {
-    let routed = ExpertNames::Routed.prefix();
-    let flat = held
-        .iter()
-        .any(|spec| spec.name.contains(ExpertNames::Flat.prefix()) && !spec.name.contains(routed));
+    let called = |names: ExpertNames| {
+        let part = format!(".{}", names.prefix());
+        held.iter().any(|spec| spec.name.contains(&part))
+    };
+    // Every routed name contains the flat one.
+    let flat = called(ExpertNames::Flat) && !called(ExpertNames::Routed);
     if flat { ExpertNames::Flat } else { ExpertNames::Routed }
 }
 
