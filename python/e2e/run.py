@@ -158,7 +158,9 @@ def environment(**more: str) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
-    return {**os.environ, **given, **more}
+    # vLLM's workers import what stands beside the engine's script.
+    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, **given, "PYTHONPATH": os.pathsep.join(paths), **more}
 
 
 @contextlib.contextmanager
@@ -186,7 +188,7 @@ def training(case: Case, folder: Path) -> Iterator[Talk]:
 def serving(case: Case, folder: Path) -> Iterator[Talk]:
     """The engine, which starts its own workers."""
     sizes = [f"--tp={case.engine}", "--prompts-max=8", "--max-model-len=128"]
-    command = [sys.executable, str(HERE / "engine.py"), *common(case, folder), *sizes]
+    command = [sys.executable, str(HERE / "worker_engine.py"), *common(case, folder), *sizes]
     engine = Talk("engine", [command], [environment()], folder / "engine.log")
     try:
         yield engine
@@ -306,8 +308,10 @@ def line(case: Case, row: dict[str, Any]) -> str:
 def packages() -> dict[str, str]:
     from importlib.metadata import version
 
-    names = ("refit-rl", "megatron-core", "vllm-cpu", "torch", "transformers", "nixl-cu12")
-    return {name: version(name) for name in names}
+    import refit_rl
+
+    names = ("megatron-core", "vllm-cpu", "torch", "transformers", "nixl-cu12")
+    return {"refit-rl": refit_rl.__version__, **{name: version(name) for name in names}}
 
 
 def main() -> int:
