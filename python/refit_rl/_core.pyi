@@ -353,7 +353,8 @@ class Target:
         """Makes a version live, and says how.
 
         Args:
-            version: this one or a newer one. Left out: one newer than what is live.
+            version: this one or a newer one. Left out: one newer than what is live. Where a rank that needs no other has it
+                already, nothing is read: after an engine has lost its weights (sleep), make a new target.
             timeout: for all of it; waiting for the version to be on offer and for the other ranks included.
 
         Raises:

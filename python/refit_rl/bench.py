@@ -171,7 +171,7 @@ def _memcpy(live: dict[str, np.ndarray]) -> float:
     best = float("inf")
     for _ in range(3):
         began = time.perf_counter()
-        for copy, tensor in zip(copies, live.values()):
+        for copy, tensor in zip(copies, live.values(), strict=True):
             np.copyto(copy, tensor)
         best = min(best, time.perf_counter() - began)
     return best
@@ -234,9 +234,10 @@ def _receive(wanted: Connection, pipes: list[Connection]) -> Any:
     from multiprocessing.connection import wait
 
     while True:
-        for pipe in wait(pipes):
+        ready = wait(pipes)
+        for pipe in (pipe for pipe in pipes if pipe in ready):
             try:
-                received = pipe.recv()  # type: ignore[union-attr]
+                received = pipe.recv()
             except EOFError:
                 raise RefitError("a process of the bench ended; what it said is above") from None
             if isinstance(received, RefitError):
@@ -266,7 +267,7 @@ def _table(shapes: Shapes, figures: dict[str, Any], options: argparse.Namespace)
         f"rank(s) -> 1 engine rank, {options.mode}, over NIXL; every byte compared\n"
         f"one memcpy of them takes {figures['memcpy_seconds'] * 1e3:.1f} ms ({copy:.2f} GB/s); GB/s counts wire and landing\n"
     )
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return head + "\n".join(lines)
 
 

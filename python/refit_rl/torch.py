@@ -156,23 +156,26 @@ def _shard(name: str, parameter: torch.Tensor) -> tuple[tuple[Any, ...], torch.T
         )
     local = parameter.to_local().detach()
     held, offsets = _box(parameter)
-    if tuple(local.shape) != tuple(held):
+    if tuple(local.shape) != held:
         raise LayoutError(
-            f"`{name}` holds {tuple(local.shape)} of {shape}, and its placements {tuple(placements)} say {tuple(held)}", [name]
+            f"`{name}` holds {tuple(local.shape)} of {shape}, and its placements {tuple(placements)} say {held}", [name]
         )
-    return (shape, parameter.dtype, tuple(offsets), tuple(held)), local
+    return (shape, parameter.dtype, offsets, held), local
 
 
 def _box(parameter: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Extents and offsets of the local box, by torch's own arithmetic: uneven shards and FSDP over tensor parallelism follow
     rules that are not written down here."""
+    from importlib import import_module
+
     try:
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+        utilities: Any = import_module("torch.distributed.tensor._utils")
     except ImportError:  # torch before 2.5
-        from torch.distributed._tensor._utils import (  # type: ignore[import-not-found,no-redef]
-            compute_local_shape_and_global_offset,
-        )
-    return compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+        utilities = import_module("torch.distributed._tensor._utils")
+    held, offsets = utilities.compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return tuple(held), tuple(offsets)
 
 
 def _world(torch: Any) -> tuple[int, int]:

@@ -27,7 +27,7 @@ def source(store: str, steps: int) -> dict:
         "left": ((ROWS, COLS), "float32", (0, 0), (ROWS, COLS // 2)),
         "right": ((ROWS, COLS), "float32", (0, COLS // 2), (ROWS, COLS // 2)),
     }
-    layout = layouts.shards({name: (shape, dtype, offsets, local) for name, (shape, dtype, offsets, local) in boxes.items()}, rank=0)
+    layout = layouts.shards(boxes, rank=0)
     held = {name: np.zeros(local, np.float32) for name, (_, _, _, local) in boxes.items()}
     with Source(store, layout, held, model="m") as there:
         for version in range(1, steps + 1):

@@ -119,6 +119,47 @@ def test_sizes_that_cannot_be_are_refused() -> None:
         layouts.vllm(model.CONFIG, specs(model.vllm(model.checkpoint(0))), rank=0, expert_parallel="round")
 
 
+@pytest.mark.parametrize("names", ["flat", "routed"])
+def test_experts_are_called_as_the_rank_calls_them(names: str) -> None:
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "torch_dtype": "float32",
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "moe_intermediate_size": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 64,
+    }
+    at = "model.layers.0."
+    prefix = at + "mlp.experts." + ("routed_experts." if names == "routed" else "")
+    held = {
+        "model.embed_tokens.weight": (64, 16),
+        "model.norm.weight": (16,),
+        "lm_head.weight": (64, 16),
+        at + "input_layernorm.weight": (16,),
+        at + "post_attention_layernorm.weight": (16,),
+        at + "self_attn.qkv_proj.weight": (64, 16),
+        at + "self_attn.o_proj.weight": (16, 32),
+        at + "self_attn.q_norm.weight": (8,),
+        at + "self_attn.k_norm.weight": (8,),
+        at + "mlp.gate.weight": (4, 16),
+        prefix + "w13_weight": (4, 16, 16),
+        prefix + "w2_weight": (4, 16, 8),
+    }
+    tensors = {name: (shape, "float32") for name, shape in held.items()}
+    said = layouts.vllm(config, tensors, rank=0, expert_names=names)
+    assert layouts.vllm(config, tensors, rank=0) == said
+    other = "flat" if names == "routed" else "routed"
+    with pytest.raises(errors.LayoutError):
+        layouts.vllm(config, tensors, rank=0, expert_names=other)
+
+
 def test_pipeline_stages_are_split_evenly_or_as_they_are_said() -> None:
     full = specs(model.megatron(model.checkpoint(0), 0, 1))
     last = {

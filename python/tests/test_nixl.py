@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,19 +25,19 @@ class Process:
     """A rank, whose lines are JSON."""
 
     def __init__(self, *arguments: str) -> None:
+        # A file: a pipe that nobody reads would stop the process once it is full.
+        self.trouble = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [sys.executable, str(SCRIPT), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.trouble,
             text=True,
         )
 
     def line(self) -> dict:
         line = self.process.stdout.readline()
-        if not line:
-            _, trouble = self.process.communicate(timeout=60)
-            raise AssertionError(f"the process ended: {trouble}")
+        assert line, f"the process ended: {self.said()}"
         return json.loads(line)
 
     def go_on(self) -> None:
@@ -44,9 +45,15 @@ class Process:
         self.process.stdin.flush()
 
     def end(self) -> dict:
-        said, trouble = self.process.communicate(timeout=120)
-        assert self.process.returncode == 0, trouble
-        return json.loads(said.splitlines()[-1])
+        # Not `communicate`, which would pass over what `readline` has read ahead.
+        last = self.line()
+        self.process.stdin.close()
+        assert self.process.wait(timeout=120) == 0, self.said()
+        return last
+
+    def said(self) -> str:
+        self.trouble.seek(0)
+        return self.trouble.read()
 
 
 @contextmanager
@@ -57,6 +64,7 @@ def rank(*arguments: str) -> Iterator[Process]:
     finally:
         process.process.kill()
         process.process.wait()
+        process.trouble.close()
 
 
 def test_the_library_is_the_one_that_was_fetched(nixl: str) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -67,34 +69,16 @@ def expected(name: str, shape: tuple[int, ...], version: int) -> np.ndarray:
     return (np.arange(count, dtype=np.float32) + 1000 * version + len(name)).reshape(shape)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp", "tensor", "fsdp-and-tensor", "replicas"])
-def test_ranks_of_dtensors_reach_one_engine(nixl: str, tmp_path: Path, mesh: str) -> None:
-    """Four processes of `torch.distributed` over gloo, each with its shards, and one target over NIXL."""
-    shapes = {"even": (8, 6), "uneven": (7, 5), "small": (2, 3), "vector": (10,), "cube": (5, 4, 3)}
-    layout = layouts.shards(
-        {name: (shape, "float32", (0,) * len(shape), shape) for name, shape in shapes.items()}, rank=0, side="target"
-    )
-    live = {name: np.full(shape, np.nan, np.float32) for name, shape in shapes.items()}
-    store = f"dir:{tmp_path / 'store'}"
-    arguments = [sys.executable, str(SCRIPT), store, mesh, str(tmp_path / "init")]
+@contextmanager
+def trainer(store: str, kind: str, init: Path) -> Iterator[list[subprocess.Popen]]:
+    """Four processes of `torch.distributed` over gloo, each with its shards. They go on when they get a line."""
+    arguments = [sys.executable, str(SCRIPT), store, kind, str(init)]
     ranks = [
         subprocess.Popen([*arguments, str(rank)], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for rank in range(4)
     ]
     try:
-        with Target(store, layout, live, model="m") as target:
-            for version in (1, 2):
-                try:
-                    report = target.refresh(version, timeout=240)
-                except errors.TimeoutError:
-                    ended = [rank.communicate(timeout=1)[1] for rank in ranks if rank.poll() is not None]
-                    raise AssertionError(f"ranks have ended: {ended}") from None
-                for name, shape in shapes.items():
-                    np.testing.assert_array_equal(live[name], expected(name, shape, version), err_msg=name)
-                assert report["wire_bytes"] == sum(value.nbytes for value in live.values())
-                for rank in ranks:
-                    rank.stdin.write("\n")
-                    rank.stdin.flush()
+        yield ranks
         for rank in ranks:
             _, trouble = rank.communicate(timeout=120)
             assert rank.returncode == 0, trouble
@@ -102,3 +86,52 @@ def test_ranks_of_dtensors_reach_one_engine(nixl: str, tmp_path: Path, mesh: str
         for rank in ranks:
             rank.kill()
             rank.wait()
+
+
+def refresh(target: Target, version: int, ranks: list[subprocess.Popen]) -> dict:
+    try:
+        return target.refresh(version, timeout=240)
+    except errors.TimeoutError:
+        ended = [rank.communicate(timeout=1)[1] for rank in ranks if rank.poll() is not None]
+        raise AssertionError(f"ranks have ended: {ended}") from None
+
+
+def go_on(ranks: list[subprocess.Popen]) -> None:
+    for rank in ranks:
+        rank.stdin.write("\n")
+        rank.stdin.flush()
+
+
+def whole(shapes: dict[str, tuple[int, ...]]) -> tuple[layouts.Layout, dict[str, np.ndarray]]:
+    boxes = {name: (shape, "float32", (0,) * len(shape), shape) for name, shape in shapes.items()}
+    live = {name: np.full(shape, np.nan, np.float32) for name, shape in shapes.items()}
+    return layouts.shards(boxes, rank=0, side="target"), live
+
+
+@pytest.mark.parametrize("mesh", ["fsdp", "tensor", "fsdp-and-tensor", "replicas"])
+def test_ranks_of_dtensors_reach_one_engine(nixl: str, tmp_path: Path, mesh: str) -> None:
+    shapes = {"even": (8, 6), "uneven": (7, 5), "small": (2, 3), "vector": (10,), "cube": (5, 4, 3)}
+    layout, live = whole(shapes)
+    store = f"dir:{tmp_path / 'store'}"
+    with trainer(store, mesh, tmp_path / "init") as ranks, Target(store, layout, live, model="m") as target:
+        for version in (1, 2):
+            report = refresh(target, version, ranks)
+            for name, shape in shapes.items():
+                np.testing.assert_array_equal(live[name], expected(name, shape, version), err_msg=name)
+            assert report["wire_bytes"] == sum(value.nbytes for value in live.values())
+            go_on(ranks)
+
+
+def test_an_optimizer_of_fsdp2_reaches_one_engine(nixl: str, tmp_path: Path) -> None:
+    layout, live = whole({"0.weight": (7, 6), "0.bias": (7,), "1.weight": (3, 7), "1.bias": (3,)})
+    store, init = f"dir:{tmp_path / 'store'}", tmp_path / "init"
+    with trainer(store, "fsdp2", init) as ranks, Target(store, layout, live, model="m") as target:
+        before = None
+        for version in (1, 2):
+            refresh(target, version, ranks)
+            gathered = torch.load(f"{init}.{version}")
+            for name, value in gathered.items():
+                np.testing.assert_array_equal(live[name], value.numpy(), err_msg=name)
+            assert before is None or not np.array_equal(before, live["0.weight"])
+            before = live["0.weight"].copy()
+            go_on(ranks)

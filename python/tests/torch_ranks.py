@@ -7,6 +7,7 @@ import sys
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import refit_rl.torch
@@ -35,10 +36,37 @@ def placed(kind: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor, init_device_mesh("cpu", (RANKS,)), [Replicate()])
 
 
+def train(store: str, init: str) -> None:
+    """Steps of an optimizer on a module of FSDP2; rank 0 saves what the parameters are, gathered by torch."""
+    torch.manual_seed(7)
+    module = torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.Linear(7, 3))
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for layer in module:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    with refit_rl.torch.Publisher(store, module.named_parameters(), model="m") as publisher:
+        for version in (1, 2):
+            module(torch.full((5, 6), float(dist.get_rank() + version))).sum().backward()
+            with publisher.updating(version, timeout=240):
+                optimizer.step()
+                whole = {name: value.full_tensor().detach() for name, value in module.named_parameters()}
+                if dist.get_rank() == 0:
+                    torch.save(whole, f"{init}.{version}")
+            optimizer.zero_grad()
+            if sys.stdin.readline() == "":
+                break
+        dist.barrier()
+
+
 def main() -> None:
     store, kind, init, rank = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=RANKS)
+    if kind == "fsdp2":
+        train(store, init)
+        dist.destroy_process_group()
+        return
     parameters = {name: placed(kind, name, value(name, shape, 0)) for name, shape in SHAPES.items()}
     with refit_rl.torch.Publisher(store, parameters, model="m") as publisher:
         for version in (1, 2):

@@ -21,6 +21,10 @@ pub(crate) enum Way {
 
 /// What is wanted of an agent.
 #[derive(Clone, Debug)]
+#[cfg_attr(
+    not(all(feature = "nixl", feature = "cuda")),
+    allow(dead_code, reason = "the in-process transport wants little of it")
+)]
 pub(crate) struct Wish {
     pub(crate) way: Way,
     /// The first part of its name.
