@@ -82,7 +82,11 @@ class Worker:
                 self.place(module, tensors)
 
     def place(self, module: Any, tensors: dict[str, torch.Tensor]) -> None:
-        process = getattr(getattr(module, "quant_method", None), "process_weights_after_loading", None)
+        method = getattr(module, "quant_method", None)
+        process = getattr(method, "process_weights_after_loading", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            # Processed a second time, experts would be copied as they are over those that were packed for CPUs.
+            method.moe_kernel = None
         for parameter, tensor in tensors.items():
             live = module._parameters[parameter]
             if process is None:
@@ -142,11 +146,15 @@ def main() -> None:
         try:
             if order["do"] == "generate":
                 sampling = vllm.SamplingParams(
-                    temperature=0.0, max_tokens=order["max_tokens"], ignore_eos=True, detokenize=False
+                    temperature=order.get("temperature", 0.0),
+                    n=order.get("n", 1),
+                    max_tokens=order["max_tokens"],
+                    ignore_eos=True,
+                    detokenize=False,
                 )
                 prompts = [{"prompt_token_ids": prompt} for prompt in order["prompts"]]
                 done = llm.generate(prompts, sampling, use_tqdm=False)
-                answer(tokens=[list(it.outputs[0].token_ids) for it in done])
+                answer(tokens=[list(one.token_ids) for it in done for one in it.outputs])
             elif order["do"] == "refresh":
                 began = time.monotonic()
                 reports = llm.collective_rpc("refit_refresh", args=(order["version"],))
