@@ -9,6 +9,7 @@ mod args;
 mod bundle;
 mod cargo;
 mod ci;
+mod e2e;
 mod extra;
 mod failure;
 mod help;
@@ -59,6 +60,7 @@ fn run(task: Task) -> Result<(), Failure> {
         Task::Bundle(options) => bundle::run(&root, &options),
         Task::Ptx { check } => ptx::run(&root, check),
         Task::Python(args) => python::run(&root, &args),
+        Task::E2e(args) => e2e::run(&root, &args),
         Task::Loom => cargo::loom(&root),
         Task::Chaos(args) => cargo::chaos(&root, &args),
         Task::Tidy => tidy::run(&root),

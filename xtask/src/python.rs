@@ -11,44 +11,90 @@ use crate::{cargo, failure::Failure, setup};
 /// What the wheel is built and tested with.
 const REQUIREMENTS: &str = "python/tests/requirements.txt";
 
+/// A Python of the project's own, in `target/setup`, with packages of a file.
+pub(crate) struct Environment<'a> {
+    /// Its folder in `target/setup`.
+    pub(crate) folder: &'a str,
+    /// The Python it is made from.
+    pub(crate) base: &'a Path,
+    /// What it has, in the workspace.
+    pub(crate) requirements: &'a str,
+    /// Whether that is complete, so that pip looks for nothing else.
+    pub(crate) complete: bool,
+    /// What is said before it is fetched.
+    pub(crate) notice: &'a str,
+}
+
 /// Builds, installs and tests. `args` go to pytest.
 pub(crate) fn run(root: &Path, args: &[String]) -> Result<(), Failure> {
+    let wheel = wheel(root)?;
+    let python = builder(root)?;
+    install(&python, &wheel)?;
+    pytest(root, &python, args)
+}
+
+/// Builds the wheel.
+pub(crate) fn wheel(root: &Path) -> Result<PathBuf, Failure> {
     setup::run(root).map_err(|why| Failure::new(format!("nixl: {why}")))?;
     setup::etcd(root).map_err(|why| Failure::new(format!("etcd: {why}")))?;
-    let python = interpreter(root)?;
-    let wheel = build(root, &python)?;
-    let mut install = pip(&python);
+    build(root, &builder(root)?)
+}
+
+/// Installs the wheel, in place of the one that is there.
+pub(crate) fn install(python: &Path, wheel: &Path) -> Result<(), Failure> {
+    let mut install = pip(python);
     install.args(["install", "--quiet", "--force-reinstall", "--no-deps"]).arg(wheel);
-    cargo::status(install)?;
-    let mut test = Command::new(&python);
+    cargo::status(install)
+}
+
+/// Runs tests of python/tests.
+pub(crate) fn pytest(root: &Path, python: &Path, args: &[String]) -> Result<(), Failure> {
+    let mut test = Command::new(python);
     // From outside of the sources, so that what is imported is the wheel.
     test.current_dir(root.join("python/tests")).args(["-m", "pytest"]).args(args);
     cargo::status(test)
 }
 
-/// A Python that has what the wheel is built and tested with, in `target/setup`.
-fn interpreter(root: &Path) -> Result<PathBuf, Failure> {
-    let folder = root.join("target/setup/python");
-    let (python, stamp) = (folder.join("bin/python"), folder.join(".stamp"));
-    let wanted = fs::read_to_string(root.join(REQUIREMENTS))
-        .map_err(|error| Failure::new(format!("{REQUIREMENTS}: {error}")))?;
-    let works = Command::new(&python).arg("--version").output();
-    if works.is_ok_and(|it| it.status.success())
-        && fs::read_to_string(&stamp).is_ok_and(|there| there == wanted)
-    {
-        return Ok(python);
+/// The Python that the wheel is built and tested with.
+fn builder(root: &Path) -> Result<PathBuf, Failure> {
+    let notice = "python: fetching maturin, numpy and pytest (30 MB) into target/setup";
+    let environment = Environment {
+        folder: "python",
+        base: Path::new("python3"),
+        requirements: REQUIREMENTS,
+        complete: false,
+        notice,
+    };
+    environment.prepare(root)
+}
+
+impl Environment<'_> {
+    /// Its interpreter; everything is fetched where it is not there yet, or something else is.
+    pub(crate) fn prepare(&self, root: &Path) -> Result<PathBuf, Failure> {
+        let folder = root.join("target/setup").join(self.folder);
+        let (python, stamp) = (folder.join("bin/python"), folder.join(".stamp"));
+        let requirements = root.join(self.requirements);
+        let wanted = fs::read_to_string(&requirements)
+            .map_err(|error| Failure::new(format!("{}: {error}", self.requirements)))?;
+        let works = Command::new(&python).arg("--version").output();
+        if works.is_ok_and(|it| it.status.success())
+            && fs::read_to_string(&stamp).is_ok_and(|there| there == wanted)
+        {
+            return Ok(python);
+        }
+        eprintln!("{}", self.notice);
+        let mut make = Command::new(self.base);
+        // Without a pip of its own, which Debian keeps in another package; the caller's does as well.
+        make.args(["-m", "venv", "--clear", "--without-pip"]).arg(&folder);
+        cargo::status(make)?;
+        let mut fetch = pip(&python);
+        fetch.args(["install", "--quiet"]).args(self.complete.then_some("--no-deps"));
+        fetch.arg("--requirement").arg(requirements);
+        cargo::status(fetch)?;
+        fs::write(&stamp, wanted)
+            .map_err(|error| Failure::new(format!("{}: {error}", stamp.display())))?;
+        Ok(python)
     }
-    eprintln!("python: fetching maturin, numpy and pytest (30 MB) into target/setup");
-    let mut make = Command::new("python3");
-    // Without a pip of its own, which Debian keeps in another package; the caller's does as well.
-    make.args(["-m", "venv", "--clear", "--without-pip"]).arg(&folder);
-    cargo::status(make)?;
-    let mut fetch = pip(&python);
-    fetch.args(["install", "--quiet", "--requirement"]).arg(root.join(REQUIREMENTS));
-    cargo::status(fetch)?;
-    fs::write(&stamp, wanted)
-        .map_err(|error| Failure::new(format!("{}: {error}", stamp.display())))?;
-    Ok(python)
 }
 
 /// The caller's pip, for another Python.
