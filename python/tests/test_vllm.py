@@ -343,6 +343,7 @@ def test_an_older_vllm_has_no_backends_and_still_starts(monkeypatch: pytest.Monk
 
 
 def test_neither_vllm_nor_torch_is_imported_before_it_is_needed() -> None:
-    code = "import sys, refit_rl.vllm, refit_rl.vllm.plugin, refit_rl.vllm.worker; print(sorted({'vllm', 'torch'} & set(sys.modules)))"
+    modules = "refit_rl.vllm, refit_rl.vllm.plugin, refit_rl.vllm.worker"
+    code = f"import sys, {modules}; print(sorted({{'vllm', 'torch'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

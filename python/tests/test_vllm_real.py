@@ -57,7 +57,7 @@ def test_an_engine_says_what_transformers_says_behind_every_update(tmp_path: Pat
     assert "version 2 was asked for, and 2 is live" in said["stale"]
     assert "no group offers one" in said["not ready"]
     assert "no group offers one" in said["other name"]
-    assert "weight" in said["other model"] and "[1" in said["other model"]
+    assert "the sides hold different models" in said["other model"]
     assert "nothing was received" in said["unreceived"]
     assert "init_weight_transfer_engine first" in said["uninitialised"]
     assert "no_such_option" in said["option"]

@@ -84,7 +84,9 @@ def capture(model: Any, checkpoint: Checkpoint, loaded: Callable[[Any], dict[str
             with recorder, torch.no_grad():
                 model.load_weights(iter(weights))
         except (NotImplementedError, RuntimeError) as error:
-            raise LayoutError(f"the engine's loader of this model does more than copy, so it cannot be captured: {error}") from error
+            raise LayoutError(
+                f"the engine's loader of this model does more than copy, so it cannot be captured: {error}"
+            ) from error
         for name, entry in recorder.entries.items():
             if not entry["copies"]:
                 raise LayoutError(f"the checkpoint has nothing for the engine's `{name}`", tensors=[name])

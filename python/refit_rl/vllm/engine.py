@@ -7,6 +7,7 @@ from typing import Any
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 from ..errors import NotFencedError
+from ..types import Report
 from .options import InitInfo, UpdateInfo
 from .receiver import Receiver
 
@@ -23,6 +24,8 @@ class RefitWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # 
         super().__init__(*args, **kwargs)
         self._receiver: Receiver | None = None
         self._received = False
+        #: Of the last update.
+        self.report: Report | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self.shutdown()
@@ -37,7 +40,7 @@ class RefitWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # 
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        self._opened().refresh(update_info)
+        self.report = self._opened().refresh(update_info)
         self._received = True
 
     def finish_weight_update(self) -> None:

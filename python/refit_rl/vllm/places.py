@@ -81,7 +81,7 @@ def find(model: Any, device: str, loaded: Any, empty: Any) -> Places:
     for path, module in model.named_modules():
         staged = device == "cpu" and processed_on_cpu(module)
         method = method_of(module)
-        if method and not staged:
+        if method and not staged and any(value is not None for value in module._parameters.values()):
             layers.append({"name": path, "quant_method": method, "kernel": kernel_of(module)})
         before = loaded(module) if staged else {}
         for name, live in module._parameters.items():

@@ -109,7 +109,9 @@ class Receiver:
             raise failed
         for rank, (_, text) in enumerate(outcomes):
             if text is not None:
-                raise InvalidTargetError(f"rank {rank} of the engine has not got the version, so none may go on: {text}", ranks=[rank])
+                raise InvalidTargetError(
+                    f"rank {rank} of the engine has not got the version, so none may go on: {text}", ranks=[rank]
+                )
         assert report is not None
         return report, [version for version, _ in outcomes]
 
@@ -176,7 +178,7 @@ def raw(layer: dict[str, Any], device: str) -> bool:
         return (layer["kernel"] or "").upper() in ("TRITON", "BATCHED_TRITON")
     if layer["quant_method"] == "UnquantizedLinearMethod":
         return device in ("cuda", "rocm")
-    return layer["quant_method"] == "UnquantizedEmbeddingMethod" or "Attention" in layer["quant_method"]
+    return layer["quant_method"] == "UnquantizedEmbeddingMethod"
 
 
 def platform() -> str:
@@ -198,7 +200,9 @@ def check_settings(config: Any, info: InitInfo, device: str) -> None:
             "update, as refit_rl.vllm.update does"
         )
     if getattr(cache, "calculate_kv_scales", False):
-        raise RefusedError("scales of the KV cache belong to the weights they were calculated under: turn calculate_kv_scales off")
+        raise RefusedError(
+            "scales of the KV cache belong to the weights they were calculated under: turn calculate_kv_scales off"
+        )
     if device == "cpu" and not getattr(config.model_config, "enforce_eager", False):
         raise RefusedError(
             "compiled code on a CPU keeps the packed weights that it was compiled with: start the engine with enforce_eager=True"
