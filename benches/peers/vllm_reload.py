@@ -87,16 +87,16 @@ def measure(options: Any, folder: Path) -> dict[str, Any]:
         seed=0,
     )
 
-    def right(seed: int) -> bool:
+    def generated() -> list[int]:
         sampling = vllm.SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
         done = llm.generate([{"prompt_token_ids": PROMPT}], sampling, use_tqdm=False)
-        return bool(list(done[0].outputs[0].token_ids) == expected[seed])
+        return list(done[0].outputs[0].token_ids)
 
     info = {"rendezvous": f"dir:{folder}/meet", "model": "bench"}
     llm.init_weight_transfer_engine({"init_info": info})
     boxes = {name: (tuple(t.shape), t.dtype, (0,) * t.dim(), tuple(t.shape)) for name, t in live.items()}
     seconds: dict[str, list[float]] = {"refit": [], "save_file": [], "reload_weights": []}
-    correct: dict[str, list[bool]] = {"refit": [], "reload_weights": []}
+    tokens: dict[str, list[list[int]]] = {"refit": [], "reload_weights": []}
     with Source(info["rendezvous"], layouts.shards(boxes, rank=0), live, model="bench") as source:
         # One more than is counted: the first plans and registers.
         for version in range(1, options.rounds + 2):
@@ -106,7 +106,7 @@ def measure(options: Any, folder: Path) -> dict[str, Any]:
             began = time.monotonic()
             update(llm, version)
             seconds["refit"].append(time.monotonic() - began)
-            correct["refit"].append(right(version % 2))
+            tokens["refit"].append(generated())
     for version in range(1, options.rounds + 2):
         into = folder / str(version % 2)
         began = time.monotonic()
@@ -115,7 +115,7 @@ def measure(options: Any, folder: Path) -> dict[str, Any]:
         began = time.monotonic()
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(into)})
         seconds["reload_weights"].append(time.monotonic() - began)
-        correct["reload_weights"].append(right(version % 2))
+        tokens["reload_weights"].append(generated())
     return {
         "vllm": vllm.__version__,
         "model": options.model,
@@ -123,7 +123,9 @@ def measure(options: Any, folder: Path) -> dict[str, Any]:
         "first": {what: round(of[0], 3) for what, of in seconds.items()},
         "median": {what: round(statistics.median(of[1:]), 3) for what, of in seconds.items()},
         "least": {what: round(min(of[1:]), 3) for what, of in seconds.items()},
-        "right_tokens": {what: f"{sum(of)} of {len(of)}" for what, of in correct.items()},
+        # Between vLLM and transformers a close pair of logits may change places; between the two ways nothing may differ.
+        "refit_equals_reload": tokens["refit"] == tokens["reload_weights"],
+        "tokens": {**tokens, "transformers": [expected[version % 2] for version in range(1, options.rounds + 2)]},
     }
 
 

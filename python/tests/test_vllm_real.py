@@ -18,6 +18,22 @@ DRIVER = Path(__file__).parent / "vllm_engine.py"
 #: Starting an engine takes minutes where two cores are shared.
 PATIENCE = 900
 
+#: vLLM and transformers round differently, and of two tokens that are closer than three units in the last place of bf16's largest
+#: logit either may be chosen. What follows is another sequence, so comparing ends there; so many tokens have to be left.
+CLOSE, LEAST = 3 * 2.0**-8, 4
+
+
+def agreeing(tokens: list[list[int]], reference: list[list[tuple[int, float]]]) -> int:
+    """How many tokens were compared, and equal."""
+    compared = 0
+    for said, wanted in zip(tokens, reference, strict=True):
+        for token, (best, margin) in zip(said, wanted, strict=True):
+            if margin < CLOSE:
+                break
+            assert token == best, (tokens, reference)
+            compared += 1
+    return compared
+
 
 def engine(tmp_path: Path, model: str, tp: int) -> dict[str, Any]:
     out = tmp_path / "out.json"
@@ -47,8 +63,8 @@ def engine(tmp_path: Path, model: str, tp: int) -> dict[str, Any]:
 )
 def test_an_engine_says_what_transformers_says_behind_every_update(tmp_path: Path, model: str, tp: int) -> None:
     found = engine(tmp_path, model, tp)
-    for version in ("1", "2"):
-        assert found["tokens"][version] == found["reference"][version]
+    for version in ("0", "1", "2"):
+        assert agreeing(found["tokens"][version], found["reference"][version]) >= LEAST
     assert found["tokens"]["1"] != found["tokens"]["2"] != found["tokens"]["0"]
     assert found["weight_version"] == "2"
     assert found["captured_equals_builtin"] == [True] * tp

@@ -52,7 +52,7 @@ def checkpoint(folder: Path) -> dict[str, Any]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def make(config: Any, seed: int, folder: Path) -> list[list[int]]:
+def make(config: Any, seed: int, folder: Path) -> list[Any]:
     """A model's checkpoint, and how it goes on."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -64,10 +64,21 @@ def make(config: Any, seed: int, folder: Path) -> list[list[int]]:
         if "norm" in name or name.endswith("bias"):
             torch.nn.init.uniform_(param, 0.5, 1.5)
     model.save_pretrained(folder)
+    return [greedy(model, prompt) for prompt in PROMPTS]
+
+
+def greedy(model: Any, prompt: list[int]) -> list[Any]:
+    """The likeliest tokens, and of each by what part of the largest logit it was likelier than the next best."""
+    import torch
+
+    ids, found = torch.tensor([prompt]), []
     with torch.no_grad():
-        return [
-            model.generate(torch.tensor([p]), max_new_tokens=TOKENS, do_sample=False)[0, len(p) :].tolist() for p in PROMPTS
-        ]
+        for _ in range(TOKENS):
+            logits = model(ids).logits[0, -1].float()
+            best, second = logits.topk(2).values.tolist()
+            found.append([int(logits.argmax()), (best - second) / logits.abs().max().item()])
+            ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
+    return found
 
 
 def compare(worker: Any, info: dict[str, Any]) -> bool:
