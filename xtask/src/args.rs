@@ -26,6 +26,10 @@ pub(crate) enum Task {
         /// Whether to only say if that would change anything.
         check: bool,
     },
+    /// Build and test the Python package.
+    Python(Vec<String>),
+    /// Compare a real engine with transformers, behind real trainers.
+    E2e(Vec<String>),
     /// Run the models of the pool's locks.
     Loom,
     /// Kill, stop and restart processes over NIXL.
@@ -69,6 +73,9 @@ impl Task {
             "bench" => Ok(Self::Bench(without_separator(rest))),
             "refit" => Ok(Self::Refit(without_separator(rest))),
             "chart" => Ok(Self::Chart(without_separator(rest))),
+            // These pass to pytest.
+            "python" => Ok(Self::Python(without_separator(rest))),
+            "e2e" => Ok(Self::E2e(without_separator(rest))),
             "chaos" => Ok(Self::Chaos(without_separator(rest))),
             "bundle" => bundle::Options::parse(rest).map(Self::Bundle),
             "setup" => none(&name, &rest).map(|()| Self::Setup),
@@ -125,6 +132,8 @@ mod tests {
             Ok(Task::Test(strings(&["-p", "refit", "--", "--nocapture"])))
         );
         assert_eq!(parse("refit -- plan --help"), Ok(Task::Refit(strings(&["plan", "--help"]))));
+        assert_eq!(parse("python -- -k nixl"), Ok(Task::Python(strings(&["-k", "nixl"]))));
+        assert_eq!(parse("e2e --case moe"), Ok(Task::E2e(strings(&["--case", "moe"]))));
         assert_eq!(parse("chaos --trials 3"), Ok(Task::Chaos(strings(&["--trials", "3"]))));
         assert_eq!(parse("bench --steps 3"), Ok(Task::Bench(strings(&["--steps", "3"]))));
     }

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{cargo, failure::Failure, ptx, setup, tidy};
+use crate::{cargo, failure::Failure, ptx, python, setup, tidy};
 
 /// Runs every step, so that one run shows everything that is wrong, and fails if one of them did.
 pub(crate) fn run(root: &Path, test: bool) -> Result<(), Failure> {
@@ -20,7 +20,8 @@ pub(crate) fn run(root: &Path, test: bool) -> Result<(), Failure> {
             .args(["--", "--deny", "warnings"]);
         cargo::status(command)
     };
-    let all = cargo::features(&[], true, true);
+    let mut all = cargo::features(&[], true, true);
+    all.extend(["--features", python::FEATURES].map(str::to_owned));
 
     steps.run("fmt", || {
         let mut command = cargo::cargo(root);
@@ -57,6 +58,7 @@ pub(crate) fn run(root: &Path, test: bool) -> Result<(), Failure> {
                 command.envs([("REFIT_REQUIRE_NIXL", "1"), ("REFIT_REQUIRE_ETCD", "1")]);
                 cargo::status(command)
             });
+            steps.run("cargo xtask python", || python::run(root, &[]));
         }
     }
     steps.finish()

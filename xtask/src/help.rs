@@ -1,7 +1,7 @@
 //! Help texts.
 
 /// Every task, in the order of the overview.
-pub(crate) const NAMES: [&str; 12] = [
+pub(crate) const NAMES: [&str; 14] = [
     "bench",
     "test",
     "refit",
@@ -10,6 +10,8 @@ pub(crate) const NAMES: [&str; 12] = [
     "chart",
     "bundle",
     "ptx",
+    "python",
+    "e2e",
     "loom",
     "chaos",
     "tidy",
@@ -29,6 +31,8 @@ Tasks:
   chart      draw what benches wrote
   bundle     pack the command and NIXL for a host without internet
   ptx        compile the CUDA kernel to PTX, after a change of it
+  python     build the Python package and test it
+  e2e        refit a real vLLM engine from real Megatron-Core ranks, and compare its tokens
   loom       run the pool's locks in every order
   chaos      kill, stop and restart processes over NIXL, and count what does not hold
   tidy       check the rules of the house that no compiler checks
@@ -48,6 +52,8 @@ pub(crate) fn of(name: &str) -> Option<&'static str> {
         "chart" => CHART,
         "bundle" => BUNDLE,
         "ptx" => PTX,
+        "python" => PYTHON,
+        "e2e" => E2E,
         "loom" => LOOM,
         "chaos" => CHAOS,
         "tidy" => TIDY,
@@ -146,6 +152,32 @@ target/setup. Only after a change of move.cu; nobody else needs it. Needs Linux 
   --check  write nothing, and fail if the PTX would change
 ";
 
+const PYTHON: &str = "\
+cargo xtask python [--] [ARGS]
+
+Sets up what is missing, builds the wheel of the Python package `refit-rl` with assertions on, installs it into a Python of
+its own in target/setup and runs `pytest ARGS` in python/tests; over real NIXL, in processes of their own. Needs Python 3.10 or
+later. `pip install .` builds the wheel for release.
+
+Example:
+  cargo xtask python -- -k two_processes
+";
+
+const E2E: &str = "\
+cargo xtask e2e [--] [--case NAME]... [--json FILE] [--keep FOLDER]
+
+Starts ranks of real Megatron-Core trainers and a real vLLM engine as processes of this machine, without a GPU, over real
+NIXL; trains tiny models for three versions, refits the engine behind each, and fails when its greedy tokens are not those of
+Hugging Face's transformers on the same weights, or are still those of the version before. Without ARGS, tests of the
+publisher with real Megatron-Core ranks run first, and then every case.
+
+Fetches what it needs with pip into target/setup: 3 GB, 6 GB unpacked. Needs Python 3.12 (REFIT_E2E_PYTHON names one),
+16 GB of memory, and a quarter of an hour on two cores.
+
+Example:
+  cargo xtask e2e -- --case qwen3-moe --json docs/bench/e2e.json
+";
+
 const LOOM: &str = "\
 cargo xtask loom
 
@@ -175,7 +207,7 @@ stand, features, leftovers, file sizes, paths of one machine, and that the PTX b
 const CI: &str = "\
 cargo xtask ci [--no-test]
 
-Runs what CI runs: formatting, tidy, clippy, docs, then the tests. NIXL and etcd are required.
+Runs what CI runs: formatting, tidy, clippy, docs, then the tests, those of the Python package too. NIXL and etcd are required.
 A step that fails does not keep the next from running.
 
   --no-test  only the checks

@@ -9,10 +9,12 @@ mod args;
 mod bundle;
 mod cargo;
 mod ci;
+mod e2e;
 mod extra;
 mod failure;
 mod help;
 mod ptx;
+mod python;
 mod setup;
 mod tidy;
 
@@ -57,6 +59,8 @@ fn run(task: Task) -> Result<(), Failure> {
         Task::Chart(args) => cargo::chart(&root, &args),
         Task::Bundle(options) => bundle::run(&root, &options),
         Task::Ptx { check } => ptx::run(&root, check),
+        Task::Python(args) => python::run(&root, &args),
+        Task::E2e(args) => e2e::run(&root, &args),
         Task::Loom => cargo::loom(&root),
         Task::Chaos(args) => cargo::chaos(&root, &args),
         Task::Tidy => tidy::run(&root),

@@ -328,7 +328,7 @@ impl Wheel {
 }
 
 /// `python3 -m pip`, safe from settings that would send the files elsewhere. Proxies and mirrors stay in force.
-fn pip() -> Command {
+pub(crate) fn pip() -> Command {
     let mut command = Command::new("python3");
     command.args(["-m", "pip", "--disable-pip-version-check", "--no-input"]);
     command.envs([

@@ -7,7 +7,7 @@ use refit::RefitError;
 use refit::translate::TranslateError;
 use refit_service::MeetingError;
 use refit_service::reader::RefreshError;
-use refit_service::rendezvous::{RendezvousError, SecretError};
+use refit_service::rendezvous::{AddressError, RendezvousError, SecretError};
 use refit_service::replica::ReplicaError;
 use refit_service::source::SourceError;
 
@@ -69,6 +69,17 @@ impl From<MeetingError> for CliError {
 impl From<RendezvousError> for CliError {
     fn from(error: RendezvousError) -> Self {
         MeetingError::from(error).into()
+    }
+}
+
+impl From<AddressError> for CliError {
+    fn from(error: AddressError) -> Self {
+        match error {
+            AddressError::NoEtcd => crate::transports::without("etcd", "etcd"),
+            AddressError::Read { path, source } => Self::Read { path, source },
+            AddressError::Rendezvous(error) => error.into(),
+            other => Self::Usage(other.to_string()),
+        }
     }
 }
 

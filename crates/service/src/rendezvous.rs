@@ -2,6 +2,7 @@
 //!
 //! Nothing large or hot goes through it: who is there, which version is open, who reads it. Bytes of weights never do.
 
+mod address;
 mod directory;
 #[cfg(feature = "etcd")]
 mod etcd;
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+pub use self::address::{Address, AddressError, Store, StoreSession};
 pub use self::directory::{Directory, DirectorySession};
 #[cfg(feature = "etcd")]
 #[cfg_attr(docsrs, doc(cfg(feature = "etcd")))]

@@ -141,6 +141,7 @@ pub mod bands;
 pub mod host;
 pub mod megatron;
 pub mod roles;
+pub mod shards;
 pub mod vllm;
 
 pub use config::{Gdn, LayerKind, Mamba, Mla, ModelConfig, Moe};

@@ -43,7 +43,7 @@ pub(super) fn check(file: &str, content: &str) -> Vec<Finding> {
             findings.push(Finding::at(
                 file,
                 number,
-                "`unsafe` outside pool, transport and kernels; move it there behind a safe API",
+                "`unsafe` outside pool, transport, kernels and python; move it there behind a safe API",
             ));
         }
         for (word, advice) in LEFTOVERS {

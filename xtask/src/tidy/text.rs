@@ -40,7 +40,9 @@ pub(super) fn check_commands(file: &str, content: &str) -> Vec<Finding> {
     for (number, line) in numbered(content) {
         for (at, mention) in line.match_indices("cargo xtask ") {
             let rest = &line[at + mention.len()..];
-            let end = rest.find(|c: char| !c.is_ascii_lowercase()).unwrap_or(rest.len());
+            let end = rest
+                .find(|c: char| !c.is_ascii_lowercase() && !c.is_ascii_digit())
+                .unwrap_or(rest.len());
             let task = &rest[..end];
             if !task.is_empty() && task != "help" && !help::NAMES.contains(&task) {
                 let advice = format!(

@@ -9,9 +9,9 @@ use clap::ValueEnum;
 use refit::planner::{RankLayout, Tensor};
 use refit::translate::{ModelConfig, TargetLayout};
 use refit_service::reader::Checks;
+use refit_service::rendezvous::Address;
 
 use super::checkpoint::Checkpoint;
-use super::place::Store;
 use crate::bench::values::Values;
 use crate::device::DeviceName;
 use crate::error::CliError;
@@ -26,8 +26,8 @@ const KEY_VARIABLE: &str = "REFIT_JOB_KEY";
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Common {
     /// Where the ranks of the job meet: `dir:PATH` for processes of one host, `etcd:URL,...` for everything else
-    #[arg(long, value_name = "dir:PATH|etcd:URL")]
-    pub(super) rendezvous: Store,
+    #[arg(long, value_name = "dir:PATH|etcd:URL", value_parser = address)]
+    pub(super) rendezvous: Address,
     /// The job; ranks of other jobs are refused
     #[arg(long, default_value = "refit", value_name = "NAME")]
     pub(super) job: String,
@@ -332,6 +332,15 @@ impl PullArgs {
 
 fn plain(layouts: Vec<TargetLayout>) -> Vec<RankLayout> {
     layouts.into_iter().map(|target| target.layout).collect()
+}
+
+/// An address that other processes reach.
+fn address(text: &str) -> Result<Address, String> {
+    match text.parse() {
+        Ok(Address::InProcess(_)) => Err("write dir:PATH or etcd:http://HOST:PORT".to_owned()),
+        Ok(address) => Ok(address),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// Seconds, with a fraction if need be.

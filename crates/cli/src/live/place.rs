@@ -1,7 +1,5 @@
 //! Where ranks meet, as a person names it.
 
-use std::path::PathBuf;
-use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,59 +11,6 @@ use refit_service::rendezvous::{Key, Rendezvous, Sealed, Writer};
 
 use super::args::Common;
 use crate::error::CliError;
-
-/// A store.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Store {
-    Directory(PathBuf),
-    #[cfg_attr(not(feature = "etcd"), allow(dead_code, reason = "only a build with etcd asks it"))]
-    Etcd(Vec<String>),
-}
-
-impl FromStr for Store {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.split_once(':') {
-            Some(("dir", path)) if !path.is_empty() => Ok(Self::Directory(path.into())),
-            Some(("etcd", urls)) if urls.starts_with("http://") || urls.starts_with("https://") => {
-                Ok(Self::Etcd(urls.split(',').map(str::to_owned).collect()))
-            }
-            Some(("etcd", _)) => {
-                Err("an etcd is named by its address: etcd:http://127.0.0.1:2379".to_owned())
-            }
-            _ => Err("write dir:PATH or etcd:http://HOST:PORT".to_owned()),
-        }
-    }
-}
-
-/// The etcd at these addresses. Its certificates and password come from where no other user can read them: files and
-/// variables that the environment names.
-#[cfg(feature = "etcd")]
-pub(super) fn etcd(endpoints: &[String]) -> Result<refit_service::rendezvous::Etcd, CliError> {
-    use refit_service::rendezvous::{Etcd, EtcdOptions};
-    let file = |variable| match std::env::var_os(variable) {
-        None => Ok(None),
-        Some(path) => {
-            let path = PathBuf::from(path);
-            let read = |source| CliError::Read { path: path.clone(), source };
-            std::fs::read(&path).map(Some).map_err(read)
-        }
-    };
-    let mut options = EtcdOptions::new(endpoints.iter().cloned());
-    if let Some(authority) = file("REFIT_ETCD_CA")? {
-        options = options.with_authority(authority);
-    }
-    if let (Some(certificate), Some(key)) = (file("REFIT_ETCD_CERT")?, file("REFIT_ETCD_KEY")?) {
-        options = options.with_identity(certificate, key);
-    }
-    if let (Ok(user), Ok(password)) =
-        (std::env::var("REFIT_ETCD_USER"), std::env::var("REFIT_ETCD_PASSWORD"))
-    {
-        options = options.with_user(user, password);
-    }
-    Ok(Etcd::new(options)?)
-}
 
 /// A process of a job, in this life of it.
 #[derive(Debug)]
@@ -109,23 +54,5 @@ impl<R: Rendezvous> Place<R> {
 
     pub(super) fn model(&self) -> &Model {
         &self.model
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn stores_are_read_as_they_are_written() {
-        assert_eq!("dir:/a:b".parse(), Ok(Store::Directory("/a:b".into())));
-        let etcd = Store::Etcd(vec!["http://a:1".into(), "http://b:2".into()]);
-        assert_eq!("etcd:http://a:1,http://b:2".parse(), Ok(etcd));
-        for (text, part) in
-            [("/tmp/x", "dir:PATH"), ("dir:", "dir:PATH"), ("etcd:a:1", "etcd:http")]
-        {
-            let error = text.parse::<Store>().unwrap_err();
-            assert!(error.contains(part), "{error}");
-        }
     }
 }

@@ -7,13 +7,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use refit::transport::Transport;
-use refit_service::rendezvous::{Directory, Rendezvous, Sealed};
+use refit_service::rendezvous::{Rendezvous, Sealed, Store};
 
 use super::args::Common;
 use super::endpoint::{self, Labels};
 use super::figures::Shared;
 use super::log;
-use super::place::{Place, Store};
+use super::place::Place;
 use super::voice::{Event, Voice};
 use super::wakes::Wakes;
 use crate::device::Home;
@@ -224,19 +224,7 @@ fn meet<T: Transport>(
     house: House,
 ) -> Result<(), CliError> {
     let (common, model) = (work.common(), work.model());
-    match &common.rendezvous {
-        Store::Directory(path) => {
-            let place: Place<Sealed<Directory>> =
-                Place::new(common, Directory::new(path)?, name, &model)?;
-            work.run(place, agents, house)
-        }
-        #[cfg(feature = "etcd")]
-        Store::Etcd(endpoints) => {
-            let store = super::place::etcd(endpoints)?;
-            let place = Place::new(common, store, name, &model)?;
-            work.run(place, agents, house)
-        }
-        #[cfg(not(feature = "etcd"))]
-        Store::Etcd(_) => Err(transports::without("etcd", "etcd")),
-    }
+    let store = common.rendezvous.open()?;
+    let place: Place<Sealed<Store>> = Place::new(common, store, name, &model)?;
+    work.run(place, agents, house)
 }

@@ -77,6 +77,12 @@ impl NixlLibrary {
         *loaded = Some(library);
         Ok(library)
     }
+
+    /// The file that it was loaded from, where the process maps it from one.
+    #[must_use]
+    pub fn path(self) -> Option<PathBuf> {
+        loaded()
+    }
 }
 
 /// The file that the C API was loaded from, where there is one.

@@ -1,0 +1,371 @@
+//! `Source`: a trainer's rank.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyMapping};
+use refit::planner::RankLayout;
+use refit::pool::{Memory, PoolOptions};
+use refit::translate::bands::Side;
+use refit::transport::{Transport, TransportPool, TransportRegistrar};
+use refit_service::rendezvous::{Rendezvous, RendezvousError};
+use refit_service::source::{GroupRank, LiveSource, SourceError, SourceOptions};
+
+use crate::agent::{self, Begin, Way, Wish};
+use crate::desk::Desk;
+use crate::failure::{Failure, Kind};
+use crate::home::Home;
+use crate::layout::Layout;
+use crate::place::{Meeting, Place, Where, seconds};
+use crate::report::Figures;
+use crate::tensor::Tensors;
+
+/// One rank of a trainer, whose parameters others read.
+#[derive(Debug)]
+#[pyclass(module = "refit_rl._core", frozen, weakref)]
+pub(crate) struct Source {
+    desk: Desk<Box<dyn Serving>>,
+    rank: u32,
+    drain: Duration,
+}
+
+/// A source over whichever transport.
+trait Serving: Send + std::fmt::Debug {
+    fn begin(&mut self, deadline: Instant) -> Result<(), Failure>;
+
+    fn commit(&mut self, version: u64) -> Result<(), Failure>;
+
+    /// The version on offer.
+    fn offered(&self) -> Option<u64>;
+
+    fn is_updating(&self) -> bool;
+
+    fn answer(&mut self) -> Result<(), Failure>;
+
+    fn figures(&self) -> Figures;
+
+    /// Withdraws, and says how many readers were left.
+    fn leave(self: Box<Self>, deadline: Instant) -> Result<usize, Failure>;
+}
+
+#[pymethods]
+impl Source {
+    #[new]
+    #[pyo3(signature = (
+        rendezvous, layout, tensors, *, model, ranks = 1, group = "trainer".to_owned(), job = "refit".to_owned(),
+        key_file = None, transport = "auto", insecure_tcp = None, timeout = 30.0, ttl = 10.0, lease = 30.0, drain = 10.0
+    ))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments")]
+    fn new(
+        py: Python<'_>,
+        rendezvous: &str,
+        layout: &Layout,
+        tensors: &Bound<'_, PyMapping>,
+        model: String,
+        ranks: u32,
+        group: String,
+        job: String,
+        key_file: Option<PathBuf>,
+        transport: &str,
+        insecure_tcp: Option<String>,
+        timeout: f64,
+        ttl: f64,
+        lease: f64,
+        drain: f64,
+    ) -> PyResult<Self> {
+        layout.side_is(Side::Source, "Source")?;
+        let address = rendezvous.parse().map_err(Failure::from)?;
+        let way = Way::read(transport)?;
+        let rank = layout.layout().rank();
+        check_rank(rank, ranks, "group")?;
+        let ttl = seconds("ttl", ttl)?;
+        let drain = seconds("drain", drain)?;
+        let most_lease = seconds("lease", lease)?;
+        let within = seconds("timeout", timeout)?;
+        let tensors = Tensors::look(layout.layout(), tensors, false)?;
+        let nixl = agent::nixl_places(py)?;
+        let layout = layout.layout().clone();
+        let desk = py.detach(move || {
+            let deadline = Instant::now() + within;
+            let home = Home::new(tensors.kind())?;
+            let name = format!("{group}-{rank}");
+            let wish = Wish {
+                way: way.at(&address, &home)?,
+                name: name.clone(),
+                home: home.clone(),
+                is_read: true,
+                bytes: layout.bytes(),
+                insecure_tcp,
+                nixl,
+            };
+            let place = Place::new(&Where { address, job, model, key_file, ttl }, &name)?;
+            let params = tensors.adopt(&home)?;
+            let options = SourceOptions::default().with_most_lease(most_lease).with_drain(drain);
+            let at = GroupRank { group, rank, ranks };
+            agent::begin(&wish, Join { place, home, params, layout, at, options, deadline })
+        })?;
+        Ok(Self { desk: Desk::new(desk), rank, drain })
+    }
+
+    #[getter]
+    fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    #[getter]
+    fn version(&self, py: Python<'_>) -> PyResult<Option<u64>> {
+        Ok(py.detach(|| self.desk.with(|live| Ok(live.offered())))?)
+    }
+
+    #[pyo3(signature = (timeout = 30.0))]
+    fn begin_update(&self, py: Python<'_>, timeout: f64) -> PyResult<()> {
+        let within = seconds("timeout", timeout)?;
+        Ok(py.detach(|| self.desk.with(|live| live.begin(Instant::now() + within)))?)
+    }
+
+    fn commit(&self, py: Python<'_>, version: u64) -> PyResult<()> {
+        Ok(py.detach(|| {
+            self.desk.with(|live| {
+                if !live.is_updating() {
+                    let text = "no update was begun: call begin_update before anything is written";
+                    return Err(Failure::new(Kind::NotFenced, text).rank(self.rank));
+                }
+                live.commit(version)
+            })
+        })?)
+    }
+
+    #[pyo3(signature = (version, timeout = 30.0))]
+    fn publish(&self, py: Python<'_>, version: u64, timeout: f64) -> PyResult<()> {
+        let within = seconds("timeout", timeout)?;
+        Ok(py.detach(|| {
+            self.desk.with(|live| {
+                if let Some(open) = live.offered() {
+                    let text = format!(
+                        "version {open} is on offer: what was written since may have been read half done; call \
+                         begin_update before writing"
+                    );
+                    return Err(Failure::new(Kind::NotFenced, text).rank(self.rank));
+                }
+                live.begin(Instant::now() + within)?;
+                live.commit(version)
+            })
+        })?)
+    }
+
+    #[pyo3(signature = (version = None, timeout = 30.0))]
+    fn updating(slf: Py<Self>, version: Option<u64>, timeout: f64) -> PyResult<Updating> {
+        seconds("timeout", timeout)?;
+        Ok(Updating { source: slf, version, timeout })
+    }
+
+    fn answer(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.desk.with(|live| live.answer()))?)
+    }
+
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        py.detach(|| self.desk.with(|live| Ok(live.figures())))?.to_dict(py)
+    }
+
+    #[pyo3(signature = (timeout = None))]
+    fn close(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<usize> {
+        let within = timeout.map_or(Ok(self.drain), |timeout| seconds("timeout", timeout))?;
+        Ok(py.detach(|| match self.desk.take()? {
+            None => Ok(0),
+            Some(live) => live.leave(Instant::now() + within),
+        })?)
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    #[pyo3(signature = (*_args))]
+    fn __exit__(&self, py: Python<'_>, _args: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.close(py, None).map(drop)
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<Source rank {}>", self.rank)
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        // It waits for readers, and nobody else of Python may have to.
+        Python::attach(|py| py.detach(|| drop(self.desk.take())));
+    }
+}
+
+/// From `begin_update` to `commit`, as a `with` block.
+#[derive(Debug)]
+#[pyclass(module = "refit_rl._core", frozen)]
+pub(crate) struct Updating {
+    source: Py<Source>,
+    version: Option<u64>,
+    timeout: f64,
+}
+
+#[pymethods]
+impl Updating {
+    fn __enter__(&self, py: Python<'_>) -> PyResult<Py<Source>> {
+        self.source.get().begin_update(py, self.timeout)?;
+        Ok(self.source.clone_ref(py))
+    }
+
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        kind: &Bound<'_, PyAny>,
+        _error: &Bound<'_, PyAny>,
+        _traceback: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        if !kind.is_none() {
+            return Ok(());
+        }
+        let source = self.source.get();
+        let updating = py.detach(|| source.desk.with(|live| Ok(live.is_updating())))?;
+        match (updating, self.version) {
+            (false, _) => Ok(()),
+            (true, Some(version)) => source.commit(py, version),
+            (true, None) => {
+                let text = "the update ends and nothing was committed: call commit(version) in its body, or give \
+                            updating() the version";
+                Err(Failure::new(Kind::NotFenced, text).rank(source.rank).into())
+            }
+        }
+    }
+}
+
+/// A rank is one of its group's.
+pub(crate) fn check_rank(rank: u32, ranks: u32, what: &str) -> Result<(), Failure> {
+    if rank < ranks {
+        return Ok(());
+    }
+    let text =
+        format!("the layout is of rank {rank}, and the {what} has {ranks} ranks, counted from 0");
+    Err(Failure::new(Kind::Config, text).rank(rank))
+}
+
+/// What makes a source, once there is a transport.
+struct Join {
+    place: Place,
+    home: Home,
+    params: Vec<(String, Memory)>,
+    layout: RankLayout,
+    at: GroupRank,
+    options: SourceOptions,
+    deadline: Instant,
+}
+
+impl Begin for Join {
+    type Made = Box<dyn Serving>;
+
+    fn over<T: Transport>(self, transport: Arc<T>) -> Result<Self::Made, Failure> {
+        let Self { place, home, params, layout, at, options, deadline } = self;
+        let registrar = TransportRegistrar::new(transport.clone());
+        let pool = TransportPool::new(home.clone(), registrar, PoolOptions::default());
+        let source = home.equip_source(refit::Source::new(transport, &pool, layout, params)?)?;
+        let live = LiveSource::join(place.seat()?, at.clone(), source, options, deadline)?;
+        Ok(Box::new(Live { live, place, home, pool, at, updating: false }))
+    }
+}
+
+#[derive(Debug)]
+struct Live<T: Transport> {
+    live: LiveSource<Meeting, refit::Source<T>>,
+    place: Place,
+    home: Home,
+    pool: TransportPool<T>,
+    at: GroupRank,
+    /// Whether the parameters may be written.
+    updating: bool,
+}
+
+impl<T: Transport> Live<T> {
+    /// Joins again where the store took this process for dead.
+    fn stay(&mut self, deadline: Instant) -> Result<(), Failure> {
+        let key = self.place.model().member(&self.at.group, self.at.rank)?;
+        if self.place.store().list(&key)?.entries.contains_key(&key) {
+            return Ok(());
+        }
+        Ok(self.live.rejoin(self.place.seat()?, deadline)?)
+    }
+}
+
+/// Whether the session ended, so that it is worth joining again.
+fn is_gone(error: &SourceError) -> bool {
+    matches!(error, SourceError::Rendezvous(RendezvousError::SessionEnded))
+}
+
+impl<T: Transport> Serving for Live<T> {
+    fn begin(&mut self, deadline: Instant) -> Result<(), Failure> {
+        if self.updating {
+            return Ok(());
+        }
+        self.stay(deadline)?;
+        // What was launched before this belongs to the version that is open.
+        self.home.synchronize()?;
+        let began = match self.live.begin_update(deadline) {
+            Err(error) if is_gone(&error) => {
+                self.live.rejoin(self.place.seat()?, deadline)?;
+                self.live.begin_update(deadline).map(drop)
+            }
+            began => began.map(drop),
+        };
+        began?;
+        self.updating = true;
+        Ok(())
+    }
+
+    fn commit(&mut self, version: u64) -> Result<(), Failure> {
+        self.home.synchronize()?;
+        // The update was begun before, so this neither waits nor closes anything.
+        let now = Instant::now();
+        let committed = self.live.begin_update(now).and_then(|updating| updating.commit(version));
+        match committed {
+            Ok(()) => {}
+            // What it says by now is whole, and of this version: joining again offers it.
+            Err(error) if is_gone(&error) => {
+                let ttl = Duration::from_secs(30);
+                self.live.rejoin(self.place.seat()?, now + ttl)?;
+                if self.live.offered() != Some(version) {
+                    self.live.begin_update(now)?.commit(version)?;
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
+        self.updating = false;
+        Ok(())
+    }
+
+    fn offered(&self) -> Option<u64> {
+        self.live.offered()
+    }
+
+    fn is_updating(&self) -> bool {
+        self.updating
+    }
+
+    fn answer(&mut self) -> Result<(), Failure> {
+        Ok(self.live.answer()?)
+    }
+
+    fn figures(&self) -> Figures {
+        let (service, pool) = (*self.live.stats(), self.pool.stats());
+        Figures { service, pool, ..Figures::default() }
+    }
+
+    fn leave(self: Box<Self>, deadline: Instant) -> Result<usize, Failure> {
+        let Self { live, .. } = *self;
+        let left = live.leave(deadline)?;
+        let unreleased = left.unreleased.len();
+        if unreleased > 0 {
+            // Somebody may read this memory still; it goes with the process, and not before.
+            std::mem::forget(left.source);
+        }
+        Ok(unreleased)
+    }
+}

@@ -1,0 +1,58 @@
+"""vLLM's `WeightTransferEngine`, over a `Receiver`. Imported by vLLM alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.weight_transfer.base import WeightTransferEngine
+
+from ..errors import NotFencedError
+from ..types import Report
+from .options import InitInfo, UpdateInfo
+from .receiver import Receiver
+
+
+class RefitWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[type-var]
+    """One rank of an engine, whose parameters are pulled from the ranks of a trainer."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+    # A drafter is another module tree, with a target of its own.
+    supports_draft_weight_update = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._receiver: Receiver | None = None
+        self._received = False
+        #: Of the last update.
+        self.report: Report | None = None
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        self.shutdown()
+        self._receiver = Receiver(self.model, self.vllm_config, init_info)
+
+    def start_weight_update(self) -> None:
+        self._opened()
+        self._received = False
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # Without the base's `synchronize`: a refresh has landed when it returns, and there may be no accelerator.
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        self.report = self._opened().refresh(update_info)
+        self._received = True
+
+    def finish_weight_update(self) -> None:
+        if not self._received:
+            raise NotFencedError("finish_weight_update: nothing was received. Call update_weights after start_weight_update")
+
+    def shutdown(self) -> None:
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            receiver.close()
+
+    def _opened(self) -> Receiver:
+        if self._receiver is None:
+            raise NotFencedError("call init_weight_transfer_engine first, with rendezvous and model in init_info")
+        return self._receiver
