@@ -235,13 +235,16 @@ def _receive(wanted: Connection, pipes: list[Connection]) -> Any:
 
     while True:
         ready = wait(pipes)
-        for pipe in (pipe for pipe in pipes if pipe in ready):
+        for pipe in [pipe for pipe in pipes if pipe in ready]:
             try:
                 received = pipe.recv()
             except EOFError:
                 raise RefitError("a process of the bench ended; what it said is above") from None
             if isinstance(received, RefitError):
                 raise received
+            if received is None:
+                # A source that has done all it had to: that it ends now is no failure.
+                pipes.remove(pipe)
             if pipe is wanted:
                 return received
 

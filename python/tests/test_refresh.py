@@ -116,6 +116,14 @@ def test_post_actions_are_carried_out_before_the_engine_goes_on(store: str, mode
         report = target.refresh()
         assert report["post_actions"] == ACTIONS
         assert order == [("pause", None, 0.0), (ACTIONS, None, 5.0), ("resume", 1)]
+        order.clear()
+        with source.updating(2):
+            held += 1
+        target.refresh()
+        # Read in place they are no version from the pause on; beside, they are the old one until they are copied.
+        before = None if mode == "direct" else 1
+        assert order == [("pause", before, 5.0), (ACTIONS, before, 6.0), ("resume", 2)]
+        assert target.version == 2
         target.close()
 
 

@@ -148,6 +148,19 @@ mod tests {
     }
 
     #[test]
+    fn every_other_crate_is_tested_by_plain_cargo() {
+        let root = cargo::workspace_root();
+        let manifest = fs::read_to_string(root.join("Cargo.toml")).unwrap();
+        let (_, members) = manifest.split_once("default-members = [").unwrap();
+        let (members, _) = members.split_once(']').unwrap();
+        for entry in fs::read_dir(root.join("crates")).unwrap() {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            let listed = members.contains(&format!("\"crates/{name}\""));
+            assert_eq!(listed, name != "python", "crates/{name} in default-members of Cargo.toml");
+        }
+    }
+
+    #[test]
     fn the_tests_do_not_travel_in_the_wheel() {
         assert!(include_str!("../../pyproject.toml").contains("exclude = [\"python/tests/**\""));
         assert!(is_wheel(Path::new("a.whl")) && !is_wheel(Path::new("a.tar.gz")));

@@ -169,10 +169,13 @@ struct InPlace<T: Transport> {
 struct Prompt<'a, T: Transport> {
     direct: &'a mut Direct<T, Callbacks>,
     notes: &'a Notes,
+    live: &'a Live,
 }
 
 impl<T: Transport> Puller for Prompt<'_, T> {
     fn pull(&mut self, reading: &Version<'_>, deadline: Instant) -> Result<(), PullFailure> {
+        // From here on they may be a mix; what they are in the end, the refresh says.
+        self.live.set(None);
         self.direct.pull(reading, deadline).map_err(|failure| {
             // The one cause that a reader does not try again after; what is raised in the end is the callback's error.
             let cause = if self.notes.has_raised() { Cause::Lost } else { failure.cause };
@@ -192,7 +195,8 @@ impl<T: Transport> Puller for Prompt<'_, T> {
 impl<T: Transport> Reading for InPlace<T> {
     fn refresh(&mut self, at_least: u64, deadline: Instant) -> Result<u64, Failure> {
         let wanted = wanted(&self.replica, at_least);
-        let mut direct = Prompt { direct: &mut self.direct, notes: &self.notes };
+        let was = self.live.version();
+        let mut direct = Prompt { direct: &mut self.direct, notes: &self.notes, live: &self.live };
         let mut read = self.reader.refresh(&mut direct, &wanted, deadline);
         let ended = |read: &Result<_, Box<refit_service::reader::RefreshError>>| matches!(read, Err(error) if matches!(error.ended, Ended::Store(RendezvousError::SessionEnded)));
         if ended(&read) {
@@ -202,7 +206,6 @@ impl<T: Transport> Reading for InPlace<T> {
             self.scout.reseat(seat);
             read = self.reader.refresh(&mut direct, &wanted, deadline);
         }
-        let was = self.live.version();
         self.live.set(self.direct.version());
         match read {
             Ok(refreshed) => Ok(refreshed.version),
