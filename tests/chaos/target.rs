@@ -208,11 +208,22 @@ impl Rank {
                 );
                 self.stand = Stand::Direct(reader, direct);
             }
-            Stand::Replica(replica) => match replica.leave() {
-                Ok(shadow) => self.stand = self.replica(shadow),
-                Err(error) if passes(&error) => anew(&error.to_string()),
-                Err(error) => panic!("{error}"),
-            },
+            Stand::Replica(mut replica) => {
+                // Another life of this rank, with the memory and the agent of the last.
+                self.incarnation += 1 << 32;
+                let seat =
+                    self.orders.seat(&self.store, &format!("model-{}", self.part.model.salt));
+                let deadline = after(Duration::from_secs(10));
+                match replica.rejoin(seat, self.incarnation, deadline) {
+                    Ok(()) => {}
+                    // The next refresh finds that it is not there, and it is tried again.
+                    Err(error) if error.is_session_ended() => {}
+                    Err(ReplicaError::Rendezvous(error)) if passes(&error) => {}
+                    Err(error @ ReplicaError::Taken { .. }) => anew(&error.to_string()),
+                    Err(error) => panic!("{error}"),
+                }
+                self.stand = Stand::Replica(replica);
+            }
             Stand::Nowhere => {}
         }
     }
@@ -281,12 +292,13 @@ impl Failure {
 
     fn of_replica(error: ReplicaError) -> Self {
         let text = error.to_string();
+        if error.is_session_ended() {
+            return Self::Session;
+        }
         match error {
-            ReplicaError::Rendezvous(RendezvousError::SessionEnded) => Self::Session,
             ReplicaError::Staging { source, .. } => Self::of_reader(source),
-            // Its entry went with a session that ended.
-            ReplicaError::Superseded { .. } => Self::Session,
-            ReplicaError::Invalid { .. } => Self::Anew(text),
+            // Its place went with a session that ended, and another life has taken it.
+            ReplicaError::Superseded { .. } | ReplicaError::Invalid { .. } => Self::Anew(text),
             _ => Self::Error(text),
         }
     }

@@ -390,12 +390,18 @@ impl ReplicaError {
         match self {
             Self::Vanished { .. } => true,
             Self::Rendezvous(error) => matches!(error, RendezvousError::SessionEnded),
-            Self::Source(SourceError::Rendezvous(error)) => {
-                matches!(error, RendezvousError::SessionEnded)
+            Self::Source(error) => {
+                matches!(**error, SourceError::Rendezvous(RendezvousError::SessionEnded))
             }
             Self::Staging { source, .. } => source.is_session_ended(),
             _ => false,
         }
+    }
+}
+
+impl From<SourceError> for ReplicaError {
+    fn from(error: SourceError) -> Self {
+        Self::Source(Box::new(error))
     }
 }
 
@@ -442,7 +448,7 @@ pub enum ReplicaError {
     },
     /// What it offers to others could not join again.
     #[error(transparent)]
-    Source(#[from] SourceError),
+    Source(Box<SourceError>),
     /// Nothing could be staged.
     #[error("rank {} of replica `{}` could not stage a version, and keeps what it has: {source}", place.rank, place.replica)]
     Staging {
