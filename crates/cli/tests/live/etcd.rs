@@ -23,7 +23,7 @@ impl Server {
         let Some(program) = program else {
             let required = std::env::var_os("REFIT_REQUIRE_ETCD").is_some_and(|it| it == "1");
             assert!(!required, "REFIT_ETCD names no program: cargo xtask setup");
-            skipped(&format!("for want of etcd: {test}"));
+            skipped(&format!("etcd: {test}"));
             return None;
         };
         let port = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();

@@ -20,16 +20,16 @@ pub(crate) fn have_nixl(test: &str) -> bool {
     match NixlLibrary::load(&[]) {
         Ok(_) => true,
         Err(error) => {
-            skipped(&format!("for want of NIXL: {test}: {error}"));
+            skipped(&format!("NIXL: {test}: {error}"));
             false
         }
     }
 }
 
-/// Says that a test is skipped, and why, whether or not what tests print is shown.
-pub(crate) fn skipped(why: &str) {
+/// Says that a test is skipped for want of something, whether or not what tests print is shown.
+pub(crate) fn skipped(what: &str) {
     use std::io::Write;
-    std::io::stdout().write_all(format!("skipped {why}\n").as_bytes()).unwrap();
+    std::io::stdout().write_all(format!("skipped for want of {what}\n").as_bytes()).unwrap();
 }
 
 /// The config of a model of some hundred kilobytes.
