@@ -7,7 +7,7 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use refit::pool::{Memory, PoolStats};
 use refit::transport::{Patience, Progress, Transport, TransportError, TransportPool};
@@ -21,6 +21,9 @@ use super::failover::Failover;
 use super::lane::{Lane, Ran};
 use crate::puller::{Cause, PullFailure, Reading};
 use crate::worker::{Agent, GRACE, Standing};
+
+/// How long a target that is dropped waits for reads that are out.
+const LINGER: Duration = Duration::from_secs(2);
 
 /// A target, and what goes with it when another takes over.
 #[derive(Debug)]
@@ -421,6 +424,26 @@ impl<T: Transport> Pulls<T> {
     fn lost(&self) -> PullFailure {
         let agent = self.transport.agent().to_owned();
         PullFailure::new(Cause::Lost, RankError::Lost { agent })
+    }
+}
+
+/// Waits a while for what is under way. A process that ends in the middle of it cuts a connection on which its peer may have
+/// an answer to send, and UCX may abort that peer: a trainer that was only stopped.
+impl<T: Transport> Drop for Pulls<T> {
+    fn drop(&mut self) {
+        let now = Instant::now();
+        let until = now.checked_add(LINGER).unwrap_or(now);
+        let mut patience = Patience::for_the_silent();
+        while self.look() == Progress::Pending {
+            if !patience.pause(until) {
+                let agent = self.transport.agent();
+                tracing::error!(
+                    agent,
+                    "a target was dropped while its reads were out; they are leaked"
+                );
+                return;
+            }
+        }
     }
 }
 
