@@ -7,7 +7,7 @@ use refit::TargetOptions;
 use refit_service::puller::Cause;
 use refit_service::rank::{Direct, Shadow, Unattended};
 use refit_service::reader::{Ended, Reader, ReaderOptions, RefreshError, Wanted};
-use refit_service::rendezvous::{Directory, RendezvousError};
+use refit_service::rendezvous::Directory;
 use refit_service::replica::{Replica, ReplicaError, ReplicaRank};
 use refit_tests::ranks::{self, Canaries};
 use refit_transport::TransportPool;
@@ -281,9 +281,11 @@ enum Failure {
 
 impl Failure {
     fn of_reader(error: Box<RefreshError>) -> Self {
+        if error.is_session_ended() {
+            return Self::Session;
+        }
         let text = error.to_string();
         match error.ended {
-            Ended::Store(RendezvousError::SessionEnded) => Self::Session,
             Ended::Lost(_) => Self::Anew(text),
             Ended::Unsettled(failure) if failure.cause == Cause::Lost => Self::Anew(text),
             _ => Self::Error(text),

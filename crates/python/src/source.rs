@@ -10,8 +10,8 @@ use refit::planner::RankLayout;
 use refit::pool::{Memory, PoolOptions};
 use refit::translate::bands::Side;
 use refit::transport::{Transport, TransportPool, TransportRegistrar};
-use refit_service::rendezvous::{Rendezvous, RendezvousError};
-use refit_service::source::{GroupRank, LiveSource, SourceError, SourceOptions};
+use refit_service::rendezvous::Rendezvous;
+use refit_service::source::{GroupRank, LiveSource, SourceOptions};
 
 use crate::agent::{self, Begin, Way, Wish};
 use crate::desk::Desk;
@@ -295,11 +295,6 @@ impl<T: Transport> Live<T> {
     }
 }
 
-/// Whether the session ended, so that it is worth joining again.
-fn is_gone(error: &SourceError) -> bool {
-    matches!(error, SourceError::Rendezvous(RendezvousError::SessionEnded))
-}
-
 impl<T: Transport> Serving for Live<T> {
     fn begin(&mut self, deadline: Instant) -> Result<(), Failure> {
         if self.updating {
@@ -309,7 +304,7 @@ impl<T: Transport> Serving for Live<T> {
         // What was launched before this belongs to the version that is open.
         self.home.synchronize()?;
         let began = match self.live.begin_update(deadline) {
-            Err(error) if is_gone(&error) => {
+            Err(error) if error.is_session_ended() => {
                 self.live.rejoin(self.place.seat()?, deadline)?;
                 self.live.begin_update(deadline).map(drop)
             }
@@ -328,7 +323,7 @@ impl<T: Transport> Serving for Live<T> {
         match committed {
             Ok(()) => {}
             // What it says by now is whole, and of this version: joining again offers it.
-            Err(error) if is_gone(&error) => {
+            Err(error) if error.is_session_ended() => {
                 let ttl = Duration::from_secs(30);
                 self.live.rejoin(self.place.seat()?, now + ttl)?;
                 if self.live.offered() != Some(version) {

@@ -390,9 +390,7 @@ impl ReplicaError {
         match self {
             Self::Vanished { .. } => true,
             Self::Rendezvous(error) => matches!(error, RendezvousError::SessionEnded),
-            Self::Source(error) => {
-                matches!(**error, SourceError::Rendezvous(RendezvousError::SessionEnded))
-            }
+            Self::Source(error) => error.is_session_ended(),
             Self::Staging { source, .. } => source.is_session_ended(),
             _ => false,
         }

@@ -528,6 +528,14 @@ impl<R: Rendezvous, S: SourceRank> Drop for LiveSource<R, S> {
     }
 }
 
+impl SourceError {
+    /// Whether the session has ended: [`LiveSource::rejoin`] goes on from here.
+    #[must_use]
+    pub fn is_session_ended(&self) -> bool {
+        matches!(self, Self::Rendezvous(RendezvousError::SessionEnded))
+    }
+}
+
 /// Why a source could not do what it was asked to.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

@@ -11,7 +11,7 @@ use refit::transport::{Transport, TransportPool, TransportRegistrar};
 use refit::{Source, allocate};
 use refit_service::keys::Model;
 use refit_service::message::{Announcement, Decision, Message, Offering};
-use refit_service::rendezvous::{Rendezvous, RendezvousError};
+use refit_service::rendezvous::Rendezvous;
 use refit_service::source::{GroupRank, LiveSource, SourceError, SourceOptions};
 
 use super::args::{Common, Holding, ServeArgs};
@@ -243,11 +243,8 @@ impl<R: Rendezvous, T: Transport> Serving<R, T> {
 
     /// Goes on after what passes by itself, for as long as one step may take.
     fn bear(&mut self, error: CliError) -> Result<(), CliError> {
-        let gone = |error: &SourceError| {
-            matches!(error, SourceError::Rendezvous(RendezvousError::SessionEnded))
-        };
         match &error {
-            CliError::Source(source) if gone(source) => return self.rejoin(),
+            CliError::Source(source) if source.is_session_ended() => return self.rejoin(),
             CliError::Source(source) => match **source {
                 SourceError::Busy { .. } => self.trouble = None,
                 SourceError::Rendezvous(_) => {}

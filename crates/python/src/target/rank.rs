@@ -11,8 +11,7 @@ use refit::transport::{Transport, TransportPool, TransportRegistrar, draw_incarn
 use refit::{TargetOptions, allocate};
 use refit_service::puller::{Cause, PullFailure, Puller, Reading as Version};
 use refit_service::rank::{Direct, Shadow};
-use refit_service::reader::{Ended, Reader, ReaderOptions, Wanted};
-use refit_service::rendezvous::RendezvousError;
+use refit_service::reader::{Reader, ReaderOptions, Wanted};
 use refit_service::replica::{Replica, ReplicaRank};
 
 use crate::agent::Begin;
@@ -198,8 +197,7 @@ impl<T: Transport> Reading for InPlace<T> {
         let was = self.live.version();
         let mut direct = Prompt { direct: &mut self.direct, notes: &self.notes, live: &self.live };
         let mut read = self.reader.refresh(&mut direct, &wanted, deadline);
-        let ended = |read: &Result<_, Box<refit_service::reader::RefreshError>>| matches!(read, Err(error) if matches!(error.ended, Ended::Store(RendezvousError::SessionEnded)));
-        if ended(&read) {
+        if read.as_ref().is_err_and(|error| error.is_session_ended()) {
             // Nobody else has this rank's place: only readers' leases were kept by the session.
             let seat = self.place.seat()?;
             self.reader.reseat(seat.clone());
