@@ -91,7 +91,7 @@ class VersionError(RefitError, ValueError):
     """A version that is not above the last one. A number names bytes for ever."""
 
 
-class NotFencedError(RefitError):
+class NotFencedError(RefitError, RuntimeError):
     """A version was on offer while its parameters may have been written. Begin an update before writing."""
 
 

@@ -54,5 +54,5 @@ class RefitWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # 
 
     def _opened(self) -> Receiver:
         if self._receiver is None:
-            raise NotFencedError("call init_weight_transfer_engine first, with rendezvous and model in init_info")
+            raise NotFencedError("not initialized: call init_weight_transfer_engine first, with rendezvous and model in init_info")
         return self._receiver
