@@ -8,6 +8,12 @@ import os
 import time
 from typing import Any
 
+import torch
+
+# A process has to ask the kernel for AMX before it uses it. vLLM 0.32's attention does not, and where nothing else in a worker has,
+# the first token ends it with an illegal instruction. Workers import this module.
+torch.cpu._init_amx()
+
 
 class Worker:
     """What a worker of vLLM can do besides (`worker_extension_cls`)."""
