@@ -285,12 +285,18 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
         }
     }
 
-    /// Leaves the replica, which serves no more until somebody takes this rank's place, and gives back what stages.
+    /// Leaves the replica, which serves no more until somebody takes this rank's place, and gives back what stages. Another
+    /// life of it that is there already stays.
     ///
     /// # Errors
     /// [`RendezvousError`]; the rank is dropped then.
     pub fn leave(self) -> Result<S, RendezvousError> {
-        self.seat.rendezvous().remove(&self.key)?;
+        let found = self.seat.list(&self.key)?;
+        let there = found.entries.get(&self.key).map(|value| RankState::decode(value));
+        let ours = self.machine.state().incarnation;
+        if !matches!(there, Some(Ok(state)) if state.incarnation != ours) {
+            self.seat.rendezvous().remove(&self.key)?;
+        }
         Ok(self.stage)
     }
 

@@ -325,8 +325,13 @@ impl<R: Rendezvous> Desk<R> {
     }
 
     /// The offer goes first, so that whoever looks again after taking a lease finds nothing to read; the member last, because
-    /// the next life of this rank writes the others as soon as that is gone.
+    /// the next life of this rank writes the others as soon as that is gone. What such a life has written stays: where its
+    /// member is there, this one's entries went with its session.
     fn withdraw(&mut self) -> Result<(), RendezvousError> {
+        if self.is_taken()? {
+            self.open = false;
+            return Ok(());
+        }
         let store = self.seat.rendezvous();
         store.remove(&self.keys.version)?;
         self.open = false;
@@ -334,6 +339,15 @@ impl<R: Rendezvous> Desk<R> {
         store.remove(&self.keys.member)?;
         self.seat.at(Point::Withdrawn);
         Ok(())
+    }
+
+    /// Whether another life of this rank is there.
+    fn is_taken(&self) -> Result<bool, RendezvousError> {
+        let found = self.seat.list(&self.keys.member)?;
+        let there = found.entries.get(&self.keys.member).map(|there| Member::decode(there));
+        let Some(Ok(there)) = there else { return Ok(false) };
+        let committed = self.last.map(|last| last.incarnation);
+        Ok(there.incarnation != self.member.incarnation && Some(there.incarnation) != committed)
     }
 
     /// Waits for the readers that were there when the version was closed. Whoever came later looks again, finds it closed,
