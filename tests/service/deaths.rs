@@ -12,15 +12,16 @@ use refit::planner::{Band, Dtype, LayoutBuilder, Param, RankLayout};
 use refit::transport::local::{LocalTransport, Network};
 use refit::{Source, TargetOptions};
 use refit_service::keys::Model;
-use refit_service::rank::{Shadow, Unattended};
-use refit_service::reader::{Reader, ReaderOptions};
+use refit_service::rank::{Direct, Shadow, Unattended};
+use refit_service::reader::{Reader, ReaderOptions, RefreshError, Wanted};
+use refit_service::relay::Relay;
 use refit_service::rendezvous::{
     Created, InProcess, InProcessSession, Key, Life, Rendezvous, RendezvousError, Revision,
     Snapshot,
 };
 use refit_service::replica::{Replica, ReplicaError, ReplicaRank};
 use refit_service::source::{GroupRank, LiveSource, SourceError, SourceOptions};
-use refit_service::{Point, Seat};
+use refit_service::{Point, Reseat, Seat};
 use refit_tests::ranks;
 
 /// One process's way to the store. Dead, it has none.
@@ -201,6 +202,19 @@ fn millis(millis: u64) -> Instant {
 type Trainer = LiveSource<Mortal, Source<LocalTransport>>;
 type Rank = Replica<Mortal, Shadow<LocalTransport, Unattended>>;
 
+/// A target of one rank that reads in place, and offers what it has read.
+struct Alone {
+    relay: Relay<Mortal, Direct<LocalTransport, Unattended>>,
+    reader: Reader<Mortal>,
+}
+
+impl Alone {
+    fn reads(&mut self, version: u64) -> Result<(), Box<RefreshError>> {
+        let wanted = Wanted { not_from: Some("alone".to_owned()), ..Wanted::exactly(version) };
+        self.reader.refresh(&mut self.relay, &wanted, millis(500)).map(drop)
+    }
+}
+
 struct World {
     store: InProcess,
     network: Network,
@@ -212,6 +226,17 @@ impl World {
         let place = GroupRank { group: group.to_owned(), rank: 0, ranks: 1 };
         let source = ranks::source(&agent, &rows(0, 1));
         LiveSource::join(process.seat(), place, source, SourceOptions::default(), soon()).unwrap()
+    }
+
+    fn relay(&self, process: &Process) -> Alone {
+        let agent = ranks::agent(&self.network, &format!("alone-{}", unique()));
+        let (target, _, _) = ranks::target(&agent, &rows(0, 1), TargetOptions::default());
+        let (seat, direct) = (process.seat(), Direct::new(target, Unattended));
+        let life = u128::from(unique());
+        let reader = Reader::new(seat.clone(), "alone", life, ReaderOptions::default()).unwrap();
+        let place = GroupRank { group: "alone".to_owned(), rank: 0, ranks: 1 };
+        let options = SourceOptions::default();
+        Alone { relay: Relay::join(seat, place, direct, options, soon()).unwrap(), reader }
     }
 
     fn rank(&self, process: &Process, rank: u32) -> Rank {
@@ -429,6 +454,10 @@ fn a_place_that_another_took_is_not_taken_back() {
     let error = rank.rejoin(process.seat(), unique().into(), millis(50)).unwrap_err();
     assert!(matches!(error, ReplicaError::Taken { .. }), "{error}");
     assert_eq!(rank.serving(), None);
+    // It is not there before it has joined again, however often that is tried, and does not write over the other.
+    assert!(rank.has_vanished());
+    let error = rank.refresh(1, millis(50)).unwrap_err();
+    assert!(error.is_session_ended(), "{error}");
     // Nor does it take the other along when it leaves.
     rank.leave().unwrap();
     assert!(!next.has_vanished());
@@ -441,15 +470,41 @@ fn a_trainer_that_another_took_over_from_withdraws_nothing() {
     let process = Process::new(&world.store);
     let mut trainer = world.trainer(&process, "trainer");
     commit(&mut trainer, 1);
+    assert!(!trainer.has_vanished().unwrap());
     process.store.lose();
+    assert!(trainer.has_vanished().unwrap());
     let mut next = world.trainer(&Process::new(&world.store), "trainer");
     commit(&mut next, 2);
     let error = trainer.rejoin(process.seat(), millis(50)).unwrap_err();
     assert!(matches!(error, SourceError::Taken { .. }), "{error}");
     drop(trainer);
+    assert!(!next.has_vanished().unwrap());
     let ranks = [0, 1].map(|rank| Some(world.rank(&Process::new(&world.store), rank)));
     let said = refresh(ranks, 2, 20_000);
     assert!(said.iter().all(|(_, reached)| *reached));
+}
+
+/// A target that reads in place finds out by what it does next, and offers what it holds again where it is a relay.
+#[test]
+fn a_relay_that_lost_its_session_says_so_and_offers_again() {
+    let world = World { store: InProcess::new(), network: Network::new() };
+    let mut trainer = world.trainer(&Process::new(&world.store), "trainer");
+    commit(&mut trainer, 1);
+    let process = Process::new(&world.store);
+    let mut alone = world.relay(&process);
+    alone.reads(1).unwrap();
+    assert_eq!(alone.relay.offered(), Some(1));
+
+    process.store.lose();
+    commit(&mut trainer, 2);
+    let error = alone.reads(2).unwrap_err();
+    assert!(error.is_session_ended(), "{error}");
+    let seat = process.seat();
+    alone.relay.reseat(&seat, soon()).unwrap();
+    assert_eq!((alone.relay.offered(), alone.relay.stats().rejoins), (Some(1), 1));
+    alone.reader.reseat(seat);
+    alone.reads(2).unwrap();
+    assert_eq!(alone.relay.offered(), Some(2));
 }
 
 /// A trainer that was taken for dead at any point, and lives, offers what is whole again, from where it was. What it had
@@ -500,6 +555,8 @@ fn a_trainer_may_lose_its_session_anywhere_and_offers_what_is_whole() {
         let said = refresh(said.map(|(rank, _)| rank), 3, 20_000);
         assert!(said.iter().all(|(_, reached)| *reached), "{point:?}");
         assert!(said.iter().all(|(rank, _)| whole(rank.as_ref().unwrap()) == Some(3)));
+        // So does whoever has not read from it before, and knows nothing that it published.
+        world.relay(&Process::new(&world.store)).reads(3).unwrap();
     }
     assert_eq!(losses, 6);
 }

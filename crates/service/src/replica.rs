@@ -91,6 +91,8 @@ pub struct Replica<R: Rendezvous, S: Stage> {
     seen: Instant,
     /// Why it is invalid.
     broken: Option<String>,
+    /// Whether everything that it is stands under its seat's session.
+    seated: bool,
     stats: ServiceStats,
 }
 
@@ -132,6 +134,7 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
             view: View::default(),
             seen: Instant::now(),
             broken: None,
+            seated: true,
             stats: ServiceStats::default(),
         };
         joined.enter(deadline)?;
@@ -146,7 +149,8 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
     /// for it.
     ///
     /// # Errors
-    /// As [`join`](Self::join), and what [`Reseat`] says. May be tried again, with another seat if need be.
+    /// As [`join`](Self::join), and what [`Reseat`] says. May be tried again, with another seat if need be; until it has
+    /// succeeded the rank is [not there](Self::has_vanished).
     pub fn rejoin(
         &mut self,
         seat: Seat<R>,
@@ -156,12 +160,14 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
     where
         S: Reseat<R>,
     {
+        self.seated = false;
         self.machine.reborn(incarnation);
         self.view = View::default();
         self.seat = seat;
         self.reader.reseat(self.seat.clone());
         self.enter(deadline)?;
         self.stage.reseat(&self.seat, deadline)?;
+        self.seated = true;
         self.stats.rejoins += 1;
         Ok(())
     }
@@ -214,7 +220,7 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
     /// [`rejoin`](Self::rejoin) before it can do anything. Asks the store as [`serving`](Self::serving) does.
     pub fn has_vanished(&mut self) -> bool {
         self.look_now_and_then();
-        self.machine.has_vanished(&self.view)
+        !self.seated || self.machine.has_vanished(&self.view)
     }
 
     /// The version that this rank may answer for now: all ranks have installed it. `None` while they differ, when a rank is
@@ -236,6 +242,9 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
     /// or the new one if only other ranks were waited for ([`installed`](Self::installed)).
     pub fn refresh(&mut self, at_least: u64, deadline: Instant) -> Result<Ready, ReplicaError> {
         let began = Instant::now();
+        if !self.seated {
+            return Err(ReplicaError::Vanished { place: self.place.clone() });
+        }
         self.machine.want(at_least);
         let mut staging = None;
         loop {

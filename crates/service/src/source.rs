@@ -209,10 +209,25 @@ impl<R: Rendezvous, S: SourceRank> LiveSource<R, S> {
                 let publication = source.publication()?;
                 desk.member.publication = *publication.digest();
                 desk.enter(Some(&publication), deadline)?;
-                desk.announce(last)
+                desk.announce(last)?;
             }
-            None => desk.enter(None, deadline),
+            None => {
+                // It went with the session, and the next commit has to write it whatever it is.
+                desk.member.publication = [0; 32];
+                desk.enter(None, deadline)?;
+            }
         }
+        desk.stats.rejoins += 1;
+        Ok(())
+    }
+
+    /// Whether this rank's session has ended, as far as the store knows, so that it has to [`rejoin`](Self::rejoin) before
+    /// others find it.
+    ///
+    /// # Errors
+    /// [`RendezvousError`].
+    pub fn has_vanished(&self) -> Result<bool, RendezvousError> {
+        Ok(self.desk.look()? != There::Itself)
     }
 
     /// The rank. `None` only while it is given back.
@@ -328,7 +343,7 @@ impl<R: Rendezvous> Desk<R> {
     /// the next life of this rank writes the others as soon as that is gone. What such a life has written stays: where its
     /// member is there, this one's entries went with its session.
     fn withdraw(&mut self) -> Result<(), RendezvousError> {
-        if self.is_taken()? {
+        if self.look()? == There::Another {
             self.open = false;
             return Ok(());
         }
@@ -341,13 +356,16 @@ impl<R: Rendezvous> Desk<R> {
         Ok(())
     }
 
-    /// Whether another life of this rank is there.
-    fn is_taken(&self) -> Result<bool, RendezvousError> {
+    /// Who has this rank's place.
+    fn look(&self) -> Result<There, RendezvousError> {
         let found = self.seat.list(&self.keys.member)?;
-        let there = found.entries.get(&self.keys.member).map(|there| Member::decode(there));
-        let Some(Ok(there)) = there else { return Ok(false) };
+        let Some(there) = found.entries.get(&self.keys.member) else { return Ok(There::Nobody) };
         let committed = self.last.map(|last| last.incarnation);
-        Ok(there.incarnation != self.member.incarnation && Some(there.incarnation) != committed)
+        let ours = |it: u128| it == self.member.incarnation || Some(it) == committed;
+        Ok(match Member::decode(there) {
+            Ok(member) if !ours(member.incarnation) => There::Another,
+            _ => There::Itself,
+        })
     }
 
     /// Waits for the readers that were there when the version was closed. Whoever came later looks again, finds it closed,
@@ -464,6 +482,15 @@ impl<R: Rendezvous> Desk<R> {
         let GroupRank { group, rank, .. } = self.place.clone();
         SourceError::Busy { group, rank, readers: readers.into_iter().collect() }
     }
+}
+
+/// Who has a rank's place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum There {
+    Nobody,
+    Itself,
+    /// Another life of the rank.
+    Another,
 }
 
 /// Readers that were there when a version was closed, and did not give their leases back.

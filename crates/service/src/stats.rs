@@ -22,7 +22,7 @@ pub struct ServiceStats {
     pub installs: u64,
     /// Rounds of a replica that this rank saw aborted.
     pub aborts: u64,
-    /// Times a rank of a replica came back after its session had ended.
+    /// Times a rank came back after its session had ended.
     pub rejoins: u64,
     /// Attempts to read that failed, by cause.
     pub retries: Retries,

@@ -109,8 +109,9 @@ impl<R: Rendezvous, P: Holder + Reseat<R>> Cycle<R> for Alone<R, P> {
     }
 
     fn rejoin(&mut self, seat: &Seat<R>, deadline: Instant) -> Result<Option<u64>, Missed> {
-        self.reader.reseat(seat.clone());
+        // First: a reader whose session has ended says so when this did not work.
         self.rank.reseat(seat, deadline).map_err(|error| of_replica(error.into()))?;
+        self.reader.reseat(seat.clone());
         Ok(self.version)
     }
 

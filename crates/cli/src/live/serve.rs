@@ -227,11 +227,7 @@ impl<R: Rendezvous, T: Transport> Serving<R, T> {
 
     /// Joins again if the store took this process for dead.
     fn stay(&mut self) -> Result<(), CliError> {
-        let key = self.place.model().member(&self.args.group, self.holding.layout.rank())?;
-        if self.place.store().list(&key)?.entries.contains_key(&key) {
-            return Ok(());
-        }
-        self.rejoin()
+        if self.live.has_vanished()? { self.rejoin() } else { Ok(()) }
     }
 
     fn rejoin(&mut self) -> Result<(), CliError> {

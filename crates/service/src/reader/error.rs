@@ -9,6 +9,7 @@ use super::Wanted;
 use crate::groups::Withheld;
 use crate::puller::PullFailure;
 use crate::rendezvous::RendezvousError;
+use crate::source::SourceError;
 
 /// Why an offer that was chosen cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -144,10 +145,18 @@ pub struct RefreshError {
 }
 
 impl RefreshError {
-    /// Whether the reader's session has ended: [`Reader::reseat`](super::Reader::reseat) goes on from here.
+    /// Whether the session has ended, the reader's own or that of what it reads into: [`Reader::reseat`](super::Reader::reseat)
+    /// and [`Reseat`](crate::Reseat) go on from here.
     #[must_use]
     pub fn is_session_ended(&self) -> bool {
-        matches!(self.ended, Ended::Store(RendezvousError::SessionEnded))
+        match &self.ended {
+            Ended::Store(error) => matches!(error, RendezvousError::SessionEnded),
+            // A relay that could not close what it offers.
+            Ended::Unsettled(failure) => {
+                failure.reason.downcast_ref().is_some_and(SourceError::is_session_ended)
+            }
+            _ => false,
+        }
     }
 }
 
