@@ -1,5 +1,6 @@
 //! Ranks of [`refit`], as the protocol sees them: a source that is read, and targets that read in place or beside.
 
+mod counted;
 mod direct;
 mod engine;
 mod error;
@@ -13,6 +14,7 @@ use refit::{DigestRequest, Digests, Expected, PackedSource, Publication, RefitEr
 
 use crate::source::SourceRank;
 
+pub use self::counted::Counted;
 pub use self::direct::Direct;
 pub use self::engine::{Engine, EngineError, Unattended};
 pub use self::error::RankError;

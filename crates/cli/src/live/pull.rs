@@ -8,7 +8,7 @@ use refit::pool::PoolOptions;
 use refit::translate::TargetLayout;
 use refit::transport::{Transport, TransportPool, TransportRegistrar, draw_incarnation};
 use refit::{RefitError, Target, TargetOptions};
-use refit_service::rank::{Direct, Shadow};
+use refit_service::rank::{Counted, Direct, Shadow};
 use refit_service::reader::{Reader, ReaderOptions, Wanted};
 use refit_service::relay::Relay;
 use refit_service::rendezvous::{Rendezvous, RendezvousError};
@@ -35,9 +35,6 @@ const PAUSE: Duration = Duration::from_millis(500);
 
 /// For how long entries that are refused may be all there is.
 const REFUSED: Duration = Duration::from_secs(2);
-
-/// How many times its parameters silent peers may keep from a rank that reads beside its live ones.
-const KEPT: u64 = 4;
 
 /// How long a rank that needs no more stays, for the others to see that it has installed what they have.
 const LINGER: Duration = Duration::from_millis(500);
@@ -125,7 +122,7 @@ impl Work for Pull {
         };
         if staged {
             let (live, live_guards) = pulling.house.home.guarded(&layout)?;
-            let kept = Quarantine::new(&name, bytes.saturating_mul(KEPT));
+            let kept = Quarantine::of_rank(&name, bytes);
             let shadow = Shadow::new(target, live, post_actions, Bystander)?
                 .with_failover(kept, move |_| Ok(make()?.0));
             #[cfg(feature = "cuda")]
@@ -364,7 +361,7 @@ impl<R: Rendezvous> Pulling<R> {
 
     /// Takes in what an attempt came to.
     fn count(&self, cycle: &impl Cycle<R>) {
-        let (holder, service, pool) = (cycle.holder(), cycle.stats(), cycle.holder().pool());
+        let (holder, service, pool) = (cycle.holder(), cycle.stats(), cycle.holder().pool_stats());
         let (pulls, relay) = (holder.totals(), holder.offering());
         self.house.figures.update(|figures| {
             (figures.service, figures.relay) = (service, relay);

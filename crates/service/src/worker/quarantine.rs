@@ -20,6 +20,13 @@ impl Quarantine {
         Self { owner: owner.into(), limit: limit_bytes, charges: Arc::default() }
     }
 
+    /// The account of a rank that reads beside live parameters of so many bytes: silent peers may keep four times as many
+    /// from it.
+    #[must_use]
+    pub fn of_rank(owner: &str, params_bytes: u64) -> Self {
+        Self::new(owner, params_bytes.saturating_mul(4))
+    }
+
     /// Bytes that retired agents keep now.
     #[must_use]
     pub fn bytes(&self) -> u64 {
