@@ -186,6 +186,11 @@ impl<R: Rendezvous> Reader<R> {
         &self.stats
     }
 
+    /// For how long one attempt may go on from now on, as [`ReaderOptions::attempt`].
+    pub fn set_attempt(&mut self, attempt: Duration) {
+        self.options.attempt = attempt;
+    }
+
     /// Goes on under another session, after one has ended.
     pub fn reseat(&mut self, seat: Seat<R>) {
         self.seat = seat;

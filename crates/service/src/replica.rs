@@ -7,9 +7,10 @@ use std::error::Error;
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use crate::groups::Offer;
 use crate::message::{Message, RankState};
 use crate::puller::Puller;
-use crate::reader::{Ended, Reader, RefreshError, Wanted};
+use crate::reader::{Ended, Reader, RefreshError, Refreshed, Wanted};
 use crate::rendezvous::{Created, Key, Life, Rendezvous, RendezvousError};
 use crate::seat::{Point, Reseat, Seat};
 use crate::source::SourceError;
@@ -91,6 +92,8 @@ pub struct Replica<R: Rendezvous, S: Stage> {
     seen: Instant,
     /// Why it is invalid.
     broken: Option<String>,
+    /// What was read last.
+    read: Option<Refreshed>,
     /// Whether everything that it is stands under its seat's session.
     seated: bool,
     stats: ServiceStats,
@@ -134,6 +137,7 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
             view: View::default(),
             seen: Instant::now(),
             broken: None,
+            read: None,
             seated: true,
             stats: ServiceStats::default(),
         };
@@ -206,6 +210,30 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
     #[must_use]
     pub fn installed(&self) -> Option<u64> {
         self.machine.installed_version()
+    }
+
+    /// What was read last, and from where. It may not be installed yet.
+    #[must_use]
+    pub fn read(&self) -> Option<&Refreshed> {
+        self.read.as_ref()
+    }
+
+    /// For how long one attempt to read may go on from now on, as [`ReaderOptions::attempt`](crate::reader::ReaderOptions).
+    pub fn set_attempt(&mut self, attempt: Duration) {
+        self.reader.set_attempt(attempt);
+    }
+
+    /// Waits until others offer a version from `at_least` on, and reads nothing. `None` at the deadline.
+    ///
+    /// # Errors
+    /// [`RendezvousError`].
+    pub fn wait_for(
+        &mut self,
+        at_least: u64,
+        deadline: Instant,
+    ) -> Result<Option<Offer>, RendezvousError> {
+        let wanted = self.wanted(at_least, None);
+        self.reader.wait_for(&wanted, deadline)
     }
 
     /// What has happened so far, to this rank as a reader as well.
@@ -354,13 +382,19 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
         prefer: Option<u64>,
         deadline: Instant,
     ) -> Result<(), Box<RefreshError>> {
-        let not_from = Some(self.place.replica.clone());
-        let wanted = Wanted { prefer, not_from, ..Wanted::at_least(at_least) };
+        let wanted = self.wanted(at_least, prefer);
         self.machine.staging();
         let refreshed = self.reader.refresh(&mut self.stage, &wanted, deadline)?;
         self.seat.at(Point::Staged);
         self.machine.staged(refreshed.version);
+        self.read = Some(refreshed);
         Ok(())
+    }
+
+    /// Nothing that its own ranks offer: they have what this one has.
+    fn wanted(&self, at_least: u64, prefer: Option<u64>) -> Wanted {
+        let not_from = Some(self.place.replica.clone());
+        Wanted { prefer, not_from, ..Wanted::at_least(at_least) }
     }
 
     fn install(&mut self, version: u64) {

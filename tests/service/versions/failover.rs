@@ -94,7 +94,9 @@ fn a_silent_peer_costs_one_attempt_and_fresh_memory_takes_over() {
     let world = World::new(&[2, 1]);
     let quarantine = Quarantine::new("engine", 2 * bytes());
     let mut rank = world.shadow(&quarantine);
-    let mut reader = world.fleet.reader("engine", options(200));
+    // Longer than anybody waits, and then not.
+    let mut reader = world.fleet.reader("engine", options(3_600_000));
+    reader.set_attempt(Duration::from_millis(200));
     world.silence.fall("dp0-", 5);
     let refreshed = reader.refresh(&mut rank, &Wanted::at_least(1), soon()).unwrap();
     assert_eq!((refreshed.group.as_str(), refreshed.version), ("dp1", 1));

@@ -228,10 +228,15 @@ fn a_replica_relays_what_it_has_staged() {
         assert!(
             refresh(&mut ranks, version, 20_000).into_iter().all(|ready| ready.unwrap() == version)
         );
+        let read = ranks[0].read().unwrap();
+        assert_eq!((read.version, read.group.as_str()), (version, "trainer"));
     }
+    // What it offers itself it does not wait for.
+    assert_eq!(ranks[0].wait_for(20, soon()).unwrap().unwrap().group, "trainer");
     for source in trainer {
         source.leave(soon()).unwrap();
     }
+    assert!(ranks[0].wait_for(20, millis(20)).unwrap().is_none());
     let mut direct = fleet.direct(0, 1);
     let mut reader = fleet.reader("late", ReaderOptions::default());
     let wanted = refit_service::reader::Wanted::at_least(20);
