@@ -14,6 +14,7 @@ mod data;
 mod desk;
 mod dlpack;
 mod engine;
+mod entry;
 mod failure;
 mod home;
 mod layout;

@@ -54,14 +54,6 @@ impl Place {
         let session = Arc::new(self.store.session(self.ttl)?);
         Ok(Seat::new(self.store.clone(), session, self.model.clone()))
     }
-
-    pub(crate) fn store(&self) -> &Meeting {
-        &self.store
-    }
-
-    pub(crate) fn model(&self) -> &Model {
-        &self.model
-    }
 }
 
 /// A time that a caller gave in seconds.

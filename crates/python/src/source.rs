@@ -6,21 +6,19 @@ use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMapping};
-use refit::planner::RankLayout;
-use refit::pool::{Memory, PoolOptions};
+use refit::pool::PoolOptions;
 use refit::translate::bands::Side;
 use refit::transport::{Transport, TransportPool, TransportRegistrar};
-use refit_service::rendezvous::Rendezvous;
 use refit_service::source::{GroupRank, LiveSource, SourceOptions};
 
-use crate::agent::{self, Begin, Way, Wish};
+use crate::agent::{self, Begin};
 use crate::desk::Desk;
+use crate::entry::{Entered, Said};
 use crate::failure::{Failure, Kind};
 use crate::home::Home;
 use crate::layout::Layout;
-use crate::place::{Meeting, Place, Where, seconds};
+use crate::place::{Meeting, Place, seconds};
 use crate::report::Figures;
-use crate::tensor::Tensors;
 
 /// One rank of a trainer, whose parameters others read.
 #[derive(Debug)]
@@ -75,36 +73,28 @@ impl Source {
         lease: f64,
         drain: f64,
     ) -> PyResult<Self> {
-        layout.side_is(Side::Source, "Source")?;
-        let address = rendezvous.parse().map_err(Failure::from)?;
-        let way = Way::read(transport)?;
         let rank = layout.layout().rank();
-        check_rank(rank, ranks, "group")?;
-        let ttl = seconds("ttl", ttl)?;
         let drain = seconds("drain", drain)?;
         let most_lease = seconds("lease", lease)?;
-        let within = seconds("timeout", timeout)?;
-        let tensors = Tensors::look(layout.layout(), tensors, false)?;
-        let nixl = agent::nixl_places(py)?;
-        let layout = layout.layout().clone();
+        let options = SourceOptions::default().with_most_lease(most_lease).with_drain(drain);
+        let entry = Said {
+            rendezvous,
+            layout,
+            tensors,
+            model,
+            group,
+            ranks,
+            job,
+            key_file,
+            transport,
+            insecure_tcp,
+            timeout,
+            ttl,
+        };
+        let entry = entry.read(py, Side::Source)?;
         let desk = py.detach(move || {
-            let deadline = Instant::now() + within;
-            let home = Home::new(tensors.kind())?;
-            let name = format!("{group}-{rank}");
-            let wish = Wish {
-                way: way.at(&address, &home)?,
-                name: name.clone(),
-                home: home.clone(),
-                is_read: true,
-                bytes: layout.bytes(),
-                insecure_tcp,
-                nixl,
-            };
-            let place = Place::new(&Where { address, job, model, key_file, ttl }, &name)?;
-            let params = tensors.adopt(&home)?;
-            let options = SourceOptions::default().with_most_lease(most_lease).with_drain(drain);
-            let at = GroupRank { group, rank, ranks };
-            agent::begin(&wish, Join { place, home, params, layout, at, options, deadline })
+            let (wish, entered) = entry.enter(true)?;
+            agent::begin(&wish, Join { entered, options })
         })?;
         Ok(Self { desk: Desk::new(desk), rank, drain })
     }
@@ -239,37 +229,24 @@ impl Updating {
     }
 }
 
-/// A rank is one of its group's.
-pub(crate) fn check_rank(rank: u32, ranks: u32, what: &str) -> Result<(), Failure> {
-    if rank < ranks {
-        return Ok(());
-    }
-    let text =
-        format!("the layout is of rank {rank}, and the {what} has {ranks} ranks, counted from 0");
-    Err(Failure::new(Kind::Config, text).rank(rank))
-}
-
 /// What makes a source, once there is a transport.
 struct Join {
-    place: Place,
-    home: Home,
-    params: Vec<(String, Memory)>,
-    layout: RankLayout,
-    at: GroupRank,
+    entered: Entered,
     options: SourceOptions,
-    deadline: Instant,
 }
 
 impl Begin for Join {
     type Made = Box<dyn Serving>;
 
     fn over<T: Transport>(self, transport: Arc<T>) -> Result<Self::Made, Failure> {
-        let Self { place, home, params, layout, at, options, deadline } = self;
+        let Entered { place, home, params, layout, group, ranks, within, .. } = self.entered;
         let registrar = TransportRegistrar::new(transport.clone());
         let pool = TransportPool::new(home.clone(), registrar, PoolOptions::default());
+        let at = GroupRank { group, rank: layout.rank(), ranks };
         let source = home.equip_source(refit::Source::new(transport, &pool, layout, params)?)?;
-        let live = LiveSource::join(place.seat()?, at.clone(), source, options, deadline)?;
-        Ok(Box::new(Live { live, place, home, pool, at, updating: false }))
+        let deadline = Instant::now() + within;
+        let live = LiveSource::join(place.seat()?, at, source, self.options, deadline)?;
+        Ok(Box::new(Live { live, place, home, pool, within, updating: false }))
     }
 }
 
@@ -279,18 +256,14 @@ struct Live<T: Transport> {
     place: Place,
     home: Home,
     pool: TransportPool<T>,
-    at: GroupRank,
+    /// What joining may take.
+    within: Duration,
     /// Whether the parameters may be written.
     updating: bool,
 }
 
 impl<T: Transport> Live<T> {
-    /// Joins again where the store took this process for dead.
-    fn stay(&mut self, deadline: Instant) -> Result<(), Failure> {
-        let key = self.place.model().member(&self.at.group, self.at.rank)?;
-        if self.place.store().list(&key)?.entries.contains_key(&key) {
-            return Ok(());
-        }
+    fn rejoin(&mut self, deadline: Instant) -> Result<(), Failure> {
         Ok(self.live.rejoin(self.place.seat()?, deadline)?)
     }
 }
@@ -300,12 +273,14 @@ impl<T: Transport> Serving for Live<T> {
         if self.updating {
             return Ok(());
         }
-        self.stay(deadline)?;
+        if self.live.has_vanished()? {
+            self.rejoin(deadline)?;
+        }
         // What was launched before this belongs to the version that is open.
         self.home.synchronize()?;
         let began = match self.live.begin_update(deadline) {
             Err(error) if error.is_session_ended() => {
-                self.live.rejoin(self.place.seat()?, deadline)?;
+                self.rejoin(deadline)?;
                 self.live.begin_update(deadline).map(drop)
             }
             began => began.map(drop),
@@ -324,8 +299,7 @@ impl<T: Transport> Serving for Live<T> {
             Ok(()) => {}
             // What it says by now is whole, and of this version: joining again offers it.
             Err(error) if error.is_session_ended() => {
-                let ttl = Duration::from_secs(30);
-                self.live.rejoin(self.place.seat()?, now + ttl)?;
+                self.rejoin(now + self.within)?;
                 if self.live.offered() != Some(version) {
                     self.live.begin_update(now)?.commit(version)?;
                 }

@@ -12,17 +12,15 @@ use refit::translate::bands::Side;
 use refit_service::reader::{Checks, ReaderOptions};
 
 use self::rank::{Join, Live, Mode, Reading};
-use crate::agent::{self, Way, Wish};
+use crate::agent;
 use crate::data::one_of;
 use crate::desk::Desk;
 use crate::engine::{Callbacks, Notes};
+use crate::entry::Said;
 use crate::failure::{Failure, Kind};
-use crate::home::Home;
 use crate::layout::{Layout, actions_out};
-use crate::place::{Place, Where, seconds};
+use crate::place::seconds;
 use crate::report;
-use crate::source::check_rank;
-use crate::tensor::Tensors;
 
 /// One rank of an engine, whose parameters are written.
 #[derive(Debug)]
@@ -67,19 +65,7 @@ impl Target {
         attempt: f64,
         fanout: u32,
     ) -> PyResult<Self> {
-        layout.side_is(Side::Target, "Target")?;
-        let address = rendezvous.parse().map_err(Failure::from)?;
-        let way = Way::read(transport)?;
         let mode = one_of("mode", mode, &[("staged", Mode::Staged), ("direct", Mode::Direct)])?;
-        let rank = layout.layout().rank();
-        check_rank(rank, ranks, "replica")?;
-        if let (None, [first, ..]) = (&post_actions, layout.actions()) {
-            let text = format!(
-                "the engine derives state from its parameters: give `post_actions`, a callback that carries out what \
-                 `layout.post_actions` lists, such as: {first}"
-            );
-            return Err(Failure::new(Kind::Config, text).rank(rank).into());
-        }
         let checks = one_of(
             "checks",
             checks,
@@ -96,47 +82,38 @@ impl Target {
             .with_attempt(seconds("attempt", attempt)?)
             .with_fanout(fanout)
             .with_checks(checks);
-        let ttl = seconds("ttl", ttl)?;
-        let within = seconds("timeout", timeout)?;
-        let tensors = Tensors::look(layout.layout(), tensors, true)?;
-        let nixl = agent::nixl_places(py)?;
+        let entry = Said {
+            rendezvous,
+            layout,
+            tensors,
+            model,
+            group: replica,
+            ranks,
+            job,
+            key_file,
+            transport,
+            insecure_tcp,
+            timeout,
+            ttl,
+        };
+        let entry = entry.read(py, Side::Target)?;
+        let (rank, bytes) = (layout.layout().rank(), layout.layout().bytes());
+        if let (None, [first, ..]) = (&post_actions, layout.actions()) {
+            let text = format!(
+                "the engine derives state from its parameters: give `post_actions`, a callback that carries out what \
+                 `layout.post_actions` lists, such as: {first}"
+            );
+            return Err(Failure::new(Kind::Config, text).rank(rank).into());
+        }
+        let actions = layout.actions().to_vec();
         let (live, notes) = (Live::default(), Notes::default());
-        let (actions, layout) = (layout.actions().to_vec(), layout.layout().clone());
-        let bytes = layout.bytes();
         let desk = py.detach({
             let (live, notes) = (live.clone(), notes.clone());
             move || {
-                let deadline = Instant::now() + within;
-                let home = Home::new(tensors.kind())?;
-                let name = format!("{replica}-{rank}");
-                let wish = Wish {
-                    way: way.at(&address, &home)?,
-                    name: name.clone(),
-                    home: home.clone(),
-                    is_read: false,
-                    bytes,
-                    insecure_tcp,
-                    nixl,
-                };
-                let place = Place::new(&Where { address, job, model, key_file, ttl }, &name)?;
-                let params = tensors.adopt(&home)?;
-                let engine = Callbacks { pause, post_actions, resume, home: home.clone(), notes };
-                let join = Join {
-                    place,
-                    home,
-                    params,
-                    layout,
-                    actions,
-                    replica,
-                    ranks,
-                    mode,
-                    engine,
-                    options,
-                    fresh: ttl / 2,
-                    deadline,
-                    live,
-                };
-                agent::begin(&wish, join)
+                let (wish, entered) = entry.enter(false)?;
+                let home = entered.home.clone();
+                let engine = Callbacks { pause, post_actions, resume, home, notes };
+                agent::begin(&wish, Join { entered, actions, mode, engine, options, live })
             }
         })?;
         Ok(Self { desk: Desk::new(desk), live, notes, rank, bytes })
@@ -167,8 +144,7 @@ impl Target {
                 let at_least = version.unwrap_or_else(|| self.next());
                 let before = rank.figures();
                 let version = match self.live.version() {
-                    // Every rank of a replica has to come along, so only a rank of its own may know better.
-                    Some(live) if live >= at_least && rank.is_alone() => live,
+                    Some(live) if live >= at_least && rank.has_settled() => live,
                     _ => rank
                         .refresh(at_least, began + within)
                         .map_err(|failure| self.notes.blame(failure))?,
@@ -206,13 +182,13 @@ impl Target {
         let offer = py.detach(|| {
             self.desk.with(|rank| {
                 let at_least = version.unwrap_or_else(|| self.next());
-                rank.wait_for(at_least, Instant::now() + within)
+                Ok(rank.wait_for(at_least, Instant::now() + within)?)
             })
         })?;
-        let Some((version, group)) = offer else { return Ok(None) };
+        let Some(offer) = offer else { return Ok(None) };
         let out = PyDict::new(py);
-        out.set_item("version", version)?;
-        out.set_item("group", group)?;
+        out.set_item("version", offer.version)?;
+        out.set_item("group", offer.group)?;
         Ok(Some(out))
     }
 

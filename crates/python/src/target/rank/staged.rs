@@ -1,0 +1,83 @@
+//! A rank that reads beside its live parameters, and installs together with the others of its replica.
+
+use std::time::{Duration, Instant};
+
+use refit_service::Seat;
+use refit_service::groups::Offer;
+use refit_service::rank::Counted;
+use refit_service::reader::Reader;
+use refit_service::rendezvous::RendezvousError;
+use refit_service::replica::{Replica, ReplicaRank, Stage};
+use refit_service::source::GroupRank;
+
+use super::{Live, Reading};
+use crate::failure::{Failure, Kind};
+use crate::place::Meeting;
+use crate::report::Figures;
+
+/// What makes it, besides what stages.
+pub(super) struct Join {
+    pub(super) seat: Seat<Meeting>,
+    pub(super) at: GroupRank,
+    pub(super) incarnation: u128,
+    pub(super) reader: Reader<Meeting>,
+    /// For how long a look at the store may be believed.
+    pub(super) fresh: Duration,
+    pub(super) deadline: Instant,
+    pub(super) live: Live,
+}
+
+impl Join {
+    pub(super) fn with<S>(self, stage: S) -> Result<Box<dyn Reading>, Failure>
+    where
+        S: Stage + Counted + Send + 'static,
+    {
+        let Self { seat, at, incarnation, reader, fresh, deadline, live } = self;
+        let GroupRank { group: replica, rank, ranks } = at;
+        let at = ReplicaRank { replica, rank, ranks };
+        let joined = Replica::join(seat, at, incarnation, reader, stage, fresh, deadline)?;
+        Ok(Box::new(Staged { joined, ranks, live }))
+    }
+}
+
+#[derive(Debug)]
+struct Staged<S: Stage> {
+    joined: Replica<Meeting, S>,
+    ranks: u32,
+    live: Live,
+}
+
+impl<S: Stage + Counted + Send> Reading for Staged<S> {
+    fn refresh(&mut self, at_least: u64, deadline: Instant) -> Result<u64, Failure> {
+        let ready = self.joined.refresh(at_least, deadline);
+        let version = ready.map(|ready| ready.version).map_err(Failure::from);
+        let invalid = version.as_ref().is_err_and(|error| error.is(Kind::InvalidTarget));
+        self.live.set(self.joined.installed().filter(|_| !invalid));
+        version
+    }
+
+    fn wait_for(
+        &mut self,
+        at_least: u64,
+        deadline: Instant,
+    ) -> Result<Option<Offer>, RendezvousError> {
+        self.joined.wait_for(at_least, deadline)
+    }
+
+    fn serving(&mut self) -> Option<u64> {
+        self.joined.serving()
+    }
+
+    fn has_settled(&mut self) -> bool {
+        self.ranks == 1
+    }
+
+    fn figures(&self) -> Figures {
+        let stage = self.joined.stage();
+        Figures { service: self.joined.stats(), pulls: stage.totals(), pool: stage.pool_stats() }
+    }
+
+    fn leave(self: Box<Self>) -> Result<(), Failure> {
+        Ok(self.joined.leave().map(drop)?)
+    }
+}
