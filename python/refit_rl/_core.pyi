@@ -178,6 +178,9 @@ class Source:
     Nothing is on offer before the first commit. The order of every step is: `begin_update` (nobody reads from there on),
     write the parameters, `commit` (they are whole, and of this version).
 
+    Where the store took this process for dead, because it was stopped or cut off for longer than `ttl`, a thread of the source
+    joins again and offers what was on offer, whatever the trainer does meanwhile; `stats` counts that (`rejoins`).
+
     ::
 
         with Source(rendezvous, layout, tensors, model="qwen3-4b", ranks=8) as source:
@@ -239,10 +242,11 @@ class Source:
         """Closes the version on offer and waits until nobody reads. Behind this the parameters may be written.
 
         Call it before the optimizer writes. It waits for those only that were reading when it began. Begun already, it does
-        nothing. Where the store took this process for dead it joins again.
+        nothing.
 
         Raises:
             BusyError: readers were left when the time was over. Nothing may be written; the version is still on offer.
+            TakenError: the store took this process for dead, and another has its place by now: end this one.
         """
     def commit(self, version: int) -> None:
         """Declares the parameters whole and of this version, and offers them.
@@ -348,9 +352,13 @@ class Target:
     def rank(self) -> int: ...
     @property
     def version(self) -> int | None:
-        """The version that is live and whole on this rank; `None` before the first refresh, and while they are a mix."""
+        """The version that is live and whole on this rank; `None` before the first refresh, while they are a mix, and where a
+        refresh joined again and did not catch up."""
     def refresh(self, version: int | None = None, timeout: float = 30.0) -> Report:
         """Makes a version live, and says how.
+
+        Where the store took this process for dead, because it was stopped or cut off for longer than `ttl`, it joins again first,
+        with its memory, its agent and what it has read; the report counts that (`rejoins`).
 
         Args:
             version: this one or a newer one. Left out: one newer than what is live. Where a rank that needs no other has it
@@ -360,6 +368,7 @@ class Target:
         Raises:
             NotReadyError: no such version was on offer in time. The text says what is, and why others are not.
             TimeoutError: it was not read in time, or other ranks (`ranks`) were not.
+            TakenError: another process has this rank's place: end this one.
             PlanError: the sides cannot be joined.
             EngineError: a callback raised.
             InvalidTargetError: the parameters are a mix.
@@ -367,7 +376,8 @@ class Target:
     def wait_for(self, version: int | None = None, timeout: float = 30.0) -> Offer | None:
         """Waits until such a version is on offer, and reads nothing. `None` when the time is over."""
     def serving(self) -> int | None:
-        """The version that this rank may answer for now: all ranks of the replica have it. In `direct` mode `version`."""
+        """The version that this rank may answer for now: all ranks of the replica have it, and its session lives. In `direct`
+        mode `version`."""
     def stats(self) -> Stats: ...
     def close(self) -> None:
         """Leaves the replica and lets the tensors go; where reads are still out, once these have ended."""

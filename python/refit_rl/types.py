@@ -119,6 +119,8 @@ class Report(TypedDict):
     #: Attempts that failed, by cause: `torn`, `stale`, `vanished`, `late`, `damaged`, `refused`, `failed`,
     #: `quarantined`, `lost`. Causes that did not happen are left out.
     retries: dict[str, int]
+    #: How often the rank joined again because the store had taken its process for dead.
+    rejoins: int
     #: What was carried out by the target's `post_actions`.
     post_actions: list[PostAction]
 
@@ -150,6 +152,7 @@ class Stats(TypedDict):
     reads: int
     seconds: dict[str, float]
     #: Of both.
+    rejoins: int
     pool_bytes: int
     registrations: int
     quarantined_bytes: int

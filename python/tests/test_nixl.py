@@ -2,69 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import running
 
 from refit_rl import Target, errors, layouts
 
-SCRIPT = Path(__file__).with_name("rank_process.py")
+SCRIPT = "rank_process.py"
 ROUNDS = int(os.environ.get("REFIT_PYTHON_ROUNDS", "1"))
-
-
-class Process:
-    """A rank, whose lines are JSON."""
-
-    def __init__(self, *arguments: str) -> None:
-        # A file: a pipe that nobody reads would stop the process once it is full.
-        self.trouble = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.trouble,
-            text=True,
-        )
-
-    def line(self) -> dict:
-        line = self.process.stdout.readline()
-        assert line, f"the process ended: {self.said()}"
-        return json.loads(line)
-
-    def go_on(self) -> None:
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-
-    def end(self) -> dict:
-        # Not `communicate`, which would pass over what `readline` has read ahead.
-        last = self.line()
-        self.process.stdin.close()
-        assert self.process.wait(timeout=120) == 0, self.said()
-        return last
-
-    def said(self) -> str:
-        self.trouble.seek(0)
-        return self.trouble.read()
-
-
-@contextmanager
-def rank(*arguments: str) -> Iterator[Process]:
-    process = Process(*arguments)
-    try:
-        yield process
-    finally:
-        process.process.kill()
-        process.process.wait()
-        process.trouble.close()
 
 
 def test_the_library_is_the_one_that_was_fetched(nixl: str) -> None:
@@ -75,7 +26,8 @@ def test_the_library_is_the_one_that_was_fetched(nixl: str) -> None:
 @pytest.mark.parametrize("number", range(ROUNDS))
 def test_two_processes_refit(nixl: str, tmp_path: Path, mode: str, number: int) -> None:
     store, steps = f"dir:{tmp_path}", 4
-    with rank("source", store, str(steps), mode) as source, rank("target", store, str(steps), mode) as target:
+    arguments = (store, str(steps), mode)
+    with running(SCRIPT, "source", *arguments) as source, running(SCRIPT, "target", *arguments) as target:
         for version in range(1, steps + 1):
             assert source.line() == {"offers": version}
             assert target.line() == {"installed": version}
@@ -98,7 +50,7 @@ def small(side: str) -> tuple[layouts.Layout, dict[str, np.ndarray]]:
 def test_a_trainer_that_dies_leaves_the_old_version(nixl: str, tmp_path: Path, number: int) -> None:
     store = f"dir:{tmp_path}"
     layout, live = small("target")
-    with rank("source", store, "2", "staged") as source, Target(store, layout, live, model="m") as target:
+    with running(SCRIPT, "source", store, "2", "staged") as source, Target(store, layout, live, model="m") as target:
         assert source.line() == {"offers": 1}
         target.refresh(1, timeout=60)
         before = {name: tensor.copy() for name, tensor in live.items()}

@@ -368,6 +368,8 @@ impl From<ReplicaError> for Failure {
             // The prefix says which rank; what helps is what it is about.
             ReplicaError::Staging { source, .. } => of_refresh(&source).saying(message),
             ReplicaError::Deadline { behind, .. } => of(Kind::Timeout).ranks(behind),
+            // It joins again with every refresh, and there was no time left for that.
+            ReplicaError::Vanished { place } => of(Kind::Timeout).rank(place.rank),
             ReplicaError::Invalid { place, .. } => of(Kind::InvalidTarget).rank(place.rank),
             ReplicaError::Message(_) | ReplicaError::View(_) => of(Kind::Config),
             _ => of(Kind::Refit),

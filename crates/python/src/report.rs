@@ -21,6 +21,7 @@ impl Figures {
         out.set_item("reader_waits", service.waits)?;
         out.set_item("reader_wait_seconds", service.waited.as_secs_f64())?;
         out.set_item("leases_expired", service.leases_expired)?;
+        out.set_item("rejoins", service.rejoins)?;
         out.set_item("refits", service.refits)?;
         out.set_item("installs", service.installs)?;
         out.set_item("aborts", service.aborts)?;

@@ -1,5 +1,7 @@
 //! `Source`: a trainer's rank.
 
+mod keeper;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,6 +13,7 @@ use refit::translate::bands::Side;
 use refit::transport::{Transport, TransportPool, TransportRegistrar};
 use refit_service::source::{GroupRank, LiveSource, SourceOptions};
 
+use self::keeper::Keeper;
 use crate::agent::{self, Begin};
 use crate::desk::Desk;
 use crate::entry::{Entered, Said};
@@ -24,13 +27,17 @@ use crate::report::Figures;
 #[derive(Debug)]
 #[pyclass(module = "refit_rl._core", frozen, weakref)]
 pub(crate) struct Source {
-    desk: Desk<Box<dyn Serving>>,
+    desk: Arc<Desk<Box<dyn Serving>>>,
     rank: u32,
     drain: Duration,
+    _keeper: Keeper,
 }
 
 /// A source over whichever transport.
 trait Serving: Send + std::fmt::Debug {
+    /// Joins again where the store took this process for dead.
+    fn stay(&mut self, deadline: Instant) -> Result<(), Failure>;
+
     fn begin(&mut self, deadline: Instant) -> Result<(), Failure>;
 
     fn commit(&mut self, version: u64) -> Result<(), Failure>;
@@ -92,11 +99,15 @@ impl Source {
             ttl,
         };
         let entry = entry.read(py, Side::Source)?;
-        let desk = py.detach(move || {
+        let (desk, keeper) = py.detach(move || {
             let (wish, entered) = entry.enter(true)?;
-            agent::begin(&wish, Join { entered, options })
+            // Often enough to be there again before a reader's patience ends.
+            let look = entered.ttl / 3;
+            let desk = Arc::new(Desk::new(agent::begin(&wish, Join { entered, options })?));
+            let keeper = Keeper::new(&desk, look)?;
+            Ok::<_, Failure>((desk, keeper))
         })?;
-        Ok(Self { desk: Desk::new(desk), rank, drain })
+        Ok(Self { desk, rank, drain, _keeper: keeper })
     }
 
     #[getter]
@@ -269,13 +280,15 @@ impl<T: Transport> Live<T> {
 }
 
 impl<T: Transport> Serving for Live<T> {
+    fn stay(&mut self, deadline: Instant) -> Result<(), Failure> {
+        if self.live.has_vanished()? { self.rejoin(deadline) } else { Ok(()) }
+    }
+
     fn begin(&mut self, deadline: Instant) -> Result<(), Failure> {
         if self.updating {
             return Ok(());
         }
-        if self.live.has_vanished()? {
-            self.rejoin(deadline)?;
-        }
+        self.stay(deadline)?;
         // What was launched before this belongs to the version that is open.
         self.home.synchronize()?;
         let began = match self.live.begin_update(deadline) {

@@ -167,6 +167,7 @@ impl Target {
         out.set_item("seconds", seconds)?;
         let retries = report::retries(py, before.service.retries, after.service.retries)?;
         out.set_item("retries", retries)?;
+        out.set_item("rejoins", since(after.service.rejoins, before.service.rejoins))?;
         out.set_item("post_actions", actions_out(py, &done)?)?;
         Ok(out)
     }

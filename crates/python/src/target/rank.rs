@@ -49,7 +49,7 @@ impl Live {
 
 /// A target.
 pub(super) trait Reading: Send + Debug {
-    /// Makes a version live.
+    /// Makes a version live, and joins again first where its session has ended.
     fn refresh(&mut self, at_least: u64, deadline: Instant) -> Result<u64, Failure>;
 
     /// What others offer.
@@ -61,7 +61,7 @@ pub(super) trait Reading: Send + Debug {
 
     fn serving(&mut self) -> Option<u64>;
 
-    /// Whether a refresh to what is live has nothing to do: no other rank has to come along.
+    /// Whether a refresh to what is live has nothing to do: this rank may answer for it, and no other has to come along.
     fn has_settled(&mut self) -> bool;
 
     fn figures(&self) -> Figures;
@@ -115,8 +115,16 @@ impl Begin for Join {
                     Home::Host => shadow,
                     Home::Cuda(device) => shadow.with_device(device.clone()),
                 };
-                let join =
-                    staged::Join { seat, at, incarnation, reader, fresh: ttl / 2, deadline, live };
+                let join = staged::Join {
+                    seat,
+                    place,
+                    at,
+                    incarnation,
+                    reader,
+                    fresh: ttl / 2,
+                    deadline,
+                    live,
+                };
                 join.with(shadow)
             }
         }

@@ -6,7 +6,7 @@ use refit::transport::Transport;
 use refit_service::groups::Offer;
 use refit_service::puller::{Cause, PullFailure, Puller, Reading as Version};
 use refit_service::rank::Direct;
-use refit_service::reader::{Reader, Wanted};
+use refit_service::reader::{Reader, Refreshed, Wanted};
 use refit_service::rendezvous::RendezvousError;
 
 use super::{Live, Reading};
@@ -27,7 +27,7 @@ pub(super) struct Join {
 impl Join {
     pub(super) fn with<T: Transport>(self, direct: Direct<T, Callbacks>) -> Box<dyn Reading> {
         let Self { notes, reader, place, replica, live } = self;
-        Box::new(InPlace { direct, notes, reader, place, replica, live })
+        Box::new(InPlace { direct, notes, reader, place, replica, live, rejoins: 0 })
     }
 }
 
@@ -39,6 +39,8 @@ struct InPlace<T: Transport> {
     place: Place,
     replica: String,
     live: Live,
+    /// Times its session had ended.
+    rejoins: u64,
 }
 
 /// A target whose refresh ends when a callback has raised: trying again would call it again.
@@ -74,24 +76,42 @@ impl<T: Transport> InPlace<T> {
     fn wanted(&self, at_least: u64) -> Wanted {
         Wanted { not_from: Some(self.replica.clone()), ..Wanted::at_least(at_least) }
     }
+
+    fn rejoin(&mut self) -> Result<(), Failure> {
+        let seat = self.place.seat()?;
+        // Nobody else has this rank's place: only readers' leases were kept by the session.
+        self.reader.reseat(seat);
+        self.rejoins += 1;
+        Ok(())
+    }
+
+    fn catch_up(&mut self, at_least: u64, deadline: Instant) -> Result<Refreshed, Failure> {
+        let wanted = self.wanted(at_least);
+        let mut rejoined = false;
+        loop {
+            let Self { direct, notes, live, reader, .. } = self;
+            let error = match reader.refresh(&mut Prompt { direct, notes, live }, &wanted, deadline)
+            {
+                Ok(refreshed) => return Ok(refreshed),
+                Err(error) => error,
+            };
+            if !error.is_session_ended() || (rejoined && Instant::now() >= deadline) {
+                return Err(error.into());
+            }
+            self.rejoin()?;
+            rejoined = true;
+        }
+    }
 }
 
 impl<T: Transport> Reading for InPlace<T> {
     fn refresh(&mut self, at_least: u64, deadline: Instant) -> Result<u64, Failure> {
-        let wanted = self.wanted(at_least);
         let was = self.live.version();
-        let mut direct = Prompt { direct: &mut self.direct, notes: &self.notes, live: &self.live };
-        let mut read = self.reader.refresh(&mut direct, &wanted, deadline);
-        if read.as_ref().is_err_and(|error| error.is_session_ended()) {
-            // Nobody else has this rank's place: only readers' leases were kept by the session.
-            self.reader.reseat(self.place.seat()?);
-            read = self.reader.refresh(&mut direct, &wanted, deadline);
-        }
+        let read = self.catch_up(at_least, deadline);
         self.live.set(self.direct.version());
         match read {
             Ok(refreshed) => Ok(refreshed.version),
-            Err(error) => {
-                let failure = Failure::from(error);
+            Err(failure) => {
                 // What was whole before is a mix now, unless nothing was read.
                 let mixed = was.is_some() && self.direct.version().is_none();
                 Err(if mixed { failure.leaving_a_mix() } else { failure })
@@ -116,7 +136,8 @@ impl<T: Transport> Reading for InPlace<T> {
     }
 
     fn figures(&self) -> Figures {
-        let (service, pulls) = (*self.reader.stats(), *self.direct.totals());
+        let (mut service, pulls) = (*self.reader.stats(), *self.direct.totals());
+        service.rejoins = self.rejoins;
         Figures { service, pulls, pool: self.direct.pool_stats() }
     }
 

@@ -2,22 +2,24 @@
 
 use std::time::{Duration, Instant};
 
-use refit_service::Seat;
+use refit::transport::draw_incarnation;
 use refit_service::groups::Offer;
 use refit_service::rank::Counted;
 use refit_service::reader::Reader;
 use refit_service::rendezvous::RendezvousError;
 use refit_service::replica::{Replica, ReplicaRank, Stage};
 use refit_service::source::GroupRank;
+use refit_service::{Reseat, Seat};
 
 use super::{Live, Reading};
 use crate::failure::{Failure, Kind};
-use crate::place::Meeting;
+use crate::place::{Meeting, Place};
 use crate::report::Figures;
 
 /// What makes it, besides what stages.
 pub(super) struct Join {
     pub(super) seat: Seat<Meeting>,
+    pub(super) place: Place,
     pub(super) at: GroupRank,
     pub(super) incarnation: u128,
     pub(super) reader: Reader<Meeting>,
@@ -30,27 +32,50 @@ pub(super) struct Join {
 impl Join {
     pub(super) fn with<S>(self, stage: S) -> Result<Box<dyn Reading>, Failure>
     where
-        S: Stage + Counted + Send + 'static,
+        S: Stage + Counted + Reseat<Meeting> + Send + 'static,
     {
-        let Self { seat, at, incarnation, reader, fresh, deadline, live } = self;
+        let Self { seat, place, at, incarnation, reader, fresh, deadline, live } = self;
         let GroupRank { group: replica, rank, ranks } = at;
         let at = ReplicaRank { replica, rank, ranks };
         let joined = Replica::join(seat, at, incarnation, reader, stage, fresh, deadline)?;
-        Ok(Box::new(Staged { joined, ranks, live }))
+        Ok(Box::new(Staged { joined, place, ranks, live }))
     }
 }
 
 #[derive(Debug)]
 struct Staged<S: Stage> {
     joined: Replica<Meeting, S>,
+    place: Place,
     ranks: u32,
     live: Live,
 }
 
-impl<S: Stage + Counted + Send> Reading for Staged<S> {
+impl<S: Stage + Reseat<Meeting>> Staged<S> {
+    /// Takes this rank's place again, as another life of it.
+    fn rejoin(&mut self, deadline: Instant) -> Result<(), Failure> {
+        let incarnation = draw_incarnation("replica")?;
+        Ok(self.joined.rejoin(self.place.seat()?, incarnation, deadline)?)
+    }
+
+    fn catch_up(&mut self, at_least: u64, deadline: Instant) -> Result<u64, Failure> {
+        let mut rejoined = false;
+        loop {
+            let error = match self.joined.refresh(at_least, deadline) {
+                Ok(ready) => return Ok(ready.version),
+                Err(error) => error,
+            };
+            if !error.is_session_ended() || (rejoined && Instant::now() >= deadline) {
+                return Err(error.into());
+            }
+            self.rejoin(deadline)?;
+            rejoined = true;
+        }
+    }
+}
+
+impl<S: Stage + Counted + Reseat<Meeting> + Send> Reading for Staged<S> {
     fn refresh(&mut self, at_least: u64, deadline: Instant) -> Result<u64, Failure> {
-        let ready = self.joined.refresh(at_least, deadline);
-        let version = ready.map(|ready| ready.version).map_err(Failure::from);
+        let version = self.catch_up(at_least, deadline);
         let invalid = version.as_ref().is_err_and(|error| error.is(Kind::InvalidTarget));
         self.live.set(self.joined.installed().filter(|_| !invalid));
         version
@@ -69,7 +94,7 @@ impl<S: Stage + Counted + Send> Reading for Staged<S> {
     }
 
     fn has_settled(&mut self) -> bool {
-        self.ranks == 1
+        self.ranks == 1 && self.joined.serving().is_some()
     }
 
     fn figures(&self) -> Figures {
