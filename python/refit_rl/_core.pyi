@@ -303,6 +303,10 @@ class Target:
     Callbacks run on the thread that calls `refresh`, in this order: `pause`, then parameters are written, then
     `post_actions` with what the layout calls for, then `resume`. Only behind that the target counts as refreshed.
 
+    Where a source falls silent in the middle of being read, a `staged` target leaves it after `attempt` seconds and reads
+    another with a fresh agent and a fresh second set, within the same `refresh`. Silent peers may keep four times the rank's
+    parameters like that. A `direct` target has no other memory to read into, and waits for them.
+
     Args:
         rendezvous, job, key_file, transport, insecure_tcp, timeout, ttl: as for `Source`.
         layout: what this rank holds. Its `rank` is the rank in the replica.
@@ -317,7 +321,8 @@ class Target:
         resume: the engine may go on, with this version.
         checks: whether what has landed is compared with what its source says of it.
         lease: the longest lease that is taken, and so the longest that one attempt goes on.
-        attempt: how long one attempt to read goes on before another group is tried.
+        attempt: how long one attempt to read goes on before another group is tried. Left out: half of the time that `refresh`
+            is given, so that one that comes to nothing leaves time for another.
         fanout: most ranks that read a group at a time.
 
     Raises:
@@ -345,7 +350,7 @@ class Target:
         timeout: float = 30.0,
         ttl: float = 10.0,
         lease: float = 30.0,
-        attempt: float = 30.0,
+        attempt: float | None = None,
         fanout: int = 16,
     ) -> None: ...
     @property
@@ -368,6 +373,8 @@ class Target:
         Raises:
             NotReadyError: no such version was on offer in time. The text says what is, and why others are not.
             TimeoutError: it was not read in time, or other ranks (`ranks`) were not.
+            TransportError: reads cannot be watched any more, or silent peers keep as much memory as they may: the text says
+                which of them to end.
             TakenError: another process has this rank's place: end this one.
             PlanError: the sides cannot be joined.
             EngineError: a callback raised.

@@ -39,11 +39,14 @@ pub(crate) struct Wish {
     pub(crate) nixl: Vec<std::path::PathBuf>,
 }
 
+/// Makes agents, each of an incarnation of its own.
+pub(crate) type Agents<T> = Box<dyn Fn() -> Result<Arc<T>, Failure> + Send>;
+
 /// What goes on over whichever transport it is.
 pub(crate) trait Begin {
     type Made;
 
-    fn over<T: Transport>(self, transport: Arc<T>) -> Result<Self::Made, Failure>;
+    fn over<T: Transport>(self, agents: Agents<T>) -> Result<Self::Made, Failure>;
 }
 
 impl Way {
@@ -82,23 +85,37 @@ impl Way {
     }
 }
 
-/// Makes the agent, and begins what is to go on over it.
-pub(crate) fn begin<B: Begin>(wish: &Wish, begin: B) -> Result<B::Made, Failure> {
+/// Tries the host once, and begins what is to go on over agents of this wish.
+pub(crate) fn begin<B: Begin>(wish: Wish, begin: B) -> Result<B::Made, Failure> {
     match wish.way {
-        Way::Local => begin.over(Arc::new(local(&wish.name)?)),
+        Way::Local => begin.over(Box::new(move || Ok(Arc::new(local(&wish.name)?)))),
         #[cfg(feature = "nixl")]
-        Way::Nixl => begin.over(Arc::new(nixl(wish)?)),
+        Way::Nixl => {
+            let options = options(&wish);
+            check(&wish, &options)?;
+            begin.over(Box::new(move || Ok(Arc::new(nixl(&wish, &options)?))))
+        }
         #[cfg(feature = "cuda")]
-        Way::Peer => begin.over(Arc::new(peer(wish)?)),
+        Way::Peer => begin.over(Box::new(move || Ok(Arc::new(peer(&wish)?)))),
         #[cfg(feature = "cuda")]
         Way::Auto => {
             use refit::transport::auto::AutoTransport;
-            let near = peer(wish).map_err(|failure| failure.to_string());
             #[cfg(feature = "nixl")]
-            let far = nixl(wish).map_err(|failure| failure.to_string());
+            let far = {
+                let options = options(&wish);
+                // One of the two ways is enough.
+                let checked = check(&wish, &options).map_err(|failure| failure.to_string());
+                move |wish: &Wish| {
+                    let agent = checked.clone().map(|()| nixl(wish, &options));
+                    agent.and_then(|agent| agent.map_err(|failure| failure.to_string()))
+                }
+            };
             #[cfg(not(feature = "nixl"))]
-            let far = Err("this build has no NIXL".to_owned());
-            begin.over(Arc::new(AutoTransport::new(near, far)?))
+            let far = |_: &Wish| Err("this build has no NIXL".to_owned());
+            begin.over(Box::new(move || {
+                let near = peer(&wish).map_err(|failure| failure.to_string());
+                Ok(Arc::new(AutoTransport::new(near, far(&wish))?))
+            }))
         }
         #[allow(unreachable_patterns, reason = "a build with all features has all of them")]
         way => Err(Failure::new(Kind::Config, format!("this build has no transport for {way:?}"))),
@@ -118,8 +135,7 @@ fn local(name: &str) -> Result<local::LocalTransport, Failure> {
 #[cfg(feature = "nixl")]
 pub(crate) fn load_nixl(candidates: &[std::path::PathBuf]) -> Result<String, Failure> {
     use refit::transport::nixl::NixlLibrary;
-    let paths: Vec<_> = candidates.iter().map(std::path::PathBuf::as_path).collect();
-    let place = NixlLibrary::load(&paths)?.path();
+    let place = NixlLibrary::load(&paths(candidates))?.path();
     Ok(place.map_or_else(|| "libnixl_capi.so".to_owned(), |place| place.display().to_string()))
 }
 
@@ -128,14 +144,9 @@ pub(crate) fn load_nixl(_: &[std::path::PathBuf]) -> Result<String, Failure> {
     Err(Failure::new(Kind::NixlUnavailable, "this build has no NIXL"))
 }
 
-/// Tries the host, and then makes the agent.
 #[cfg(feature = "nixl")]
-fn nixl(wish: &Wish) -> Result<refit::transport::nixl::NixlTransport, Failure> {
-    use refit::transport::nixl::{
-        Demands, Lanes, NixlLibrary, NixlOptions, NixlTransport, preflight,
-    };
-    /// Peers that a rank may have at a time.
-    const PEERS: u32 = 64;
+fn options(wish: &Wish) -> refit::transport::nixl::NixlOptions {
+    use refit::transport::nixl::{Lanes, NixlOptions};
     let lanes = match wish.insecure_tcp.as_deref() {
         None => Lanes::Auto,
         Some("all") => Lanes::InsecureTcp { interface: None },
@@ -146,11 +157,31 @@ fn nixl(wish: &Wish) -> Result<refit::transport::nixl::NixlTransport, Failure> {
         #[cfg(feature = "cuda")]
         Home::Cuda(device) => NixlOptions::on_device(&wish.name, device.clone()),
     };
-    let options =
-        options.with_progress_thread(wish.is_read).with_publishing(wish.is_read).with_lanes(lanes);
-    let candidates: Vec<_> = wish.nixl.iter().map(std::path::PathBuf::as_path).collect();
-    preflight(&candidates, &options, Demands::new(wish.bytes, PEERS))?;
-    Ok(NixlTransport::new(NixlLibrary::load(&candidates)?, options)?)
+    options.with_progress_thread(wish.is_read).with_publishing(wish.is_read).with_lanes(lanes)
+}
+
+/// Tries the host before a model depends on it.
+#[cfg(feature = "nixl")]
+fn check(wish: &Wish, options: &refit::transport::nixl::NixlOptions) -> Result<(), Failure> {
+    use refit::transport::nixl::{Demands, preflight};
+    /// Peers that a rank may have at a time.
+    const PEERS: u32 = 64;
+    preflight(&paths(&wish.nixl), options, Demands::new(wish.bytes, PEERS))?;
+    Ok(())
+}
+
+#[cfg(feature = "nixl")]
+fn nixl(
+    wish: &Wish,
+    options: &refit::transport::nixl::NixlOptions,
+) -> Result<refit::transport::nixl::NixlTransport, Failure> {
+    use refit::transport::nixl::{NixlLibrary, NixlTransport};
+    Ok(NixlTransport::new(NixlLibrary::load(&paths(&wish.nixl))?, options.clone())?)
+}
+
+#[cfg(feature = "nixl")]
+fn paths(candidates: &[std::path::PathBuf]) -> Vec<&std::path::Path> {
+    candidates.iter().map(std::path::PathBuf::as_path).collect()
 }
 
 #[cfg(feature = "cuda")]

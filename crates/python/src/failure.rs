@@ -390,6 +390,8 @@ fn of_refresh(error: &RefreshError) -> Failure {
     match &error.ended {
         Ended::Store(_) => of(Kind::Rendezvous),
         Ended::Lost(_) | Ended::Quarantined(_) => of(Kind::Transport),
+        // No agent could take over.
+        Ended::Unsettled(failure) if failure.cause == Cause::Failed => of(Kind::Transport),
         // Whatever was tried cannot be joined: more time would not have helped.
         Ended::Deadline
             if !error.attempts.is_empty()

@@ -14,7 +14,7 @@ use refit::transport::{Transport, TransportPool, TransportRegistrar};
 use refit_service::source::{GroupRank, LiveSource, SourceOptions};
 
 use self::keeper::Keeper;
-use crate::agent::{self, Begin};
+use crate::agent::{self, Agents, Begin};
 use crate::desk::Desk;
 use crate::entry::{Entered, Said};
 use crate::failure::{Failure, Kind};
@@ -103,7 +103,7 @@ impl Source {
             let (wish, entered) = entry.enter(true)?;
             // Often enough to be there again before a reader's patience ends.
             let look = entered.ttl / 3;
-            let desk = Arc::new(Desk::new(agent::begin(&wish, Join { entered, options })?));
+            let desk = Arc::new(Desk::new(agent::begin(wish, Join { entered, options })?));
             let keeper = Keeper::new(&desk, look)?;
             Ok::<_, Failure>((desk, keeper))
         })?;
@@ -249,8 +249,9 @@ struct Join {
 impl Begin for Join {
     type Made = Box<dyn Serving>;
 
-    fn over<T: Transport>(self, transport: Arc<T>) -> Result<Self::Made, Failure> {
+    fn over<T: Transport>(self, agents: Agents<T>) -> Result<Self::Made, Failure> {
         let Entered { place, home, params, layout, group, ranks, within, .. } = self.entered;
+        let transport = agents()?;
         let registrar = TransportRegistrar::new(transport.clone());
         let pool = TransportPool::new(home.clone(), registrar, PoolOptions::default());
         let at = GroupRank { group, rank: layout.rank(), ranks };

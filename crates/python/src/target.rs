@@ -4,7 +4,7 @@ mod rank;
 
 use std::num::NonZeroU32;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMapping};
@@ -31,6 +31,8 @@ pub(crate) struct Target {
     notes: Notes,
     rank: u32,
     bytes: u64,
+    /// How long one attempt to read goes on; half of a refresh's time where this does not say.
+    attempt: Option<Duration>,
 }
 
 #[pymethods]
@@ -39,7 +41,7 @@ impl Target {
     #[pyo3(signature = (
         rendezvous, layout, tensors, *, model, ranks = 1, replica = "engine".to_owned(), mode = "staged", pause = None,
         post_actions = None, resume = None, checks = "never", job = "refit".to_owned(), key_file = None,
-        transport = "auto", insecure_tcp = None, timeout = 30.0, ttl = 10.0, lease = 30.0, attempt = 30.0, fanout = 16
+        transport = "auto", insecure_tcp = None, timeout = 30.0, ttl = 10.0, lease = 30.0, attempt = None, fanout = 16
     ))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments")]
     fn new(
@@ -62,7 +64,7 @@ impl Target {
         timeout: f64,
         ttl: f64,
         lease: f64,
-        attempt: f64,
+        attempt: Option<f64>,
         fanout: u32,
     ) -> PyResult<Self> {
         let mode = one_of("mode", mode, &[("staged", Mode::Staged), ("direct", Mode::Direct)])?;
@@ -77,11 +79,10 @@ impl Target {
         )?;
         let fanout = NonZeroU32::new(fanout)
             .ok_or_else(|| Failure::new(Kind::Config, "fanout is 0: nobody could read"))?;
-        let options = ReaderOptions::default()
-            .with_lease(seconds("lease", lease)?)
-            .with_attempt(seconds("attempt", attempt)?)
-            .with_fanout(fanout)
-            .with_checks(checks);
+        let lease = seconds("lease", lease)?;
+        let options =
+            ReaderOptions::default().with_lease(lease).with_fanout(fanout).with_checks(checks);
+        let attempt = attempt.map(|attempt| seconds("attempt", attempt)).transpose()?;
         let entry = Said {
             rendezvous,
             layout,
@@ -113,10 +114,10 @@ impl Target {
                 let (wish, entered) = entry.enter(false)?;
                 let home = entered.home.clone();
                 let engine = Callbacks { pause, post_actions, resume, home, notes };
-                agent::begin(&wish, Join { entered, actions, mode, engine, options, live })
+                agent::begin(wish, Join { entered, actions, mode, engine, options, live })
             }
         })?;
-        Ok(Self { desk: Desk::new(desk), live, notes, rank, bytes })
+        Ok(Self { desk: Desk::new(desk), live, notes, rank, bytes, attempt })
     }
 
     #[getter]
@@ -143,6 +144,8 @@ impl Target {
                 self.notes.clear();
                 let at_least = version.unwrap_or_else(|| self.next());
                 let before = rank.figures();
+                // One that comes to nothing leaves time for another.
+                rank.set_attempt(self.attempt.unwrap_or(within / 2));
                 let version = match self.live.version() {
                     Some(live) if live >= at_least && rank.has_settled() => live,
                     _ => rank

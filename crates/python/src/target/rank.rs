@@ -5,7 +5,7 @@ mod staged;
 
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use refit::pool::{Memory, PoolOptions};
 use refit::translate::{PostAction, TargetLayout};
@@ -16,8 +16,9 @@ use refit_service::rank::{Direct, Shadow};
 use refit_service::reader::{Reader, ReaderOptions};
 use refit_service::rendezvous::RendezvousError;
 use refit_service::source::GroupRank;
+use refit_service::worker::Quarantine;
 
-use crate::agent::Begin;
+use crate::agent::{Agents, Begin};
 use crate::desk::lock;
 use crate::engine::Callbacks;
 use crate::entry::Entered;
@@ -52,6 +53,9 @@ pub(super) trait Reading: Send + Debug {
     /// Makes a version live, and joins again first where its session has ended.
     fn refresh(&mut self, at_least: u64, deadline: Instant) -> Result<u64, Failure>;
 
+    /// For how long one attempt to read may go on from now on.
+    fn set_attempt(&mut self, attempt: Duration);
+
     /// What others offer.
     fn wait_for(
         &mut self,
@@ -82,16 +86,20 @@ pub(super) struct Join {
 impl Begin for Join {
     type Made = Box<dyn Reading>;
 
-    fn over<T: Transport>(self, transport: Arc<T>) -> Result<Self::Made, Failure> {
+    fn over<T: Transport>(self, agents: Agents<T>) -> Result<Self::Made, Failure> {
         let Self { entered, actions, mode, engine, options, live } = self;
         let Entered { place, home, params, layout, group, ranks, ttl, within } = entered;
-        let registrar = TransportRegistrar::new(transport.clone());
-        let pool = TransportPool::new(home.clone(), registrar, PoolOptions::default());
-        let lowering = TargetOptions::default().with_lower(home.lowering());
-        let target = |params: Vec<(String, Memory)>, actions: Vec<PostAction>| {
-            let mut of = TargetLayout::from(layout.clone());
-            of.post_actions = actions;
-            home.equip(refit::Target::new(transport, pool, of, params, lowering)?)
+        let make = {
+            let (home, layout) = (home.clone(), layout.clone());
+            move |params: Vec<(String, Memory)>, actions: Vec<PostAction>| {
+                let transport = agents()?;
+                let registrar = TransportRegistrar::new(transport.clone());
+                let pool = TransportPool::new(home.clone(), registrar, PoolOptions::default());
+                let mut of = TargetLayout::from(layout.clone());
+                of.post_actions = actions;
+                let options = TargetOptions::default().with_lower(home.lowering());
+                home.equip(refit::Target::new(transport, pool, of, params, options)?)
+            }
         };
         let at = GroupRank { group, rank: layout.rank(), ranks };
         let name = format!("{}-{}", at.group, at.rank);
@@ -102,14 +110,19 @@ impl Begin for Join {
         match mode {
             Mode::Direct => {
                 let notes = engine.notes.clone();
-                let direct = Direct::new(target(params, actions)?, engine);
+                let direct = Direct::new(make(params, actions)?, engine);
                 let join = in_place::Join { notes, reader, place, replica: at.group, live };
                 Ok(join.with(direct))
             }
             Mode::Staged => {
-                // Nothing is derived from a shadow.
-                let shadow = target(allocate(&layout, &home)?, Vec::new())?;
-                let shadow = Shadow::new(shadow, params, actions, engine)?;
+                // A second set of parameters, from which nothing is derived, and another whenever a peer may still write it.
+                let fresh = {
+                    let (home, layout) = (home.clone(), layout.clone());
+                    move || make(allocate(&layout, &home)?, Vec::new())
+                };
+                let kept = Quarantine::of_rank(&name, layout.bytes());
+                let shadow = Shadow::new(fresh()?, params, actions, engine)?
+                    .with_failover(kept, move |_| fresh().map_err(|it| it.to_string().into()));
                 #[cfg(feature = "cuda")]
                 let shadow = match &home {
                     Home::Host => shadow,

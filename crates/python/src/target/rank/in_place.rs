@@ -1,6 +1,6 @@
 //! A rank that reads into its live parameters, whatever others do.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use refit::transport::Transport;
 use refit_service::groups::Offer;
@@ -117,6 +117,10 @@ impl<T: Transport> Reading for InPlace<T> {
                 Err(if mixed { failure.leaving_a_mix() } else { failure })
             }
         }
+    }
+
+    fn set_attempt(&mut self, attempt: Duration) {
+        self.reader.set_attempt(attempt);
     }
 
     fn wait_for(

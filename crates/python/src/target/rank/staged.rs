@@ -81,6 +81,10 @@ impl<S: Stage + Counted + Reseat<Meeting> + Send> Reading for Staged<S> {
         version
     }
 
+    fn set_attempt(&mut self, attempt: Duration) {
+        self.joined.set_attempt(attempt);
+    }
+
     fn wait_for(
         &mut self,
         at_least: u64,
