@@ -324,6 +324,9 @@ class Target:
         attempt: how long one attempt to read goes on before another group is tried. Left out: half of the time that `refresh`
             is given, so that one that comes to nothing leaves time for another.
         fanout: most ranks that read a group at a time.
+        relay: whether others may read what this target has read, until it reads the next: as a group of the replica's name.
+            Of a `direct` target that are the live parameters, which nobody else may write then.
+        drain: of a relay, how long closing waits for those who read from it.
 
     Raises:
         As `Source`; ConfigError where `post_actions` is missing.
@@ -352,6 +355,8 @@ class Target:
         lease: float = 30.0,
         attempt: float | None = None,
         fanout: int = 16,
+        relay: bool = False,
+        drain: float = 10.0,
     ) -> None: ...
     @property
     def rank(self) -> int: ...
@@ -387,7 +392,8 @@ class Target:
         mode `version`."""
     def stats(self) -> Stats: ...
     def close(self) -> None:
-        """Leaves the replica and lets the tensors go; where reads are still out, once these have ended."""
+        """Leaves the replica and lets the tensors go; where reads are still out, once these have ended. A relay withdraws what it
+        offers, and waits up to `drain` seconds for its readers."""
     def __enter__(self) -> Target: ...
     def __exit__(
         self,

@@ -106,6 +106,8 @@ class Report(TypedDict):
     """One refresh."""
 
     version: int
+    #: The group that it was read from; `None` where nothing was read, because it was there already.
+    group: str | None
     #: The size of the rank's parameters.
     bytes: int
     #: What crossed the wire, and how much of it was needed: equal where nothing is read beside what is wanted.
@@ -135,7 +137,7 @@ class Offer(TypedDict):
 class Stats(TypedDict):
     """Counters since the object was made."""
 
-    #: Of a source.
+    #: Of a source, and of a target that is a relay.
     commits: int
     reader_waits: int
     reader_wait_seconds: float

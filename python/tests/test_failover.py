@@ -32,7 +32,7 @@ def two_sources(folder: Path, **options: Any) -> Iterator[tuple[Process, Process
     ):
         assert first.ask("commit", version=1) == {"offers": 1}
         read = target.ask("refresh", version=1)
-        assert read["whole"]
+        assert (read["group"], read["whole"]) == ("first", True)
         assert first.ask("commit", version=5) == {"offers": 5}
         assert second.ask("commit", version=4) == {"offers": 4}
         first.stop()
@@ -53,7 +53,7 @@ def test_a_fresh_agent_takes_over_from_one_that_cannot_settle(nixl: str, tmp_pat
         # Half of the time is for the newest version, and the rest for others.
         read = target.ask("refresh", version=4, timeout=6.0)
         assert "error" not in read, read
-        assert (read["version"], read["whole"], read["serving"]) == (4, True, 4)
+        assert (read["version"], read["group"], read["whole"], read["serving"]) == (4, "second", True, 4)
         assert read["retries"] == {"late": 1}
         assert 3.0 <= time.monotonic() - began < 6.5
         assert target.ask("stats")["quarantined_bytes"] >= BYTES
@@ -61,7 +61,7 @@ def test_a_fresh_agent_takes_over_from_one_that_cannot_settle(nixl: str, tmp_pat
         settles(target, 0)
         # It is read like any other again, by the fresh agent.
         newest = target.ask("refresh", version=5)
-        assert (newest["version"], newest["whole"], newest["rejoins"]) == (5, True, 0)
+        assert (newest["version"], newest["group"], newest["whole"], newest["rejoins"]) == (5, "first", True, 0)
 
 
 def test_a_source_that_is_alone_is_waited_for(nixl: str, tmp_path: Path, number: int) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import running
+from ordered_rank import BYTES
+from processes import ordered, running
 
 from refit_rl import Target, errors, layouts
 
@@ -61,6 +62,29 @@ def test_a_trainer_that_dies_leaves_the_old_version(nixl: str, tmp_path: Path, n
         assert target.version == 1
         for name, tensor in live.items():
             np.testing.assert_array_equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("mode", ["staged", "direct"])
+@pytest.mark.parametrize("number", range(ROUNDS))
+def test_a_relay_serves_while_the_source_is_stopped(nixl: str, tmp_path: Path, mode: str, number: int) -> None:
+    store = f"dir:{tmp_path}"
+    with (
+        ordered("source", store) as source,
+        ordered("target", store, replica="relay", mode=mode, relay=True) as relay,
+        ordered("target", store, replica="other", mode=mode) as other,
+    ):
+        for version in (1, 2):
+            source.ask("commit", version=version)
+            assert relay.ask("refresh", version=version)["group"] == "trainer"
+            # Its process answers nobody now, and its version is on offer still: relays are read rather than a trainer.
+            source.stop()
+            report = other.ask("refresh", version=version)
+            assert (report["group"], report["wire_bytes"], report["whole"]) == ("relay", BYTES, True), report
+            source.resume()
+        assert relay.ask("stats")["commits"] == 2
+        assert relay.ask("close") == {"closed": None}
+        source.ask("commit", version=3)
+        assert other.ask("refresh", version=3)["group"] == "trainer"
 
 
 def test_nixl_that_is_missing_is_told_with_every_place(tmp_path: Path) -> None:

@@ -304,6 +304,79 @@ def test_all_ranks_of_a_replica_install_together_or_none_does(store: str) -> Non
     source.close()
 
 
+@pytest.mark.parametrize("mode", ["staged", "direct"])
+def test_a_relay_serves_what_it_has_read_when_the_source_is_gone(store: str, mode: str) -> None:
+    held, live, late = array(), array(), array()
+    source = Source(store, one(), {"w": held}, model="m")
+    relay = Target(store, one("target"), {"w": live}, model="m", replica="relay", mode=mode, relay=True)
+    other = Target(store, one("target"), {"w": late}, model="m", replica="other")
+    with source.updating(1):
+        held += 7
+    assert relay.refresh(1)["group"] == "trainer"
+    # Not from itself.
+    assert relay.wait_for(0, timeout=0.1) == {"version": 1, "group": "trainer"}
+    assert source.close() == 0
+    assert relay.wait_for(0, timeout=0.1) is None
+
+    report = other.refresh(1)
+    assert (report["version"], report["group"], report["wire_bytes"]) == (1, "relay", late.nbytes)
+    np.testing.assert_array_equal(late, live)
+    assert (late == 7).all()
+    assert other.refresh(1)["group"] is None
+    stats = relay.stats()
+    assert (stats["commits"], stats["refits"], other.stats()["commits"]) == (1, 1, 0)
+
+    # The next version passes through it; the last one is not offered any more.
+    with Source(store, one(), {"w": held}, model="m", group="later") as source:
+        with source.updating(2):
+            held += 1
+        assert relay.refresh(2)["group"] == "later"
+    assert other.refresh(2)["group"] == "relay"
+    assert (late == 8).all() and relay.stats()["commits"] == 2
+    relay.close()
+    assert other.wait_for(0, timeout=0.1) is None
+    other.close()
+
+
+def test_what_is_no_relay_is_read_by_nobody(store: str) -> None:
+    source = Source(store, one(), {"w": array()}, model="m")
+    first = Target(store, one("target"), {"w": array()}, model="m", replica="first")
+    other = Target(store, one("target"), {"w": array()}, model="m", replica="other")
+    source.publish(1)
+    first.refresh(1)
+    source.close()
+    with pytest.raises(errors.NotReadyError, match="no group offers one"):
+        other.refresh(1, timeout=0.2)
+
+
+def test_a_relay_waits_for_its_readers_before_it_overwrites(store: str) -> None:
+    """A fleet that reads from one another while the trainer goes on never holds a mix."""
+    held = array(512)
+    source = Source(store, shard(0, 1, rows=512), {"w": held}, model="m")
+    mixed: list[str] = []
+
+    def run(name: str) -> None:
+        live = array(512)
+        layout = shard(0, 1, "target", rows=512)
+        with Target(store, layout, {"w": live}, model="m", replica=name, relay=True, fanout=1, mode="direct") as relay:
+            version = 0
+            while version < 30:
+                version = relay.refresh(version + 1, timeout=60)["version"]
+                if not (live == version).all():
+                    mixed.append(f"{name}: {version}: {set(live.ravel())}")
+
+    fleet = [threading.Thread(target=run, args=(f"relay-{number}",)) for number in range(3)]
+    for relay in fleet:
+        relay.start()
+    for version in range(1, 31):
+        with source.updating(version, timeout=60):
+            held[...] = version
+    for relay in fleet:
+        relay.join(120)
+    assert mixed == [] and not any(relay.is_alive() for relay in fleet)
+    source.close()
+
+
 def test_a_rank_is_there_once(store: str) -> None:
     with Source(store, one(), {"w": array()}, model="m"):
         with pytest.raises(errors.TakenError) as caught:

@@ -49,10 +49,13 @@ def commit(source: Source, held: np.ndarray, version: int) -> None:
         held[...] = expected(version)
 
 
-def test_a_staged_target_joins_again_within_its_next_refresh(nixl: str, tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize("relay", [False, True], ids=["alone", "relay"])
+def test_a_staged_target_joins_again_within_its_next_refresh(
+    nixl: str, tmp_path: Path, relay: bool, number: int
+) -> None:
     store = f"dir:{tmp_path}"
     trainer, held = source(store)
-    with trainer, ordered("target", store, ttl=TTL) as target:
+    with trainer, another(store, "other") as other, ordered("target", store, ttl=TTL, relay=relay) as target:
         commit(trainer, held, 1)
         first = target.ask("refresh", version=1)
         assert (first["version"], first["rejoins"], first["wire_bytes"], first["whole"]) == (1, 0, BYTES, True)
@@ -63,29 +66,37 @@ def test_a_staged_target_joins_again_within_its_next_refresh(nixl: str, tmp_path
         # What it has is what is committed: nothing is read for it, and it answers for it again.
         again = target.ask("refresh", version=1)
         assert (again["version"], again["rejoins"], again["wire_bytes"]) == (1, 1, 0)
-        assert (again["live"], again["whole"], again["serving"]) == (1, True, 1)
+        assert (again["group"], again["live"], again["whole"], again["serving"]) == (None, 1, True, 1)
 
         silence(target, tmp_path)
         target.resume()
         commit(trainer, held, 2)
         newer = target.ask("refresh", version=2)
-        assert (newer["version"], newer["rejoins"]) == (2, 1)
+        assert (newer["version"], newer["rejoins"], newer["group"]) == (2, 1, "trainer")
         assert (newer["wire_bytes"], newer["whole"], newer["serving"]) == (BYTES, True, 2)
         assert target.ask("stats")["rejoins"] == 2
+        if relay:
+            # It offers under its new session, too.
+            assert trainer.close() == 0
+            assert other.refresh(2, timeout=60)["group"] == "engine"
         assert target.ask("close") == {"closed": None}
 
 
-def test_a_direct_target_goes_on_under_another_session(nixl: str, tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize("relay", [False, True], ids=["alone", "relay"])
+def test_a_direct_target_goes_on_under_another_session(nixl: str, tmp_path: Path, relay: bool, number: int) -> None:
     store = f"dir:{tmp_path}"
     trainer, held = source(store)
-    with trainer, ordered("target", store, ttl=TTL, mode="direct") as target:
+    with trainer, another(store, "other") as other, ordered("target", store, ttl=TTL, mode="direct", relay=relay) as target:
         commit(trainer, held, 1)
         assert target.ask("refresh", version=1)["rejoins"] == 0
         silence(target, tmp_path)
         target.resume()
         commit(trainer, held, 2)
         newer = target.ask("refresh", version=2)
-        assert (newer["version"], newer["rejoins"], newer["whole"]) == (2, 1, True)
+        assert (newer["version"], newer["rejoins"], newer["group"], newer["whole"]) == (2, 1, "trainer", True)
+        if relay:
+            assert trainer.close() == 0
+            assert other.refresh(2, timeout=60)["group"] == "engine"
 
 
 def test_a_target_whose_place_was_taken_says_so_and_leaves_the_other_there(
@@ -117,7 +128,7 @@ def test_a_source_offers_its_version_again_while_its_trainer_does_nothing(
         trainer.resume()
         # The trainer is told nothing meanwhile.
         report = other.refresh(1, timeout=60)
-        assert report["version"] == 1
+        assert (report["version"], report["group"]) == (1, "trainer")
         assert trainer.ask("stats")["rejoins"] == 1
         assert trainer.ask("commit", version=2) == {"offers": 2}
         assert other.refresh(2, timeout=60)["version"] == 2

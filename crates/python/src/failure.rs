@@ -367,6 +367,7 @@ impl From<ReplicaError> for Failure {
             }
             // The prefix says which rank; what helps is what it is about.
             ReplicaError::Staging { source, .. } => of_refresh(&source).saying(message),
+            ReplicaError::Source(error) => (*error).into(),
             ReplicaError::Deadline { behind, .. } => of(Kind::Timeout).ranks(behind),
             // It joins again with every refresh, and there was no time left for that.
             ReplicaError::Vanished { place } => of(Kind::Timeout).rank(place.rank),
@@ -390,8 +391,13 @@ fn of_refresh(error: &RefreshError) -> Failure {
     match &error.ended {
         Ended::Store(_) => of(Kind::Rendezvous),
         Ended::Lost(_) | Ended::Quarantined(_) => of(Kind::Transport),
-        // No agent could take over.
-        Ended::Unsettled(failure) if failure.cause == Cause::Failed => of(Kind::Transport),
+        // No agent could take over, or a relay could not close what it offers.
+        Ended::Unsettled(failure) if failure.cause == Cause::Failed => {
+            match failure.reason.downcast_ref() {
+                Some(SourceError::Rendezvous(_)) => of(Kind::Rendezvous),
+                _ => of(Kind::Transport),
+            }
+        }
         // Whatever was tried cannot be joined: more time would not have helped.
         Ended::Deadline
             if !error.attempts.is_empty()

@@ -9,18 +9,22 @@ use refit_service::{PullTotals, Retries, ServiceStats};
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Figures {
     pub(crate) service: ServiceStats,
+    /// On the side that offers what was read.
+    pub(crate) relay: ServiceStats,
     pub(crate) pulls: PullTotals,
     pub(crate) pool: PoolStats,
 }
 
 impl Figures {
     pub(crate) fn to_dict<'py>(self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let Self { service, pulls, pool } = self;
+        let Self { service, relay, pulls, pool } = self;
         let out = PyDict::new(py);
-        out.set_item("commits", service.commits)?;
-        out.set_item("reader_waits", service.waits)?;
-        out.set_item("reader_wait_seconds", service.waited.as_secs_f64())?;
-        out.set_item("leases_expired", service.leases_expired)?;
+        let both = |of: fn(&ServiceStats) -> u64| of(&service).saturating_add(of(&relay));
+        out.set_item("commits", both(|stats| stats.commits))?;
+        out.set_item("reader_waits", both(|stats| stats.waits))?;
+        let waited = service.waited.saturating_add(relay.waited);
+        out.set_item("reader_wait_seconds", waited.as_secs_f64())?;
+        out.set_item("leases_expired", both(|stats| stats.leases_expired))?;
         out.set_item("rejoins", service.rejoins)?;
         out.set_item("refits", service.refits)?;
         out.set_item("installs", service.installs)?;

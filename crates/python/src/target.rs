@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMapping};
 use refit::translate::bands::Side;
 use refit_service::reader::{Checks, ReaderOptions};
+use refit_service::source::SourceOptions;
 
 use self::rank::{Join, Live, Mode, Reading};
 use crate::agent;
@@ -41,7 +42,8 @@ impl Target {
     #[pyo3(signature = (
         rendezvous, layout, tensors, *, model, ranks = 1, replica = "engine".to_owned(), mode = "staged", pause = None,
         post_actions = None, resume = None, checks = "never", job = "refit".to_owned(), key_file = None,
-        transport = "auto", insecure_tcp = None, timeout = 30.0, ttl = 10.0, lease = 30.0, attempt = None, fanout = 16
+        transport = "auto", insecure_tcp = None, timeout = 30.0, ttl = 10.0, lease = 30.0, attempt = None, fanout = 16,
+        relay = false, drain = 10.0
     ))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments")]
     fn new(
@@ -66,6 +68,8 @@ impl Target {
         lease: f64,
         attempt: Option<f64>,
         fanout: u32,
+        relay: bool,
+        drain: f64,
     ) -> PyResult<Self> {
         let mode = one_of("mode", mode, &[("staged", Mode::Staged), ("direct", Mode::Direct)])?;
         let checks = one_of(
@@ -83,6 +87,8 @@ impl Target {
         let options =
             ReaderOptions::default().with_lease(lease).with_fanout(fanout).with_checks(checks);
         let attempt = attempt.map(|attempt| seconds("attempt", attempt)).transpose()?;
+        let drain = seconds("drain", drain)?;
+        let offering = SourceOptions::default().with_most_lease(lease).with_drain(drain);
         let entry = Said {
             rendezvous,
             layout,
@@ -111,10 +117,12 @@ impl Target {
         let desk = py.detach({
             let (live, notes) = (live.clone(), notes.clone());
             move || {
-                let (wish, entered) = entry.enter(false)?;
+                let (wish, entered) = entry.enter(relay)?;
                 let home = entered.home.clone();
                 let engine = Callbacks { pause, post_actions, resume, home, notes };
-                agent::begin(wish, Join { entered, actions, mode, engine, options, live })
+                let relay = relay.then_some(offering);
+                let join = Join { entered, actions, mode, engine, options, relay, live };
+                agent::begin(wish, join)
             }
         })?;
         Ok(Self { desk: Desk::new(desk), live, notes, rank, bytes, attempt })
@@ -138,7 +146,7 @@ impl Target {
         timeout: f64,
     ) -> PyResult<Bound<'py, PyDict>> {
         let within = seconds("timeout", timeout)?;
-        let (before, version, after, done, took) = py.detach(|| {
+        let (before, version, after, group, done, took) = py.detach(|| {
             self.desk.with(|rank| {
                 let began = Instant::now();
                 self.notes.clear();
@@ -155,11 +163,16 @@ impl Target {
                 if let Some(failure) = self.notes.late() {
                     return Err(failure);
                 }
-                Ok((before, version, rank.figures(), self.notes.done(), began.elapsed()))
+                let after = rank.figures();
+                // What was there already was read from nobody.
+                let read = rank.read().filter(|_| after.service.refits > before.service.refits);
+                let group = read.map(|read| read.group.clone());
+                Ok((before, version, after, group, self.notes.done(), began.elapsed()))
             })
         })?;
         let out = PyDict::new(py);
         out.set_item("version", version)?;
+        out.set_item("group", group)?;
         out.set_item("bytes", self.bytes)?;
         let since = |now: u64, before: u64| now.saturating_sub(before);
         out.set_item("wire_bytes", since(after.pulls.wire_bytes, before.pulls.wire_bytes))?;

@@ -1,4 +1,4 @@
-//! A target rank over whichever transport, staged or direct.
+//! A target rank over whichever transport, staged or direct, that offers what it has read or does not.
 
 mod in_place;
 mod staged;
@@ -13,9 +13,10 @@ use refit::transport::{Transport, TransportPool, TransportRegistrar, draw_incarn
 use refit::{TargetOptions, allocate};
 use refit_service::groups::Offer;
 use refit_service::rank::{Direct, Shadow};
-use refit_service::reader::{Reader, ReaderOptions};
+use refit_service::reader::{Reader, ReaderOptions, Refreshed};
+use refit_service::relay::Relay;
 use refit_service::rendezvous::RendezvousError;
-use refit_service::source::GroupRank;
+use refit_service::source::{GroupRank, SourceOptions};
 use refit_service::worker::Quarantine;
 
 use crate::agent::{Agents, Begin};
@@ -56,6 +57,9 @@ pub(super) trait Reading: Send + Debug {
     /// For how long one attempt to read may go on from now on.
     fn set_attempt(&mut self, attempt: Duration);
 
+    /// What was read last.
+    fn read(&self) -> Option<&Refreshed>;
+
     /// What others offer.
     fn wait_for(
         &mut self,
@@ -80,6 +84,8 @@ pub(super) struct Join {
     pub(super) mode: Mode,
     pub(super) engine: Callbacks,
     pub(super) options: ReaderOptions,
+    /// How it treats those who read what it has read, if others may.
+    pub(super) relay: Option<SourceOptions>,
     pub(super) live: Live,
 }
 
@@ -87,7 +93,7 @@ impl Begin for Join {
     type Made = Box<dyn Reading>;
 
     fn over<T: Transport>(self, agents: Agents<T>) -> Result<Self::Made, Failure> {
-        let Self { entered, actions, mode, engine, options, live } = self;
+        let Self { entered, actions, mode, engine, options, relay, live } = self;
         let Entered { place, home, params, layout, group, ranks, ttl, within } = entered;
         let make = {
             let (home, layout) = (home.clone(), layout.clone());
@@ -111,8 +117,11 @@ impl Begin for Join {
             Mode::Direct => {
                 let notes = engine.notes.clone();
                 let direct = Direct::new(make(params, actions)?, engine);
-                let join = in_place::Join { notes, reader, place, replica: at.group, live };
-                Ok(join.with(direct))
+                let join = in_place::Join { notes, reader, place, replica: at.group.clone(), live };
+                Ok(match relay {
+                    None => join.with(direct),
+                    Some(options) => join.with(Relay::join(seat, at, direct, options, deadline)?),
+                })
             }
             Mode::Staged => {
                 // A second set of parameters, from which nothing is derived, and another whenever a peer may still write it.
@@ -129,16 +138,19 @@ impl Begin for Join {
                     Home::Cuda(device) => shadow.with_device(device.clone()),
                 };
                 let join = staged::Join {
-                    seat,
+                    seat: seat.clone(),
                     place,
-                    at,
+                    at: at.clone(),
                     incarnation,
                     reader,
                     fresh: ttl / 2,
                     deadline,
                     live,
                 };
-                join.with(shadow)
+                match relay {
+                    None => join.with(shadow),
+                    Some(options) => join.with(Relay::join(seat, at, shadow, options, deadline)?),
+                }
             }
         }
     }

@@ -3,10 +3,12 @@
 use std::time::{Duration, Instant};
 
 use refit::transport::Transport;
+use refit_service::Reseat;
 use refit_service::groups::Offer;
 use refit_service::puller::{Cause, PullFailure, Puller, Reading as Version};
-use refit_service::rank::Direct;
+use refit_service::rank::{Counted, Direct};
 use refit_service::reader::{Reader, Refreshed, Wanted};
+use refit_service::relay::Relay;
 use refit_service::rendezvous::RendezvousError;
 
 use super::{Live, Reading};
@@ -15,7 +17,25 @@ use crate::failure::Failure;
 use crate::place::{Meeting, Place};
 use crate::report::Figures;
 
-/// What makes it, besides what reads.
+/// What holds the live parameters.
+pub(super) trait Holder: Puller + Counted + Reseat<Meeting> + Send {
+    /// The version that is whole there.
+    fn version(&self) -> Option<u64>;
+}
+
+impl<T: Transport> Holder for Direct<T, Callbacks> {
+    fn version(&self) -> Option<u64> {
+        Self::version(self)
+    }
+}
+
+impl<T: Transport> Holder for Relay<Meeting, Direct<T, Callbacks>> {
+    fn version(&self) -> Option<u64> {
+        self.target().and_then(Direct::version)
+    }
+}
+
+/// What makes it, besides its holder.
 pub(super) struct Join {
     pub(super) notes: Notes,
     pub(super) reader: Reader<Meeting>,
@@ -25,37 +45,39 @@ pub(super) struct Join {
 }
 
 impl Join {
-    pub(super) fn with<T: Transport>(self, direct: Direct<T, Callbacks>) -> Box<dyn Reading> {
+    pub(super) fn with<P: Holder + 'static>(self, holder: P) -> Box<dyn Reading> {
         let Self { notes, reader, place, replica, live } = self;
-        Box::new(InPlace { direct, notes, reader, place, replica, live, rejoins: 0 })
+        Box::new(InPlace { holder, notes, reader, place, replica, live, read: None, rejoins: 0 })
     }
 }
 
 #[derive(Debug)]
-struct InPlace<T: Transport> {
-    direct: Direct<T, Callbacks>,
+struct InPlace<P> {
+    holder: P,
     notes: Notes,
     reader: Reader<Meeting>,
     place: Place,
     replica: String,
     live: Live,
+    /// What was read last.
+    read: Option<Refreshed>,
     /// Times its session had ended.
     rejoins: u64,
 }
 
-/// A target whose refresh ends when a callback has raised: trying again would call it again.
+/// A holder whose refresh ends when a callback has raised: trying again would call it again.
 #[derive(Debug)]
-struct Prompt<'a, T: Transport> {
-    direct: &'a mut Direct<T, Callbacks>,
+struct Prompt<'a, P> {
+    holder: &'a mut P,
     notes: &'a Notes,
     live: &'a Live,
 }
 
-impl<T: Transport> Puller for Prompt<'_, T> {
+impl<P: Puller> Puller for Prompt<'_, P> {
     fn pull(&mut self, reading: &Version<'_>, deadline: Instant) -> Result<(), PullFailure> {
         // From here on they may be a mix; what they are in the end, the refresh says.
         self.live.set(None);
-        self.direct.pull(reading, deadline).map_err(|failure| {
+        self.holder.pull(reading, deadline).map_err(|failure| {
             // The one cause that a reader does not try again after; what is raised in the end is the callback's error.
             let cause = if self.notes.has_raised() { Cause::Lost } else { failure.cause };
             PullFailure { cause, ..failure }
@@ -63,23 +85,24 @@ impl<T: Transport> Puller for Prompt<'_, T> {
     }
 
     fn make_ready(&mut self, group: &str, deadline: Instant) -> Result<(), PullFailure> {
-        self.direct.make_ready(group, deadline)
+        self.holder.make_ready(group, deadline)
     }
 
     fn quarantined_bytes(&self) -> u64 {
-        self.direct.quarantined_bytes()
+        self.holder.quarantined_bytes()
     }
 }
 
-impl<T: Transport> InPlace<T> {
+impl<P: Holder> InPlace<P> {
     /// Nothing that its own ranks offer.
     fn wanted(&self, at_least: u64) -> Wanted {
         Wanted { not_from: Some(self.replica.clone()), ..Wanted::at_least(at_least) }
     }
 
-    fn rejoin(&mut self) -> Result<(), Failure> {
+    fn rejoin(&mut self, deadline: Instant) -> Result<(), Failure> {
         let seat = self.place.seat()?;
-        // Nobody else has this rank's place: only readers' leases were kept by the session.
+        // First: a reader whose session has ended says so when this did not work.
+        self.holder.reseat(&seat, deadline)?;
         self.reader.reseat(seat);
         self.rejoins += 1;
         Ok(())
@@ -89,8 +112,8 @@ impl<T: Transport> InPlace<T> {
         let wanted = self.wanted(at_least);
         let mut rejoined = false;
         loop {
-            let Self { direct, notes, live, reader, .. } = self;
-            let error = match reader.refresh(&mut Prompt { direct, notes, live }, &wanted, deadline)
+            let Self { holder, notes, live, reader, .. } = self;
+            let error = match reader.refresh(&mut Prompt { holder, notes, live }, &wanted, deadline)
             {
                 Ok(refreshed) => return Ok(refreshed),
                 Err(error) => error,
@@ -98,22 +121,22 @@ impl<T: Transport> InPlace<T> {
             if !error.is_session_ended() || (rejoined && Instant::now() >= deadline) {
                 return Err(error.into());
             }
-            self.rejoin()?;
+            self.rejoin(deadline)?;
             rejoined = true;
         }
     }
 }
 
-impl<T: Transport> Reading for InPlace<T> {
+impl<P: Holder> Reading for InPlace<P> {
     fn refresh(&mut self, at_least: u64, deadline: Instant) -> Result<u64, Failure> {
         let was = self.live.version();
         let read = self.catch_up(at_least, deadline);
-        self.live.set(self.direct.version());
+        self.live.set(self.holder.version());
         match read {
-            Ok(refreshed) => Ok(refreshed.version),
+            Ok(refreshed) => Ok(self.read.insert(refreshed).version),
             Err(failure) => {
                 // What was whole before is a mix now, unless nothing was read.
-                let mixed = was.is_some() && self.direct.version().is_none();
+                let mixed = was.is_some() && self.holder.version().is_none();
                 Err(if mixed { failure.leaving_a_mix() } else { failure })
             }
         }
@@ -121,6 +144,10 @@ impl<T: Transport> Reading for InPlace<T> {
 
     fn set_attempt(&mut self, attempt: Duration) {
         self.reader.set_attempt(attempt);
+    }
+
+    fn read(&self) -> Option<&Refreshed> {
+        self.read.as_ref()
     }
 
     fn wait_for(
@@ -132,7 +159,7 @@ impl<T: Transport> Reading for InPlace<T> {
     }
 
     fn serving(&mut self) -> Option<u64> {
-        self.direct.version()
+        self.holder.version()
     }
 
     fn has_settled(&mut self) -> bool {
@@ -140,9 +167,9 @@ impl<T: Transport> Reading for InPlace<T> {
     }
 
     fn figures(&self) -> Figures {
-        let (mut service, pulls) = (*self.reader.stats(), *self.direct.totals());
+        let (mut service, relay) = (*self.reader.stats(), self.holder.offering());
         service.rejoins = self.rejoins;
-        Figures { service, pulls, pool: self.direct.pool_stats() }
+        Figures { service, relay, pulls: self.holder.totals(), pool: self.holder.pool_stats() }
     }
 
     fn leave(self: Box<Self>) -> Result<(), Failure> {

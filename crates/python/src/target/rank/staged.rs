@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use refit::transport::draw_incarnation;
 use refit_service::groups::Offer;
 use refit_service::rank::Counted;
-use refit_service::reader::Reader;
+use refit_service::reader::{Reader, Refreshed};
 use refit_service::rendezvous::RendezvousError;
 use refit_service::replica::{Replica, ReplicaRank, Stage};
 use refit_service::source::GroupRank;
@@ -85,6 +85,10 @@ impl<S: Stage + Counted + Reseat<Meeting> + Send> Reading for Staged<S> {
         self.joined.set_attempt(attempt);
     }
 
+    fn read(&self) -> Option<&Refreshed> {
+        self.joined.read()
+    }
+
     fn wait_for(
         &mut self,
         at_least: u64,
@@ -103,7 +107,8 @@ impl<S: Stage + Counted + Reseat<Meeting> + Send> Reading for Staged<S> {
 
     fn figures(&self) -> Figures {
         let stage = self.joined.stage();
-        Figures { service: self.joined.stats(), pulls: stage.totals(), pool: stage.pool_stats() }
+        let (service, relay) = (self.joined.stats(), stage.offering());
+        Figures { service, relay, pulls: stage.totals(), pool: stage.pool_stats() }
     }
 
     fn leave(self: Box<Self>) -> Result<(), Failure> {
