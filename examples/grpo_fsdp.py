@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python/e2e"))
 
-RANKS, STEPS, GROUP, TOKENS = 2, 6, 8, 12
+RANKS, GROUP, TOKENS = 2, 8, 12
 PROMPTS = [[1, 2, 3], [50, 60, 70], [200, 100, 30], [9, 8, 7]]
 
 
@@ -81,6 +81,7 @@ def learn(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=6, help="versions to publish (default: 6)")
     for name in ("--model", "--rendezvous", "--name"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     for name in ("--in-fd", "--out-fd"):
@@ -106,13 +107,13 @@ def main() -> None:
         try:
             with run.serving(case, folder) as engine:
                 engine.answer()
-                loop(trainer, engine)
+                loop(trainer, engine, options.steps)
         finally:
             trainer.close(30.0)
 
 
-def loop(trainer: Any, engine: Any) -> None:
-    for version in range(1, STEPS + 1):
+def loop(trainer: Any, engine: Any, steps: int) -> None:
+    for version in range(1, steps + 1):
         refreshed = engine.ask(do="refresh", version=version)
         said = engine.ask(do="generate", prompts=PROMPTS, max_tokens=TOKENS, n=GROUP, temperature=1.0)["tokens"]
         rows, rewards = [], []
@@ -126,7 +127,7 @@ def loop(trainer: Any, engine: Any) -> None:
             f"refresh {refreshed['seconds'] * 1000:.0f} ms",
             flush=True,
         )
-        if version < STEPS:
+        if version < steps:
             trainer.ask(do="learn", version=version + 1, rows=rows)
 
 
