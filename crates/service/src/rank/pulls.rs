@@ -4,18 +4,19 @@
 //! whoever pulls has an answer at the deadline: a target that is not back by then is *away*, and is treated as one whose
 //! reads are out.
 
-use std::fmt;
+mod held;
+
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 use refit::pool::{Memory, PoolStats};
 use refit::transport::{Patience, Progress, Transport, TransportError, TransportPool};
 use refit::{
-    Cancelled, DigestRequest, Digests, Expected, Failed, Installed, InvalidTarget, Lent,
-    ParkedTarget, Prepared, Publication, Pulled, RefitError, Settling, Target, Unfinished,
+    Cancelled, DigestRequest, Digests, Expected, Failed, Installed, InvalidTarget, Prepared,
+    Publication, Pulled, RefitError, Settling, Target,
 };
 
+use self::held::{Away, Held, Left, Out, left, returned};
 use super::RankError;
 use super::failover::Failover;
 use super::lane::{Lane, Ran};
@@ -36,48 +37,6 @@ pub(super) struct Pulls<T: Transport> {
     pool: TransportPool<T>,
     /// Dropped last: what the others hold is registered with it.
     transport: Arc<T>,
-}
-
-#[derive(Debug)]
-enum Held<T: Transport> {
-    Whole(Target<T>),
-    /// Whole, and others may read it.
-    Lent(Box<Lent<T>>),
-    Mixed(InvalidTarget<T>),
-    Out(Box<Out<T>>),
-    Away(Away<T>),
-    /// Reads are out for ever.
-    Lost,
-}
-
-/// Reads of this group are out.
-#[derive(Debug)]
-struct Out<T: Transport> {
-    group: String,
-    parked: ParkedTarget<T>,
-}
-
-impl<T: Transport> Out<T> {
-    fn late(&self) -> PullFailure {
-        let Self { group, parked } = self;
-        let (group, bytes, age) = (group.clone(), parked.bytes(), parked.age());
-        PullFailure::new(Cause::Late, RankError::Out { group, bytes, age })
-    }
-}
-
-/// A call into the transport, made to read this group, has not returned.
-struct Away<T: Transport> {
-    group: String,
-    since: Instant,
-    /// What it left behind, once it has.
-    back: Box<dyn FnMut() -> Option<Held<T>> + Send>,
-}
-
-impl<T: Transport> fmt::Debug for Away<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { group, since, .. } = self;
-        f.debug_struct("Away").field("group", group).field("since", since).finish_non_exhaustive()
-    }
 }
 
 impl<T: Transport> Pulls<T> {
@@ -464,50 +423,6 @@ impl<T: Transport> Agent for Pulls<T> {
 
     fn bytes(&self) -> u64 {
         self.kept_bytes()
-    }
-}
-
-/// Why something failed, and what it left behind.
-type Left<T> = Box<(RefitError, Held<T>)>;
-
-fn left<T: Transport>(error: RefitError, held: Held<T>) -> Left<T> {
-    Box::new((error, held))
-}
-
-/// What has come back, if something has.
-fn returned<T: Transport, O>(
-    answers: &Receiver<Result<O, Left<T>>>,
-    unwanted: impl Fn(O) -> Held<T>,
-) -> Option<Held<T>> {
-    match answers.try_recv() {
-        Ok(Ok(output)) => Some(unwanted(output)),
-        Ok(Err(left)) => Some(left.1),
-        Err(TryRecvError::Empty) => None,
-        // It panicked.
-        Err(TryRecvError::Disconnected) => Some(Held::Lost),
-    }
-}
-
-impl<T: Transport> From<Cancelled<T>> for Held<T> {
-    fn from(cancelled: Cancelled<T>) -> Self {
-        match cancelled {
-            Cancelled::Whole(target) => Self::Whole(target),
-            Cancelled::Invalid(target) => Self::Mixed(target),
-        }
-    }
-}
-
-impl<T: Transport> Held<T> {
-    fn after(state: Unfinished<T>, group: &str) -> Self {
-        match state {
-            Unfinished::Pulling(pulling) => match pulling.park() {
-                Ok(parked) => Self::Out(Box::new(Out { group: group.to_owned(), parked })),
-                Err(failed) => Self::after(failed.state, group),
-            },
-            Unfinished::Invalid(target) => Self::Mixed(target),
-            Unfinished::Whole(target) => Self::Whole(target),
-            Unfinished::Lost => Self::Lost,
-        }
     }
 }
 
