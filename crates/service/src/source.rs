@@ -308,8 +308,8 @@ impl<R: Rendezvous> Desk<R> {
                 // A retry of our own, whose answer was lost.
                 Created::Already(there) if there == value => break,
                 Created::Already(there) => {
-                    let store = self.seat.rendezvous();
-                    if store.changed(&self.keys.member, found.revision, deadline)?.is_none() {
+                    let member = &self.keys.member;
+                    if self.seat.changed(member, found.revision, deadline)?.is_none() {
                         let GroupRank { group, rank, .. } = self.place.clone();
                         let holder = Member::decode(&there).ok().map(|member| member.incarnation);
                         return Err(SourceError::Taken { group, rank, holder });
@@ -327,6 +327,8 @@ impl<R: Rendezvous> Desk<R> {
     /// The offer goes first, so that whoever looks again after taking a lease finds nothing to read; the member last, because
     /// the next life of this rank writes the others as soon as that is gone.
     fn withdraw(&mut self) -> Result<(), RendezvousError> {
+        // Who leaves waits for its readers, told or not.
+        self.seat.ignore_stop();
         let store = self.seat.rendezvous();
         store.remove(&self.keys.version)?;
         self.open = false;
@@ -362,14 +364,14 @@ impl<R: Rendezvous> Desk<R> {
             // One that is given back late was given back all the same.
             expired.retain(|key| snapshot.entries.contains_key(key));
             waiting.retain(|key| live.contains(key));
-            if waiting.is_empty() || now >= deadline {
+            if waiting.is_empty() || now >= self.seat.until(deadline) {
                 self.stats.waited += began.elapsed();
                 return Ok(Leftover { alive: waiting, expired });
             }
             let until = book.next_end(now).map_or(deadline, |end| end.min(deadline));
-            let store = self.seat.rendezvous();
-            if let Some(next) = store.changed(&self.keys.readers, snapshot.revision, until)? {
-                book.observe(&self.keys.readers, &next, most, Instant::now());
+            let readers = &self.keys.readers;
+            if let Some(next) = self.seat.changed(readers, snapshot.revision, until)? {
+                book.observe(readers, &next, most, Instant::now());
                 snapshot = next;
             }
         }

@@ -103,7 +103,11 @@ fn supervise<W: Work>(wakes: Wakes, work: W, drain: Duration) -> Result<(), CliE
             }
             Err(RecvTimeoutError::Timeout) if stop.is_set() => {
                 let bound = drain.saturating_add(GRACE);
-                let last = *last.get_or_insert_with(|| Instant::now() + bound);
+                let last = *last.get_or_insert_with(|| {
+                    let now = Instant::now();
+                    stop.of_ranks().tell(now + drain);
+                    now + bound
+                });
                 if Instant::now() >= last {
                     eprintln!(
                         "refit: could not leave within {bound:?} (--drain): ending all the same"
@@ -225,6 +229,15 @@ fn meet<T: Transport>(
 ) -> Result<(), CliError> {
     let (common, model) = (work.common(), work.model());
     let store = common.rendezvous.open()?;
-    let place: Place<Sealed<Store>> = Place::new(common, store, name, &model)?;
-    work.run(place, agents, house)
+    let (stop, voice) = (house.wakes.stop(), house.voice);
+    let place: Place<Sealed<Store>> = Place::new(common, store, name, &model, stop.of_ranks())?;
+    match work.run(place, agents, house) {
+        // It waited for the end of its former life, and was told not to.
+        Err(error) if stop.is_set() && error.is_taken() => {
+            voice.say(&Event::Leaving { reason: "told to stop" });
+            voice.say(&Event::Left { unreleased: 0 });
+            Ok(())
+        }
+        ended => ended,
+    }
 }

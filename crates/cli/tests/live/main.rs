@@ -4,6 +4,8 @@
 
 #[cfg(feature = "etcd")]
 mod etcd;
+mod lease;
+mod leaving;
 mod logs;
 mod mistakes;
 mod process;

@@ -71,8 +71,11 @@ impl Job {
         let mut command = Command::new(env!("CARGO_BIN_EXE_refit"));
         command
             .args(arguments.split(' '))
-            .args(["--ttl", "1", "--threads", "1", "--json"])
+            .args(["--threads", "1", "--json"])
             .env_remove("RUST_LOG");
+        if !arguments.contains("--ttl ") {
+            command.args(["--ttl", "1"]);
+        }
         if !arguments.contains("--rendezvous ") {
             command.arg("--rendezvous");
             command.arg(format!("dir:{}", self.path().join("meet").display()));
@@ -136,6 +139,13 @@ impl Rank {
 
     pub(crate) fn hear_version(&mut self, event: &str, version: u64) -> Value {
         self.hear_where(event, |value| value["version"] == version)
+    }
+
+    /// Whether it has told of this event by now. What it told so far is not heard again.
+    pub(crate) fn heard(&mut self, event: &str) -> bool {
+        self.heard.extend(self.lines.try_iter());
+        let mut values = self.heard.iter().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        values.any(|value| value["event"] == event)
     }
 
     /// What it wrote to standard error so far.

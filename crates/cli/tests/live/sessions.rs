@@ -1,14 +1,11 @@
 //! Ranks that the rendezvous takes for dead while they live, and ranks that are told to leave twice.
 
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use refit_service::keys::Model;
-use refit_service::message::{Message, ReaderLease};
-use refit_service::rendezvous::{Directory, JobKey, Key, Life, Rendezvous, Sealed, Writer};
 use rustix::process::Signal;
 
+use crate::lease::Lease;
 use crate::process::{Job, Rank, have_nixl};
 use crate::versions::scrape;
 
@@ -85,16 +82,7 @@ fn a_second_signal_ends_it_where_it_stands() {
     let job = Job::new();
     let mut source = job.start("serve --source tp=1 --rank 0 --drain 600");
     source.hear_version("published", 1);
-    let store = Directory::new(job.path().join("meet")).unwrap();
-    let key = JobKey::from_file(&job.path().join("key")).unwrap();
-    let store = Sealed::new(store, Writer::new("refit", "reader", 1).unwrap(), Some(key)).unwrap();
-    let all = store.list(&Key::new(["refit"]).unwrap()).unwrap();
-    let model = all.entries.keys().find_map(|key| key.parts().nth(1).map(str::to_owned));
-    let model = Model::new(Key::new(["refit".to_owned(), model.unwrap()]).unwrap());
-    let session = Arc::new(store.session(Duration::from_secs(60)).unwrap());
-    let lease = ReaderLease { incarnation: 1, version: 1, millis: 600_000 };
-    let at = model.reader("trainer", "endless").unwrap();
-    store.put(&at, &lease.encode(), Life::Session(&session)).unwrap();
+    let _lease = Lease::take(&job, 600_000);
 
     source.signal(Signal::TERM);
     source.hear("leaving");
@@ -105,21 +93,4 @@ fn a_second_signal_ends_it_where_it_stands() {
     assert_eq!(status.code(), Some(1), "{errors}");
     // Not when it has waited.
     assert!(told.elapsed() < Duration::from_secs(25), "{:?}", told.elapsed());
-}
-
-/// Told to leave while it waits for the other rank, it goes as soon as its refresh has ended, and with 0.
-#[test]
-fn a_target_that_waits_for_others_leaves_when_it_is_told_to() {
-    if !have_nixl("a_target_that_waits_for_others_leaves_when_it_is_told_to") {
-        return;
-    }
-    let job = Job::new();
-    let mut source = job.start("serve --source tp=1 --rank 0");
-    // One of two ranks: it stages, and waits for the other until its deadline.
-    let mut alone = job.start("pull --target tp=2 --rank 0 --deadline 2 --drain 30");
-    alone.hear("joined");
-    alone.hear("failed");
-    thread::sleep(Duration::from_millis(300));
-    alone.leave();
-    source.leave();
 }

@@ -21,6 +21,7 @@ use super::RankError;
 use super::failover::Failover;
 use super::lane::{Lane, Ran};
 use crate::puller::{Cause, PullFailure, Reading};
+use crate::stop::Stop;
 use crate::worker::{Agent, GRACE, Standing};
 
 /// How long a target that is dropped waits for reads that are out.
@@ -33,6 +34,7 @@ pub(super) struct Pulls<T: Transport> {
     /// The agent refuses to go on, though the target is here.
     suspect: bool,
     lane: Lane,
+    stop: Option<Stop>,
     params_bytes: u64,
     pool: TransportPool<T>,
     /// Dropped last: what the others hold is registered with it.
@@ -44,11 +46,22 @@ impl<T: Transport> Pulls<T> {
         Self {
             suspect: false,
             lane: Lane::default(),
+            stop: None,
             params_bytes: target.params().map(|(_, memory)| memory.len() as u64).sum(),
             pool: target.pool().clone(),
             transport: Arc::clone(target.transport()),
             held: Held::Whole(target),
         }
+    }
+
+    /// What waits here comes to an end when `stop` is told; those that take over have it too.
+    pub(super) fn set_stop(&mut self, stop: Stop) {
+        self.stop = Some(stop);
+    }
+
+    /// Whether the process is to end.
+    pub(super) fn is_told(&self) -> bool {
+        self.stop.as_ref().is_some_and(Stop::is_told)
     }
 
     /// The parameters, if they are whole, by name and in no particular order.
@@ -252,7 +265,7 @@ impl<T: Transport> Pulls<T> {
     ) -> Result<O, PullFailure> {
         let since = Instant::now();
         let until = deadline.checked_add(GRACE).unwrap_or(deadline);
-        match self.lane.run(until, work) {
+        match self.lane.run(until, self.stop.as_ref(), work) {
             Ran::Done(Ok(output)) => Ok(output),
             Ran::Done(Err(left)) => {
                 let (error, held) = *left;
@@ -302,7 +315,8 @@ impl<T: Transport> Pulls<T> {
     pub(super) fn settle(&mut self, deadline: Instant) -> Result<(), PullFailure> {
         let mut patience = Patience::for_the_silent();
         while self.look() == Progress::Pending {
-            if patience.pause(deadline) {
+            let until = self.stop.as_ref().map_or(deadline, |stop| stop.waits_until(deadline));
+            if patience.pause(until) {
                 continue;
             }
             return Err(match &self.held {
@@ -366,7 +380,9 @@ impl<T: Transport> Pulls<T> {
             agent = self.transport.agent(),
             "a fresh agent takes over"
         );
-        failover.retire(std::mem::replace(self, Self::new(fresh)));
+        let mut fresh = Self::new(fresh);
+        fresh.stop = self.stop.clone();
+        failover.retire(std::mem::replace(self, fresh));
         Ok(())
     }
 
