@@ -422,13 +422,40 @@ fn a_place_that_another_took_is_not_taken_back() {
     let process = Process::new(&world.store);
     let mut rank = world.rank(&process, 0);
     process.store.lose();
-    let _next = world.rank(&Process::new(&world.store), 0);
+    let mut next = world.rank(&Process::new(&world.store), 0);
     assert!(!rank.has_vanished(), "somebody is there");
     let error = rank.refresh(1, millis(50)).unwrap_err();
     assert!(matches!(error, ReplicaError::Superseded { .. }), "{error}");
     let error = rank.rejoin(process.seat(), unique().into(), millis(50)).unwrap_err();
     assert!(matches!(error, ReplicaError::Taken { .. }), "{error}");
     assert_eq!(rank.serving(), None);
+    // Nor does it take the other's away when it goes.
+    drop(rank.leave().unwrap());
+    assert!(!next.has_vanished());
+}
+
+/// The same of a source, which withdraws what it offered when it goes.
+#[test]
+fn a_trainer_leaves_the_place_to_who_took_it() {
+    for leaves in [false, true] {
+        let world = World { store: InProcess::new(), network: Network::new() };
+        let process = Process::new(&world.store);
+        let mut trainer = world.trainer(&process, "trainer");
+        commit(&mut trainer, 1);
+        process.store.lose();
+        let mut next = world.trainer(&Process::new(&world.store), "trainer");
+        commit(&mut next, 2);
+        let error = trainer.rejoin(process.seat(), millis(50)).unwrap_err();
+        assert!(matches!(error, SourceError::Taken { .. }), "{error}");
+        if leaves {
+            assert_eq!(trainer.leave(soon()).unwrap().unreleased, []);
+        } else {
+            drop(trainer);
+        }
+        let ranks = [0, 1].map(|rank| Some(world.rank(&Process::new(&world.store), rank)));
+        let said = refresh(ranks, 2, 20_000);
+        assert!(said.iter().all(|(_, reached)| *reached), "what the next life offers is gone");
+    }
 }
 
 /// A trainer that was taken for dead at any point, and lives, offers what is whole again, from where it was. What it had

@@ -283,12 +283,18 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
         }
     }
 
-    /// Leaves the replica, which serves no more until somebody takes this rank's place, and gives back what stages.
+    /// Leaves the replica, which serves no more until somebody takes this rank's place, and gives back what stages. Where
+    /// another life of this rank is there already, that stays.
     ///
     /// # Errors
     /// [`RendezvousError`]; the rank is dropped then.
     pub fn leave(self) -> Result<S, RendezvousError> {
-        self.seat.rendezvous().remove(&self.key)?;
+        let found = self.seat.list(&self.key)?;
+        let ours = self.machine.state().incarnation;
+        let ours = |there: RankState| there.incarnation == ours;
+        if found.entries.get(&self.key).is_some_and(|it| RankState::decode(it).is_ok_and(ours)) {
+            self.seat.rendezvous().remove(&self.key)?;
+        }
         Ok(self.stage)
     }
 

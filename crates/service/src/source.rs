@@ -329,6 +329,10 @@ impl<R: Rendezvous> Desk<R> {
     fn withdraw(&mut self) -> Result<(), RendezvousError> {
         // Who leaves waits for its readers, told or not.
         self.seat.ignore_stop();
+        if self.is_replaced()? {
+            self.open = false;
+            return Ok(());
+        }
         let store = self.seat.rendezvous();
         store.remove(&self.keys.version)?;
         self.open = false;
@@ -336,6 +340,18 @@ impl<R: Rendezvous> Desk<R> {
         store.remove(&self.keys.member)?;
         self.seat.at(Point::Withdrawn);
         Ok(())
+    }
+
+    /// Whether another life of this rank has its place, after the session of this one ended: what lies there is not this
+    /// one's to remove.
+    fn is_replaced(&self) -> Result<bool, RendezvousError> {
+        let found = self.seat.list(&self.keys.member)?;
+        let Some(there) = found.entries.get(&self.keys.member) else { return Ok(false) };
+        let last = self.last.map(|last| last.incarnation);
+        let ours = |there: Member| {
+            there.incarnation == self.member.incarnation || last == Some(there.incarnation)
+        };
+        Ok(!Member::decode(there).is_ok_and(ours))
     }
 
     /// Waits for the readers that were there when the version was closed. Whoever came later looks again, finds it closed,
