@@ -15,6 +15,11 @@ use serde_json::Value;
 /// What a step may take on a machine that does other things as well.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
+/// What UCX takes by itself on one host: nobody answers for reads.
+pub(crate) const ONE_SIDED: &[(&str, &str)] = &[];
+/// Reads are emulated over messages: the other process has to answer.
+pub(crate) const EMULATED: &[(&str, &str)] = &[("UCX_TLS", "tcp")];
+
 /// Whether NIXL can be had; says so where not.
 pub(crate) fn have_nixl(test: &str) -> bool {
     match NixlLibrary::load(&[]) {
@@ -90,7 +95,13 @@ impl Job {
     }
 
     pub(crate) fn start(&self, arguments: &str) -> Rank {
-        Rank::start(self.rank(arguments))
+        self.start_on(ONE_SIDED, arguments)
+    }
+
+    pub(crate) fn start_on(&self, lane: &[(&str, &str)], arguments: &str) -> Rank {
+        let mut command = self.rank(arguments);
+        command.envs(lane.iter().copied());
+        Rank::start(command)
     }
 }
 
@@ -143,9 +154,17 @@ impl Rank {
 
     /// Whether it has told of this event by now. What it told so far is not heard again.
     pub(crate) fn heard(&mut self, event: &str) -> bool {
+        self.heard_where(event, |_| true)
+    }
+
+    pub(crate) fn heard_version(&mut self, event: &str, version: u64) -> bool {
+        self.heard_where(event, |value| value["version"] == version)
+    }
+
+    fn heard_where(&mut self, event: &str, wanted: impl Fn(&Value) -> bool) -> bool {
         self.heard.extend(self.lines.try_iter());
         let mut values = self.heard.iter().map(|line| serde_json::from_str::<Value>(line).unwrap());
-        values.any(|value| value["event"] == event)
+        values.any(|value| value["event"] == event && wanted(&value))
     }
 
     /// What it wrote to standard error so far.

@@ -22,7 +22,7 @@ use super::failover::Failover;
 use super::lane::{Lane, Ran};
 use crate::puller::{Cause, PullFailure, Reading};
 use crate::stop::Stop;
-use crate::worker::{Agent, GRACE, Standing};
+use crate::worker::{Agent, GRACE, Quarantine, Standing};
 
 /// How long a target that is dropped waits for reads that are out.
 const LINGER: Duration = Duration::from_secs(2);
@@ -402,22 +402,29 @@ impl<T: Transport> Pulls<T> {
     }
 }
 
-/// Waits a while for what is under way. A process that ends in the middle of it cuts a connection on which its peer may have
-/// an answer to send, and UCX may abort that peer: a trainer that was only stopped.
+/// Waits a while for what is under way, and leaves the rest to the [reaper](crate::worker::reaper). A process that ends in the
+/// middle of it cuts a connection on which its peer may have an answer to send, and UCX may abort that peer: a trainer that
+/// was only stopped.
 impl<T: Transport> Drop for Pulls<T> {
     fn drop(&mut self) {
         let now = Instant::now();
         let until = now.checked_add(LINGER).unwrap_or(now);
+        let until = self.stop.as_ref().map_or(until, |stop| stop.reads_until(until));
         let mut patience = Patience::for_the_silent();
-        while self.look() == Progress::Pending {
-            if !patience.pause(until) {
-                let agent = self.transport.agent();
-                tracing::error!(
-                    agent,
-                    "a target was dropped while its reads were out; they are leaked"
-                );
-                return;
+        while self.poll() == Standing::Restless {
+            if patience.pause(until) {
+                continue;
             }
+            let rest = Self {
+                held: std::mem::replace(&mut self.held, Held::Lost),
+                suspect: self.suspect,
+                lane: std::mem::take(&mut self.lane),
+                stop: None,
+                params_bytes: self.params_bytes,
+                pool: self.pool.clone(),
+                transport: Arc::clone(&self.transport),
+            };
+            return Quarantine::new(self.transport.agent(), u64::MAX).retire(rest);
         }
     }
 }
