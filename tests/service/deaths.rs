@@ -483,6 +483,7 @@ fn a_trainer_may_lose_its_session_anywhere_and_offers_what_is_whole() {
             Err(error) => assert_eq!(error.to_string(), ended, "{point:?}"),
         }
         trainer.rejoin(process.seat(), soon()).unwrap();
+        assert_eq!(trainer.stats().rejoins, 1);
         // Before it had closed the first version it could not write.
         let whole_now = if point == Point::Closing { 1 } else { 2 };
         assert_eq!(trainer.offered(), Some(whole_now), "{point:?}");

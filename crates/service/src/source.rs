@@ -212,7 +212,9 @@ impl<R: Rendezvous, S: SourceRank> LiveSource<R, S> {
                 desk.announce(last)
             }
             None => desk.enter(None, deadline),
-        }
+        }?;
+        desk.stats.rejoins += 1;
+        Ok(())
     }
 
     /// The rank. `None` only while it is given back.
@@ -364,9 +366,10 @@ impl<R: Rendezvous> Desk<R> {
         book.observe(&self.keys.readers, &snapshot, most, began);
         let mut waiting: BTreeSet<Key> = book.live(began).cloned().collect();
         let mut expired = BTreeSet::new();
-        if !waiting.is_empty() {
-            self.stats.waits += 1;
+        if waiting.is_empty() {
+            return Ok(Leftover { alive: waiting, expired });
         }
+        self.stats.waits += 1;
         loop {
             let now = Instant::now();
             let live: BTreeSet<Key> = book.live(now).cloned().collect();
@@ -375,6 +378,8 @@ impl<R: Rendezvous> Desk<R> {
                     tracing::warn!(lease = %over, "a reader's lease ran out before it was given back");
                     self.stats.leases_expired += 1;
                     expired.insert(over.clone());
+                } else {
+                    self.stats.leases_released += 1;
                 }
             }
             // One that is given back late was given back all the same.
@@ -382,6 +387,7 @@ impl<R: Rendezvous> Desk<R> {
             waiting.retain(|key| live.contains(key));
             if waiting.is_empty() || now >= self.seat.until(deadline) {
                 self.stats.waited += began.elapsed();
+                self.stats.waits_late += u64::from(!waiting.is_empty());
                 return Ok(Leftover { alive: waiting, expired });
             }
             let until = book.next_end(now).map_or(deadline, |end| end.min(deadline));

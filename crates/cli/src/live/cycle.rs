@@ -89,6 +89,7 @@ pub(super) struct Alone<R: Rendezvous, P: Holder> {
     /// What a relay of its own is called.
     pub(super) not_from: String,
     pub(super) version: Option<u64>,
+    pub(super) rejoins: u64,
 }
 
 impl<R: Rendezvous, P: Holder + Reseat<R>> Cycle<R> for Alone<R, P> {
@@ -111,6 +112,7 @@ impl<R: Rendezvous, P: Holder + Reseat<R>> Cycle<R> for Alone<R, P> {
     fn rejoin(&mut self, seat: &Seat<R>, deadline: Instant) -> Result<Option<u64>, Missed> {
         self.reader.reseat(seat.clone());
         self.rank.reseat(seat, deadline).map_err(|error| of_replica(error.into()))?;
+        self.rejoins += 1;
         Ok(self.version)
     }
 
@@ -119,7 +121,9 @@ impl<R: Rendezvous, P: Holder + Reseat<R>> Cycle<R> for Alone<R, P> {
     }
 
     fn stats(&self) -> ServiceStats {
-        *self.reader.stats()
+        let mut stats = *self.reader.stats();
+        stats.rejoins = self.rejoins;
+        stats
     }
 }
 

@@ -238,8 +238,10 @@ impl<R: Rendezvous, T: Transport> Serving<R, T> {
     fn rejoin(&mut self) -> Result<(), CliError> {
         let error = "the rendezvous took this rank for dead; joining again".to_owned();
         self.house.voice.say(&Event::Failed { error });
-        let within = Instant::now() + self.args.common.deadline;
-        Ok(self.live.rejoin(self.place.seat()?, within)?)
+        let began = Instant::now();
+        self.live.rejoin(self.place.seat()?, began + self.args.common.deadline)?;
+        self.house.voice.say(&Event::Rejoined { seconds: began.elapsed().as_secs_f64() });
+        Ok(())
     }
 
     /// Goes on after what passes by itself, for as long as one step may take.

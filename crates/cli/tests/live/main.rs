@@ -11,3 +11,4 @@ mod mistakes;
 mod process;
 mod sessions;
 mod versions;
+mod waits;

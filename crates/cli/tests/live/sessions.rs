@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use crate::lease::Lease;
-use crate::process::{Job, Rank, have_nixl};
-use crate::versions::scrape;
+use crate::process::{Job, PATIENCE, Rank, have_nixl};
+use crate::versions::figure;
 
 /// Longer than the time to live of a session, which is a second here.
 const TOO_LONG: Duration = Duration::from_millis(2500);
@@ -25,11 +25,7 @@ fn a_target_that_was_stopped_for_too_long_joins_again() {
     for target in &mut targets {
         target.hear_version("installed", 1);
     }
-    let count = |name: &str| -> u64 {
-        let page = scrape(&page);
-        let line = page.lines().find(|line| line.starts_with(&format!("{name}{{")));
-        line.unwrap().rsplit_once(' ').unwrap().1.parse().unwrap()
-    };
+    let count = |name: &str| figure(&page, name);
     let before =
         ["refit_pool_registrations_total", "refit_refits_total"].map(|name| (name, count(name)));
 
@@ -39,7 +35,7 @@ fn a_target_that_was_stopped_for_too_long_joins_again() {
     targets[1].hear("rejoined");
     // What it had staged becomes live again, and every byte is compared. Nothing was read or registered for it.
     targets[1].hear_version("installed", 1);
-    assert_eq!(count("refit_rejoins_total"), 1);
+    assert_eq!(count("refit_rejoins_total"), 1.0);
     for (name, value) in before {
         assert_eq!(count(name), value, "{name}");
     }
@@ -57,7 +53,8 @@ fn a_source_that_was_stopped_for_too_long_offers_its_version_again() {
         return;
     }
     let job = Job::new();
-    let mut source = job.start("serve --source tp=1 --rank 0");
+    let mut source = job.start("serve --source tp=1 --rank 0 --metrics 127.0.0.1:0");
+    let page = source.hear("metrics")["address"].as_str().unwrap().to_owned();
     source.hear_version("published", 1);
     // Somebody has to look for the store to notice.
     let mut first = job.start("pull --target tp=1 --rank 0 --replica first");
@@ -66,8 +63,16 @@ fn a_source_that_was_stopped_for_too_long_offers_its_version_again() {
     thread::sleep(TOO_LONG);
     source.signal(Signal::CONT);
     source.hear("failed");
+    source.hear("rejoined");
     let mut second = job.start("pull --target tp=1 --rank 0 --replica second");
     second.hear_version("installed", 1);
+    // What is told is counted when the step has ended.
+    let until = Instant::now() + PATIENCE;
+    while figure(&page, "refit_rejoins_total") < 1.0 {
+        assert!(Instant::now() < until);
+        thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(figure(&page, "refit_version"), 1.0);
     first.leave();
     second.leave();
     source.leave();
