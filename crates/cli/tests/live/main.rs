@@ -10,5 +10,6 @@ mod logs;
 mod mistakes;
 mod process;
 mod sessions;
+mod silent;
 mod versions;
 mod waits;

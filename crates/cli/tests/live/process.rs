@@ -132,6 +132,16 @@ impl Rank {
     }
 
     pub(crate) fn hear_where(&mut self, event: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+        self.hear_some(event, |value| value["event"] == event && wanted(value))
+    }
+
+    /// The next line that tells of one of these events.
+    pub(crate) fn hear_any(&mut self, events: &[&str]) -> Value {
+        let wanted = |value: &Value| events.iter().any(|event| value["event"] == *event);
+        self.hear_some(&events.join("` or `"), wanted)
+    }
+
+    fn hear_some(&mut self, event: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         let until = Instant::now() + PATIENCE;
         loop {
             let left = until.saturating_duration_since(Instant::now());
@@ -142,7 +152,7 @@ impl Rank {
             };
             let value: Value = serde_json::from_str(&line).unwrap();
             self.heard.push(line);
-            if value["event"] == event && wanted(&value) {
+            if wanted(&value) {
                 return value;
             }
         }
