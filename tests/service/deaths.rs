@@ -12,8 +12,9 @@ use refit::planner::{Band, Dtype, LayoutBuilder, Param, RankLayout};
 use refit::transport::local::{LocalTransport, Network};
 use refit::{Source, TargetOptions};
 use refit_service::keys::Model;
-use refit_service::rank::{Shadow, Unattended};
-use refit_service::reader::{Reader, ReaderOptions};
+use refit_service::rank::{Direct, Shadow, Unattended};
+use refit_service::reader::{Reader, ReaderOptions, Wanted};
+use refit_service::relay::Relay;
 use refit_service::rendezvous::{
     Created, InProcess, InProcessSession, Key, Life, Rendezvous, RendezvousError, Revision,
     Snapshot,
@@ -456,6 +457,38 @@ fn a_trainer_leaves_the_place_to_who_took_it() {
         let said = refresh(ranks, 2, 20_000);
         assert!(said.iter().all(|(_, reached)| *reached), "what the next life offers is gone");
     }
+}
+
+/// A target that reads on its own and offers what it has finds out when it closes that, before it looks for anything to read.
+#[test]
+fn a_relay_that_lost_its_session_says_so_and_goes_on() {
+    let world = World { store: InProcess::new(), network: Network::new() };
+    let mut trainer = world.trainer(&Process::new(&world.store), "trainer");
+    commit(&mut trainer, 1);
+    let process = Process::new(&world.store);
+    let agent = ranks::agent(&world.network, &format!("relay-{}", unique()));
+    let (target, _, _) = ranks::target(&agent, &rows(0, 1), TargetOptions::default());
+    let direct = Direct::new(target, Unattended);
+    let (seat, options) = (process.seat(), SourceOptions::default());
+    let place = GroupRank { group: "relay".to_owned(), rank: 0, ranks: 1 };
+    let mut relay = Relay::join(seat.clone(), place, direct, options, soon()).unwrap();
+    let life = u128::from(unique());
+    let mut reader = Reader::new(seat, "relay", life, ReaderOptions::default()).unwrap();
+    let wanted =
+        |version| Wanted { not_from: Some("relay".to_owned()), ..Wanted::at_least(version) };
+    reader.refresh(&mut relay, &wanted(1), soon()).unwrap();
+    assert_eq!(relay.offered(), Some(1));
+
+    process.store.lose();
+    commit(&mut trainer, 2);
+    let error = reader.refresh(&mut relay, &wanted(2), soon()).unwrap_err();
+    assert!(error.is_session_ended(), "{error}");
+    let seat = process.seat();
+    reader.reseat(seat.clone());
+    relay.rejoin(seat, soon()).unwrap();
+    assert_eq!(relay.offered(), Some(1));
+    reader.refresh(&mut relay, &wanted(2), soon()).unwrap();
+    assert_eq!((relay.offered(), relay.stats().rejoins), (Some(2), 1));
 }
 
 /// A trainer that was taken for dead at any point, and lives, offers what is whole again, from where it was. What it had

@@ -78,6 +78,35 @@ fn a_source_that_was_stopped_for_too_long_offers_its_version_again() {
     source.leave();
 }
 
+/// It reads into its live parameters, on its own: nobody tells it that its session has ended, before it wants to read.
+#[test]
+fn a_paused_target_that_was_stopped_for_too_long_reads_the_next_version() {
+    if !have_nixl("a_paused_target_that_was_stopped_for_too_long_reads_the_next_version") {
+        return;
+    }
+    let job = Job::new();
+    let mut source = job.start("serve --source tp=1 --rank 0");
+    for relay in ["", " --relay"] {
+        let mut target = job
+            .start(&format!("pull --target tp=1 --rank 0 --paused --metrics 127.0.0.1:0{relay}"));
+        let page = target.hear("metrics")["address"].as_str().unwrap().to_owned();
+        let bytes = target.hear("joined")["bytes"].clone();
+        let version = target.hear("installed")["version"].as_u64().unwrap();
+        let registered = figure(&page, "refit_pool_registrations_total");
+        target.signal(Signal::STOP);
+        thread::sleep(TOO_LONG);
+        target.signal(Signal::CONT);
+        source.signal(Signal::USR1);
+        target.hear("rejoined");
+        let installed = target.hear_version("installed", version + 1);
+        assert_eq!(installed["verified_bytes"], bytes);
+        assert_eq!(figure(&page, "refit_rejoins_total"), 1.0);
+        assert_eq!(figure(&page, "refit_pool_registrations_total"), registered);
+        target.leave();
+    }
+    source.leave();
+}
+
 /// It waits for a reader that never ends, and for as long as it may; told again, it does not.
 #[test]
 fn a_second_signal_ends_it_where_it_stands() {

@@ -9,6 +9,7 @@ use super::Wanted;
 use crate::groups::Withheld;
 use crate::puller::PullFailure;
 use crate::rendezvous::RendezvousError;
+use crate::source::SourceError;
 
 /// Why an offer that was chosen cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -147,7 +148,15 @@ impl RefreshError {
     /// Whether the reader's session has ended: [`Reader::reseat`](super::Reader::reseat) goes on from here.
     #[must_use]
     pub fn is_session_ended(&self) -> bool {
-        matches!(self.ended, Ended::Store(RendezvousError::SessionEnded))
+        match &self.ended {
+            Ended::Store(error) => matches!(error, RendezvousError::SessionEnded),
+            // A relay closes what it offers before it reads.
+            Ended::Unsettled(failure) => {
+                let source = failure.reason.downcast_ref::<SourceError>();
+                source.is_some_and(SourceError::is_session_ended)
+            }
+            _ => false,
+        }
     }
 }
 
