@@ -4,6 +4,7 @@
 
 #[cfg(feature = "etcd")]
 mod etcd;
+mod golden;
 mod lease;
 mod leaving;
 mod logs;
