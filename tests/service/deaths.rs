@@ -463,25 +463,30 @@ fn a_place_that_another_took_is_not_taken_back() {
     assert!(!next.has_vanished());
 }
 
-/// The same of a trainer: what its next life offers stays.
+/// The same of a source, which withdraws what it offered when it goes.
 #[test]
-fn a_trainer_that_another_took_over_from_withdraws_nothing() {
-    let world = World { store: InProcess::new(), network: Network::new() };
-    let process = Process::new(&world.store);
-    let mut trainer = world.trainer(&process, "trainer");
-    commit(&mut trainer, 1);
-    assert!(!trainer.has_vanished().unwrap());
-    process.store.lose();
-    assert!(trainer.has_vanished().unwrap());
-    let mut next = world.trainer(&Process::new(&world.store), "trainer");
-    commit(&mut next, 2);
-    let error = trainer.rejoin(process.seat(), millis(50)).unwrap_err();
-    assert!(matches!(error, SourceError::Taken { .. }), "{error}");
-    drop(trainer);
-    assert!(!next.has_vanished().unwrap());
-    let ranks = [0, 1].map(|rank| Some(world.rank(&Process::new(&world.store), rank)));
-    let said = refresh(ranks, 2, 20_000);
-    assert!(said.iter().all(|(_, reached)| *reached));
+fn a_trainer_leaves_the_place_to_who_took_it() {
+    for leaves in [false, true] {
+        let world = World { store: InProcess::new(), network: Network::new() };
+        let process = Process::new(&world.store);
+        let mut trainer = world.trainer(&process, "trainer");
+        commit(&mut trainer, 1);
+        assert!(!trainer.has_vanished().unwrap());
+        process.store.lose();
+        assert!(trainer.has_vanished().unwrap());
+        let mut next = world.trainer(&Process::new(&world.store), "trainer");
+        commit(&mut next, 2);
+        let error = trainer.rejoin(process.seat(), millis(50)).unwrap_err();
+        assert!(matches!(error, SourceError::Taken { .. }), "{error}");
+        if leaves {
+            assert_eq!(trainer.leave(soon()).unwrap().unreleased, []);
+        } else {
+            drop(trainer);
+        }
+        let ranks = [0, 1].map(|rank| Some(world.rank(&Process::new(&world.store), rank)));
+        let said = refresh(ranks, 2, 20_000);
+        assert!(said.iter().all(|(_, reached)| *reached), "what the next life offers is gone");
+    }
 }
 
 /// A target that reads in place finds out by what it does next, and offers what it holds again where it is a relay.
@@ -532,6 +537,7 @@ fn a_trainer_may_lose_its_session_anywhere_and_offers_what_is_whole() {
             Err(error) => assert_eq!(error.to_string(), ended, "{point:?}"),
         }
         trainer.rejoin(process.seat(), soon()).unwrap();
+        assert_eq!(trainer.stats().rejoins, 1);
         // Before it had closed the first version it could not write.
         let whole_now = if point == Point::Closing { 1 } else { 2 };
         assert_eq!(trainer.offered(), Some(whole_now), "{point:?}");

@@ -26,3 +26,6 @@ mod replicas;
 
 #[path = "versions/failover.rs"]
 mod failover;
+
+#[path = "versions/stop.rs"]
+mod stop;

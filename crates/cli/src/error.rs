@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use refit::RefitError;
 use refit::translate::TranslateError;
@@ -56,6 +57,13 @@ pub(crate) enum CliError {
     Refresh(#[from] Box<RefreshError>),
     #[error(transparent)]
     Secret(#[from] SecretError),
+    /// Not a failure: what was being done is of no use any more.
+    #[error("told to stop")]
+    Stopped,
+    #[error(
+        "{readers} readers did not give their leases back within {drain:?} (--drain): what they read fails"
+    )]
+    Unreleased { readers: usize, drain: Duration },
     #[error("cannot {action}: {source}")]
     System { action: &'static str, source: io::Error },
 }
@@ -94,6 +102,18 @@ impl CliError {
                 | Self::Translate(_)
                 | Self::Secret(_)
         )
+    }
+
+    /// Whether another process has this rank's place.
+    pub(crate) fn is_taken(&self) -> bool {
+        match self {
+            Self::Source(error) => matches!(**error, SourceError::Taken { .. }),
+            Self::Replica(error) => match &**error {
+                ReplicaError::Source(error) => matches!(**error, SourceError::Taken { .. }),
+                error => matches!(error, ReplicaError::Taken { .. }),
+            },
+            _ => false,
+        }
     }
 
     pub(crate) fn system(action: &'static str) -> impl FnOnce(io::Error) -> Self {

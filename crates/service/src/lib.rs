@@ -64,8 +64,10 @@ pub mod replica;
 mod seat;
 pub mod source;
 mod stats;
+mod stop;
 pub mod worker;
 
 pub use self::meeting::{Meeting, MeetingError};
 pub use self::seat::{Observer, Point, Reseat, Seat};
 pub use self::stats::{PullTotals, Retries, ServiceStats};
+pub use self::stop::Stop;

@@ -225,7 +225,7 @@ impl<R: Rendezvous> Reader<R> {
             if let Some(offer) = choose(&census, wanted, &none, None, &self.name) {
                 return Ok(Some(offer.clone()));
             }
-            match self.seat.rendezvous().changed(&self.groups, snapshot.revision, deadline)? {
+            match self.seat.changed(&self.groups, snapshot.revision, deadline)? {
                 Some(next) => snapshot = next,
                 None => return Ok(None),
             }
@@ -274,6 +274,9 @@ impl<R: Rendezvous> Reader<R> {
                 };
                 return Err(round.ended(ended));
             }
+            if self.seat.is_told() {
+                return Err(round.ended(Ended::Deadline));
+            }
             let began = Instant::now();
             let failure = match self.attempt(puller, &chosen, deadline) {
                 Ok(()) => {
@@ -304,7 +307,7 @@ impl<R: Rendezvous> Reader<R> {
         let mut snapshot = self.seat.list(&self.groups)?;
         loop {
             let now = Instant::now();
-            if now >= round.deadline {
+            if now >= self.seat.until(round.deadline) {
                 return Ok(None);
             }
             let census = self.take_stock(&snapshot)?;
@@ -319,8 +322,7 @@ impl<R: Rendezvous> Reader<R> {
             round.withheld = census.withheld;
             let ends = self.books.values().filter_map(|book| book.next_end(now)).min();
             let until = [early, ends].into_iter().flatten().fold(round.deadline, Instant::min);
-            let store = self.seat.rendezvous();
-            snapshot = match store.changed(&self.groups, snapshot.revision, until)? {
+            snapshot = match self.seat.changed(&self.groups, snapshot.revision, until)? {
                 Some(next) => next,
                 // A lease that is over makes room, and no store says so.
                 None => snapshot,

@@ -187,8 +187,7 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
                 // A retry of our own, whose answer was lost.
                 Created::Already(there) if there == value => break,
                 Created::Already(there) => {
-                    let store = self.seat.rendezvous();
-                    if store.changed(&self.key, found.revision, deadline)?.is_none() {
+                    if self.seat.changed(&self.key, found.revision, deadline)?.is_none() {
                         let holder = RankState::decode(&there).ok().map(|state| state.incarnation);
                         return Err(ReplicaError::Taken { place: self.place.clone(), holder });
                     }
@@ -276,7 +275,7 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
         self.machine.want(at_least);
         let mut staging = None;
         loop {
-            if Instant::now() >= deadline {
+            if Instant::now() >= self.seat.until(deadline) {
                 self.machine.give_up();
             }
             self.look()?;
@@ -300,8 +299,7 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
                     let span =
                         tracing::debug_span!("rollout_readiness", replica = self.place.replica);
                     let _entered = span.enter();
-                    let store = self.seat.rendezvous();
-                    store.changed(&self.prefix, self.view.revision, deadline)?;
+                    self.seat.changed(&self.prefix, self.view.revision, deadline)?;
                 }
                 Step::Done(version) => {
                     self.stage.resume(version);

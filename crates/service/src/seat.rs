@@ -1,12 +1,20 @@
 //! Where a process takes part: a store, its session there, and a model.
 
 use std::fmt;
+use std::panic::resume_unwind;
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::keys::Model;
-use crate::rendezvous::{Created, Key, Life, Rendezvous, RendezvousError, Snapshot};
+use crate::rendezvous::{Created, Key, Life, Rendezvous, RendezvousError, Revision, Snapshot};
 use crate::source::SourceError;
+use crate::stop::Stop;
+
+/// How soon who waits for the store notices that the process is to end, and what is too short a wait to cut.
+const LOOK: Duration = Duration::from_millis(20);
+const SHORT: Duration = Duration::from_millis(250);
 
 /// A process's place at the rendezvous of a model. Clones are the same place.
 pub struct Seat<R: Rendezvous> {
@@ -14,6 +22,7 @@ pub struct Seat<R: Rendezvous> {
     session: Arc<R::Session>,
     model: Model,
     observer: Option<Observer>,
+    stop: Option<Stop>,
 }
 
 /// What is told of every [`Point`] that is passed, before anything else happens.
@@ -104,7 +113,7 @@ impl<R: Rendezvous> Seat<R> {
     /// A place in this store, whose entries this session keeps.
     #[must_use]
     pub fn new(rendezvous: Arc<R>, session: Arc<R::Session>, model: Model) -> Self {
-        Self { rendezvous, session, model, observer: None }
+        Self { rendezvous, session, model, observer: None, stop: None }
     }
 
     /// Tells `observer` of every point that is passed from here.
@@ -112,6 +121,18 @@ impl<R: Rendezvous> Seat<R> {
     pub fn with_observer(mut self, observer: Observer) -> Self {
         self.observer = Some(observer);
         self
+    }
+
+    /// Whatever waits from here comes to an end when `stop` is told.
+    #[must_use]
+    pub fn with_stop(mut self, stop: Stop) -> Self {
+        self.stop = Some(stop);
+        self
+    }
+
+    /// Whatever waits from here waits for as long as it may, told or not.
+    pub(crate) fn ignore_stop(&mut self) {
+        self.stop = None;
     }
 
     /// The model.
@@ -145,6 +166,53 @@ impl<R: Rendezvous> Seat<R> {
     pub(crate) fn list(&self, prefix: &Key) -> Result<Snapshot, RendezvousError> {
         self.rendezvous.list(prefix)
     }
+
+    /// Whether the process is to end.
+    pub(crate) fn is_told(&self) -> bool {
+        self.stop.as_ref().is_some_and(Stop::is_told)
+    }
+
+    /// Until when may be waited for others.
+    pub(crate) fn until(&self, deadline: Instant) -> Instant {
+        self.stop.as_ref().map_or(deadline, |stop| stop.waits_until(deadline))
+    }
+
+    /// As [`Rendezvous::changed`], and `None` as well when the process is to end.
+    pub(crate) fn changed(
+        &self,
+        prefix: &Key,
+        since: Revision,
+        deadline: Instant,
+    ) -> Result<Option<Snapshot>, RendezvousError> {
+        let until = self.until(deadline);
+        let Some(stop) = &self.stop else {
+            return self.rendezvous.changed(prefix, since, until);
+        };
+        if until.saturating_duration_since(Instant::now()) <= SHORT {
+            return self.rendezvous.changed(prefix, since, until);
+        }
+        // One wait, not many short ones: a store tells its own trouble by how long it lasts.
+        let (answer, answers) = mpsc::sync_channel(1);
+        let (store, key) = (self.rendezvous.clone(), prefix.clone());
+        let wait = move || {
+            // Whoever asked may have gone.
+            let _ = answer.send(store.changed(&key, since, until));
+        };
+        let Ok(waiting) = thread::Builder::new().name("refit-wait".to_owned()).spawn(wait) else {
+            return self.rendezvous.changed(prefix, since, until);
+        };
+        loop {
+            match answers.recv_timeout(LOOK) {
+                Ok(changed) => return changed,
+                Err(RecvTimeoutError::Timeout) if stop.is_told() => return Ok(None),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => match waiting.join() {
+                    Err(panic) => resume_unwind(panic),
+                    Ok(()) => return Ok(None),
+                },
+            }
+        }
+    }
 }
 
 impl<R: Rendezvous> Clone for Seat<R> {
@@ -154,6 +222,7 @@ impl<R: Rendezvous> Clone for Seat<R> {
             session: self.session.clone(),
             model: self.model.clone(),
             observer: self.observer.clone(),
+            stop: self.stop.clone(),
         }
     }
 }

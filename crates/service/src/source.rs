@@ -323,8 +323,8 @@ impl<R: Rendezvous> Desk<R> {
                 // A retry of our own, whose answer was lost.
                 Created::Already(there) if there == value => break,
                 Created::Already(there) => {
-                    let store = self.seat.rendezvous();
-                    if store.changed(&self.keys.member, found.revision, deadline)?.is_none() {
+                    let member = &self.keys.member;
+                    if self.seat.changed(member, found.revision, deadline)?.is_none() {
                         let GroupRank { group, rank, .. } = self.place.clone();
                         let holder = Member::decode(&there).ok().map(|member| member.incarnation);
                         return Err(SourceError::Taken { group, rank, holder });
@@ -343,6 +343,8 @@ impl<R: Rendezvous> Desk<R> {
     /// the next life of this rank writes the others as soon as that is gone. What such a life has written stays: where its
     /// member is there, this one's entries went with its session.
     fn withdraw(&mut self) -> Result<(), RendezvousError> {
+        // Who leaves waits for its readers, told or not.
+        self.seat.ignore_stop();
         if self.look()? == There::Another {
             self.open = false;
             return Ok(());
@@ -378,9 +380,10 @@ impl<R: Rendezvous> Desk<R> {
         book.observe(&self.keys.readers, &snapshot, most, began);
         let mut waiting: BTreeSet<Key> = book.live(began).cloned().collect();
         let mut expired = BTreeSet::new();
-        if !waiting.is_empty() {
-            self.stats.waits += 1;
+        if waiting.is_empty() {
+            return Ok(Leftover { alive: waiting, expired });
         }
+        self.stats.waits += 1;
         loop {
             let now = Instant::now();
             let live: BTreeSet<Key> = book.live(now).cloned().collect();
@@ -389,19 +392,22 @@ impl<R: Rendezvous> Desk<R> {
                     tracing::warn!(lease = %over, "a reader's lease ran out before it was given back");
                     self.stats.leases_expired += 1;
                     expired.insert(over.clone());
+                } else {
+                    self.stats.leases_released += 1;
                 }
             }
             // One that is given back late was given back all the same.
             expired.retain(|key| snapshot.entries.contains_key(key));
             waiting.retain(|key| live.contains(key));
-            if waiting.is_empty() || now >= deadline {
+            if waiting.is_empty() || now >= self.seat.until(deadline) {
                 self.stats.waited += began.elapsed();
+                self.stats.waits_late += u64::from(!waiting.is_empty());
                 return Ok(Leftover { alive: waiting, expired });
             }
             let until = book.next_end(now).map_or(deadline, |end| end.min(deadline));
-            let store = self.seat.rendezvous();
-            if let Some(next) = store.changed(&self.keys.readers, snapshot.revision, until)? {
-                book.observe(&self.keys.readers, &next, most, Instant::now());
+            let readers = &self.keys.readers;
+            if let Some(next) = self.seat.changed(readers, snapshot.revision, until)? {
+                book.observe(readers, &next, most, Instant::now());
                 snapshot = next;
             }
         }

@@ -14,6 +14,10 @@ pub struct ServiceStats {
     pub waits: u64,
     /// For how long in all.
     pub waited: Duration,
+    /// Those waits that ended with readers left, at the deadline: nothing was written, or the source has left.
+    pub waits_late: u64,
+    /// Leases that it waited for and that were given back, or went with their readers' sessions.
+    pub leases_released: u64,
     /// Leases that ran out before their readers gave them back.
     pub leases_expired: u64,
     /// Versions read whole.
@@ -22,7 +26,7 @@ pub struct ServiceStats {
     pub installs: u64,
     /// Rounds of a replica that this rank saw aborted.
     pub aborts: u64,
-    /// Times a rank came back after its session had ended.
+    /// Times a source, or a rank of a replica, came back after its session had ended.
     pub rejoins: u64,
     /// Attempts to read that failed, by cause.
     pub retries: Retries,

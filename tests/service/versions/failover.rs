@@ -283,3 +283,29 @@ fn an_agent_that_lost_its_reads_is_replaced() {
     assert!(matches!(failed.ended, Ended::Lost(_)), "{failed}");
     assert_eq!(failed.attempts.len(), 0);
 }
+
+/// A rank that is dropped while its peer is silent is not destroyed before its reads have settled, and whoever ends the process
+/// can wait for that.
+#[test]
+fn a_rank_that_is_dropped_is_kept_until_its_reads_have_settled() {
+    for blocks in [false, true] {
+        let world = World::new(&[1]);
+        let mut rank = Direct::new(world.targets()(), Unattended);
+        let mut reader = world.fleet.reader("engine", options(100));
+        if blocks {
+            world.silence.block("dp0-");
+        } else {
+            world.silence.fall("dp0-", 5);
+        }
+        reader.refresh(&mut rank, &Wanted::at_least(1), millis(100)).unwrap_err();
+        drop(rank);
+        assert_eq!(world.alive(), [true]);
+        let deadline = millis(100);
+        assert!(!reaper::wait(deadline));
+        assert!(Instant::now() <= deadline + LATE);
+        assert_eq!(world.alive(), [true]);
+        world.silence.end();
+        assert!(reaper::wait(soon()));
+        assert_eq!(world.alive(), [false]);
+    }
+}

@@ -93,6 +93,10 @@ fn a_trainer_waits_for_a_reader_and_not_for_a_dead_one() {
         "{refused}"
     );
     assert_eq!(trainer[0].offered(), Some(1));
+    let stats = *trainer[0].stats();
+    assert_eq!((stats.waits, stats.waits_late), (1, 1));
+    assert_eq!((stats.leases_released, stats.leases_expired), (0, 0));
+    assert!(stats.waited >= Duration::from_millis(100), "{stats:?}");
     let mut reader = fleet.reader("engine", ReaderOptions::default());
     let mut direct = fleet.direct(0, 1);
     reader.refresh(&mut direct, &Wanted::at_least(1), soon()).unwrap();
@@ -118,6 +122,14 @@ fn a_trainer_waits_for_a_reader_and_not_for_a_dead_one() {
     trainer[0].begin_update(soon()).unwrap().commit(3).unwrap();
     assert!(began.elapsed() < Duration::from_millis(600));
     dies.join().unwrap();
+    // What it waited for, and what ended that.
+    let stats = *trainer[0].stats();
+    assert_eq!((stats.waits, stats.waits_late), (3, 1));
+    assert_eq!((stats.leases_released, stats.leases_expired), (1, 1));
+    assert!(stats.waited >= Duration::from_millis(400), "{stats:?}");
+    // Where nobody reads, nobody is waited for.
+    drop(trainer[0].begin_update(soon()).unwrap());
+    assert_eq!((trainer[0].stats().waits, trainer[0].stats().waited), (3, stats.waited));
 
     // No longer than it allows, whatever the lease says, and what cannot be read counts as long as that.
     let most = SourceOptions::default().with_most_lease(Duration::from_millis(50));

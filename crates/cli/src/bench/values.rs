@@ -14,6 +14,7 @@ use refit::planner::{
 };
 use refit::pool::Memory;
 use refit::translate::host;
+use refit_service::Stop;
 
 use crate::device::Home;
 use crate::error::CliError;
@@ -32,6 +33,7 @@ pub(crate) struct Values {
     origins: BTreeMap<Arc<str>, Origin>,
     /// Where values come from that are not made from numbers.
     checkpoint: Option<Checkpoint>,
+    stop: Stop,
 }
 
 /// Elements of a row of a tensor, from a column on.
@@ -73,7 +75,16 @@ impl Values {
             let Some(origin) = origins.get_mut(&tensor.name) else { continue };
             origin.converted |= origin.transform(param)? != Transform::Copy;
         }
-        Ok(Self { origins, checkpoint: None })
+        Ok(Self { origins, checkpoint: None, stop: Stop::default() })
+    }
+
+    /// Writes and compares no more once this is told: [`CliError::Stopped`].
+    pub(crate) fn heed(&mut self, stop: Stop) {
+        self.stop = stop;
+    }
+
+    fn go_on(&self) -> Result<(), CliError> {
+        if self.stop.is_told() { Err(CliError::Stopped) } else { Ok(()) }
     }
 
     /// Takes values from a checkpoint, whatever the cycle, from now on.
@@ -127,6 +138,7 @@ impl Values {
             );
         }
         parallel::sum(threads, work, Vec::new, |scratch, (content, rows, part)| {
+            self.go_on()?;
             home.generate(part, scratch, |bytes| {
                 if content.described(&rows) < bytes.len() as u64 {
                     bytes.fill(0);
@@ -160,6 +172,7 @@ impl Values {
             work,
             || (Vec::new(), Vec::new()),
             |(held, want), (content, rows, memory)| {
+                self.go_on()?;
                 let at = content.index(rows.start, 0);
                 let held = home.read(memory, at..content.index(rows.end, 0), held)?;
                 let described = content.described(&rows);
@@ -443,6 +456,23 @@ mod tests {
             }
             assert!(verify(&values, &layout, &memory, 7), "{dtype}");
         }
+    }
+
+    #[test]
+    fn nothing_is_written_or_compared_once_it_is_told_to_stop() {
+        let layout = layout(Dtype::Bf16, ElementMap::Identity, true);
+        let mut values = of(&layout, &layout);
+        let mut memory = filled(&values, &layout, 1);
+        let stop = Stop::default();
+        values.heed(stop.clone());
+        assert!(verify(&values, &layout, &memory, 7));
+        stop.tell(std::time::Instant::now());
+        let params = || [("p", &memory)].into_iter();
+        let verified = values.verify(&Home::Host, &layout, params(), 7, 2);
+        assert!(matches!(verified, Err(CliError::Stopped)), "{verified:?}");
+        let params = [("p", &mut memory)].into_iter();
+        let filled = values.fill(&Home::Host, &layout, params, 8, 2);
+        assert!(matches!(filled, Err(CliError::Stopped)), "{filled:?}");
     }
 
     /// What is computed by hand, from the elements that the source stores.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use refit::planner::{RankLayout, Tensor};
 use refit::translate::{ModelConfig, TargetLayout};
+use refit_service::Stop;
 use refit_service::reader::Checks;
 use refit_service::rendezvous::Address;
 
@@ -91,8 +92,9 @@ pub(crate) struct Common {
 /// Serve one rank of a trainer: hold its parameters and offer them, version after version.
 ///
 /// All ranks of a group offer the same version, or nothing is offered. Rank 0 says when the next comes: every --every
-/// seconds, and whenever it gets SIGUSR1; the others follow it. SIGTERM or SIGINT: withdraws, waits for readers, and ends
-/// with status 0; a second one ends it at once. Status 1: failed; 2: asked for something that there is not.
+/// seconds, and whenever it gets SIGUSR1; the others follow it. SIGTERM or SIGINT: waits for nothing else any more, withdraws,
+/// waits for readers, and ends with status 0, or with 1 if some are left after --drain; a second one ends it at once. Status 1:
+/// failed; 2: asked for something that there is not.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ServeArgs {
     #[command(flatten)]
@@ -120,8 +122,8 @@ pub(crate) struct ServeArgs {
 /// Pull versions into one rank of an engine, as they are offered, and compare every byte.
 ///
 /// All ranks of a replica install the same version, or none does. A pull that fails is told and tried again. SIGTERM or
-/// SIGINT: ends what it is doing, leaves its replica, and ends with status 0; a second one ends it at once. Status 1:
-/// failed; 2: asked for something that there is not.
+/// SIGINT: waits for nothing but its own reads any more, leaves its replica, and ends with status 0, or with 1 if reads are under
+/// way still after --drain; a second one ends it at once. Status 1: failed; 2: asked for something that there is not.
 #[derive(Debug, clap::Args)]
 pub(crate) struct PullArgs {
     #[command(flatten)]
@@ -207,6 +209,11 @@ pub(super) struct Contents {
 }
 
 impl Contents {
+    /// Writes and compares no more once this is told.
+    pub(super) fn heed(&mut self, stop: Stop) {
+        self.values.heed(stop);
+    }
+
     /// Of a version that begins now: what the folder holds now, if there is one.
     pub(super) fn renewed(&mut self) -> Result<&Values, CliError> {
         if let Some(folder) = &self.checkpoint {

@@ -127,6 +127,12 @@ impl Page<'_> {
             waited.metric_type(),
         )?;
         waited.encode(metric)?;
+        let late = sum(service.waits_late, relay.waits_late);
+        let help = "Waits for readers that ended at the deadline, with some left";
+        self.count("reader_waits_late", help, None, late)?;
+        let released = sum(service.leases_released, relay.leases_released);
+        let help = "Leases that were waited for and given back, or gone with their readers";
+        self.count("leases_released", help, None, released)?;
         let expired = sum(service.leases_expired, relay.leases_expired);
         self.count(
             "leases_expired",

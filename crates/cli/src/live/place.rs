@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use refit::RefitError;
 use refit::transport::draw_incarnation;
-use refit_service::Seat;
 use refit_service::keys::Model;
 use refit_service::rendezvous::{Key, Rendezvous, Sealed, Writer};
+use refit_service::{Seat, Stop};
 
 use super::args::Common;
 use crate::error::CliError;
@@ -18,6 +18,7 @@ pub(super) struct Place<R: Rendezvous> {
     store: Arc<R>,
     ttl: Duration,
     model: Model,
+    stop: Stop,
 }
 
 impl<R: Rendezvous> Place<Sealed<R>> {
@@ -27,6 +28,7 @@ impl<R: Rendezvous> Place<Sealed<R>> {
         store: R,
         name: &str,
         model: &str,
+        stop: Stop,
     ) -> Result<Self, CliError> {
         use refit_service::rendezvous::JobKey;
         let key = match (&common.key_file, Common::key_variable()) {
@@ -37,7 +39,7 @@ impl<R: Rendezvous> Place<Sealed<R>> {
         let incarnation = draw_incarnation(name).map_err(RefitError::from)?;
         let model = Model::new(Key::new([common.job.as_str(), model])?);
         let store = Sealed::new(store, Writer::new(&common.job, name, incarnation)?, key)?;
-        Ok(Self { store: Arc::new(store), ttl: common.ttl, model })
+        Ok(Self { store: Arc::new(store), ttl: common.ttl, model, stop })
     }
 }
 
@@ -45,7 +47,8 @@ impl<R: Rendezvous> Place<R> {
     /// A place under a session of its own.
     pub(super) fn seat(&self) -> Result<Seat<R>, CliError> {
         let session = Arc::new(self.store.session(self.ttl)?);
-        Ok(Seat::new(self.store.clone(), session, self.model.clone()))
+        let seat = Seat::new(self.store.clone(), session, self.model.clone());
+        Ok(seat.with_stop(self.stop.clone()))
     }
 
     pub(super) fn store(&self) -> &Arc<R> {

@@ -78,7 +78,9 @@ impl Work for Pull {
         agents: Agents<T>,
         house: House,
     ) -> Result<(), CliError> {
-        let Self { args, holding } = self;
+        let Self { args, mut holding } = self;
+        let stop = house.wakes.stop().of_ranks();
+        holding.values.heed(stop.clone());
         let TargetLayout { layout, post_actions, .. } = holding.layout.clone();
         let staged = !args.paused;
         // A shadow is nobody's to derive from.
@@ -124,7 +126,8 @@ impl Work for Pull {
             let (live, live_guards) = pulling.house.home.guarded(&layout)?;
             let kept = Quarantine::of_rank(&name, bytes);
             let shadow = Shadow::new(target, live, post_actions, Bystander)?
-                .with_failover(kept, move |_| Ok(make()?.0));
+                .with_failover(kept, move |_| Ok(make()?.0))
+                .with_stop(stop);
             #[cfg(feature = "cuda")]
             let shadow = match &pulling.house.home {
                 crate::device::Home::Host => shadow,
@@ -140,7 +143,7 @@ impl Work for Pull {
                 pulling.staged(shadow, reader, incarnation, &joined, check)
             }
         } else {
-            let direct = Direct::new(target, Bystander);
+            let direct = Direct::new(target, Bystander).with_stop(stop);
             let check = |pulling: &Pulling<R>| {
                 guards.check(&pulling.house.home, &pulling.holding.layout.layout)
             };
@@ -214,7 +217,7 @@ impl<R: Rendezvous> Pulling<R> {
     ) -> Result<(), CliError> {
         self.house.voice.say(joined);
         let not_from = self.args.replica.clone();
-        let mut alone = Alone { rank, reader, not_from, version: None };
+        let mut alone = Alone { rank, reader, not_from, version: None, rejoins: 0 };
         self.go_on(&mut alone, check)?;
         drop(alone);
         self.house.voice.say(&Event::Left { unreleased: 0 });
@@ -246,6 +249,8 @@ impl<R: Rendezvous> Pulling<R> {
                 Err(missed) => Err(missed),
             };
             let version = match outcome {
+                // Cut short, or of no use any more: the next look leaves.
+                Ok(_) | Err(Missed::Again(_) | Missed::Session) if stop.is_set() => continue,
                 Ok(version) => version,
                 Err(Missed::Fatal(error)) => return Err(error),
                 Err(Missed::Again(error)) => {
@@ -264,7 +269,10 @@ impl<R: Rendezvous> Pulling<R> {
                 }
             };
             let before = self.verified;
-            self.compare(version, cycle.holder())?;
+            match self.compare(version, cycle.holder()) {
+                Err(CliError::Stopped) => continue,
+                compared => compared?,
+            }
             check(self)?;
             (self.version, progress) = (Some(version), Instant::now());
             // One that it had before it lost its session is not another.

@@ -64,7 +64,8 @@ impl Work for Serve {
         agents: Agents<T>,
         house: House,
     ) -> Result<(), CliError> {
-        let Self { args, holding } = self;
+        let Self { args, mut holding } = self;
+        holding.values.heed(house.wakes.stop().of_ranks());
         let transport = agents()?;
         let layout = &holding.layout;
         let (rank, ranks, bytes) = (layout.rank(), holding.ranks, layout.bytes());
@@ -233,14 +234,20 @@ impl<R: Rendezvous, T: Transport> Serving<R, T> {
     fn rejoin(&mut self) -> Result<(), CliError> {
         let error = "the rendezvous took this rank for dead; joining again".to_owned();
         self.house.voice.say(&Event::Failed { error });
-        let within = Instant::now() + self.args.common.deadline;
-        Ok(self.live.rejoin(self.place.seat()?, within)?)
+        let began = Instant::now();
+        self.live.rejoin(self.place.seat()?, began + self.args.common.deadline)?;
+        self.house.voice.say(&Event::Rejoined { seconds: began.elapsed().as_secs_f64() });
+        Ok(())
     }
 
     /// Goes on after what passes by itself, for as long as one step may take.
     fn bear(&mut self, error: CliError) -> Result<(), CliError> {
+        let told = self.house.wakes.stop().is_set();
         match &error {
-            CliError::Source(source) if source.is_session_ended() => return self.rejoin(),
+            CliError::Stopped => return Ok(()),
+            CliError::Source(source) if source.is_session_ended() && !told => {
+                return self.rejoin();
+            }
             CliError::Source(source) => match **source {
                 SourceError::Busy { .. } => self.trouble = None,
                 SourceError::Rendezvous(_) => {}
@@ -252,6 +259,9 @@ impl<R: Rendezvous, T: Transport> Serving<R, T> {
                 self.due = None;
             }
             _ => return Err(error),
+        }
+        if told {
+            return Ok(());
         }
         let since = *self.trouble.get_or_insert_with(Instant::now);
         if since.elapsed() > self.args.common.deadline {
@@ -272,11 +282,14 @@ impl<R: Rendezvous, T: Transport> Serving<R, T> {
     }
 
     fn leave(self) -> Result<(), CliError> {
-        let left = self.live.leave(Instant::now() + self.args.common.drain)?;
-        self.house.voice.say(&Event::Left { unreleased: left.unreleased.len() });
-        if !left.unreleased.is_empty() {
+        let drain = self.args.common.drain;
+        let left = self.live.leave(Instant::now() + drain)?;
+        let readers = left.unreleased.len();
+        self.house.voice.say(&Event::Left { unreleased: readers });
+        if readers > 0 {
             // Somebody may read this memory still; it goes with the process, and not before.
             std::mem::forget(left.source);
+            return Err(CliError::Unreleased { readers, drain });
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use refit::transport::Transport;
 use refit_service::rendezvous::{Rendezvous, Sealed, Store};
+use refit_service::worker::reaper;
 
 use super::args::Common;
 use super::endpoint::{self, Labels};
@@ -94,27 +95,49 @@ fn supervise<W: Work>(wakes: Wakes, work: W, drain: Duration) -> Result<(), CliE
         .name("rank".to_owned())
         .spawn(begin)
         .map_err(CliError::system("start a thread"))?;
-    let mut last = None;
-    loop {
+    let mut told = None;
+    let outcome = loop {
         match ended.recv_timeout(LOOK) {
-            Ok(outcome) => return outcome,
+            Ok(outcome) => break outcome,
             Err(RecvTimeoutError::Disconnected) => {
-                return Err(CliError::Mismatch("the rank panicked; see above".to_owned()));
+                break Err(CliError::Mismatch("the rank panicked; see above".to_owned()));
             }
             Err(RecvTimeoutError::Timeout) if stop.is_set() => {
-                let bound = drain.saturating_add(GRACE);
-                let last = *last.get_or_insert_with(|| Instant::now() + bound);
-                if Instant::now() >= last {
+                let until = *told.get_or_insert_with(|| {
+                    let until = Instant::now() + drain;
+                    stop.of_ranks().tell(until);
+                    until
+                });
+                if Instant::now() >= until + GRACE {
+                    let bound = drain.saturating_add(GRACE);
                     eprintln!(
                         "refit: could not leave within {bound:?} (--drain): ending all the same"
                     );
-                    // Nothing is destroyed that a read may still be under way into.
-                    std::process::exit(1);
+                    end();
                 }
             }
             Err(RecvTimeoutError::Timeout) => {}
         }
+    };
+    // Ending in the middle of a read may take its peer down.
+    if !reaper::wait(told.unwrap_or_else(|| Instant::now() + drain)) {
+        let reaper::ReaperStats { agents, bytes, .. } = reaper::stats();
+        if let Err(error) = outcome {
+            eprintln!("refit: {error}");
+        }
+        eprintln!(
+            "refit: reads of {agents} agents into {bytes} bytes were under way still after {drain:?} (--drain): their peers \
+             are silent, and may not survive this"
+        );
+        end();
     }
+    outcome
+}
+
+/// Ends the process where it stands, with reads under way: what libraries do at an exit is not for connections in use, and
+/// nothing is destroyed that a read may still write into.
+fn end() -> ! {
+    signal_hook::low_level::exit(1)
 }
 
 fn begin<W: Work>(wakes: Wakes, work: W) -> Result<(), CliError> {
@@ -225,6 +248,15 @@ fn meet<T: Transport>(
 ) -> Result<(), CliError> {
     let (common, model) = (work.common(), work.model());
     let store = common.rendezvous.open()?;
-    let place: Place<Sealed<Store>> = Place::new(common, store, name, &model)?;
-    work.run(place, agents, house)
+    let (stop, voice) = (house.wakes.stop(), house.voice);
+    let place: Place<Sealed<Store>> = Place::new(common, store, name, &model, stop.of_ranks())?;
+    match work.run(place, agents, house) {
+        // It waited for the end of its former life, and was told not to.
+        Err(error) if stop.is_set() && error.is_taken() => {
+            voice.say(&Event::Leaving { reason: "told to stop" });
+            voice.say(&Event::Left { unreleased: 0 });
+            Ok(())
+        }
+        ended => ended,
+    }
 }

@@ -34,11 +34,19 @@ pub(super) enum Wake {
 
 /// Whether the process was told to stop; shared by its threads.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Stop(Arc<AtomicBool>);
+pub(super) struct Stop {
+    told: Arc<AtomicBool>,
+    ranks: refit_service::Stop,
+}
 
 impl Stop {
     pub(super) fn is_set(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        self.told.load(Ordering::Acquire)
+    }
+
+    /// What has ranks come out of what they wait for.
+    pub(super) fn of_ranks(&self) -> refit_service::Stop {
+        self.ranks.clone()
     }
 }
 
@@ -58,8 +66,8 @@ impl Wakes {
         let register = || {
             for signal in [SIGTERM, SIGINT] {
                 // In this order: the first one finds the flag as it was.
-                signal_hook::flag::register_conditional_shutdown(signal, 1, stop.0.clone())?;
-                signal_hook::flag::register(signal, stop.0.clone())?;
+                signal_hook::flag::register_conditional_shutdown(signal, 1, stop.told.clone())?;
+                signal_hook::flag::register(signal, stop.told.clone())?;
             }
             Signals::new([SIGTERM, SIGINT, RELOAD])
         };

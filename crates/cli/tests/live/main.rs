@@ -4,8 +4,13 @@
 
 #[cfg(feature = "etcd")]
 mod etcd;
+mod golden;
+mod lease;
+mod leaving;
 mod logs;
 mod mistakes;
 mod process;
 mod sessions;
+mod silent;
 mod versions;
+mod waits;

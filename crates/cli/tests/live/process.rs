@@ -15,6 +15,11 @@ use serde_json::Value;
 /// What a step may take on a machine that does other things as well.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
+/// What UCX takes by itself on one host: nobody answers for reads.
+pub(crate) const ONE_SIDED: &[(&str, &str)] = &[];
+/// Reads are emulated over messages: the other process has to answer.
+pub(crate) const EMULATED: &[(&str, &str)] = &[("UCX_TLS", "tcp")];
+
 /// Whether NIXL can be had; says so where not.
 pub(crate) fn have_nixl(test: &str) -> bool {
     match NixlLibrary::load(&[]) {
@@ -71,8 +76,11 @@ impl Job {
         let mut command = Command::new(env!("CARGO_BIN_EXE_refit"));
         command
             .args(arguments.split(' '))
-            .args(["--ttl", "1", "--threads", "1", "--json"])
+            .args(["--threads", "1", "--json"])
             .env_remove("RUST_LOG");
+        if !arguments.contains("--ttl ") {
+            command.args(["--ttl", "1"]);
+        }
         if !arguments.contains("--rendezvous ") {
             command.arg("--rendezvous");
             command.arg(format!("dir:{}", self.path().join("meet").display()));
@@ -87,7 +95,13 @@ impl Job {
     }
 
     pub(crate) fn start(&self, arguments: &str) -> Rank {
-        Rank::start(self.rank(arguments))
+        self.start_on(ONE_SIDED, arguments)
+    }
+
+    pub(crate) fn start_on(&self, lane: &[(&str, &str)], arguments: &str) -> Rank {
+        let mut command = self.rank(arguments);
+        command.envs(lane.iter().copied());
+        Rank::start(command)
     }
 }
 
@@ -118,6 +132,16 @@ impl Rank {
     }
 
     pub(crate) fn hear_where(&mut self, event: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+        self.hear_some(event, |value| value["event"] == event && wanted(value))
+    }
+
+    /// The next line that tells of one of these events.
+    pub(crate) fn hear_any(&mut self, events: &[&str]) -> Value {
+        let wanted = |value: &Value| events.iter().any(|event| value["event"] == *event);
+        self.hear_some(&events.join("` or `"), wanted)
+    }
+
+    fn hear_some(&mut self, event: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         let until = Instant::now() + PATIENCE;
         loop {
             let left = until.saturating_duration_since(Instant::now());
@@ -128,7 +152,7 @@ impl Rank {
             };
             let value: Value = serde_json::from_str(&line).unwrap();
             self.heard.push(line);
-            if value["event"] == event && wanted(&value) {
+            if wanted(&value) {
                 return value;
             }
         }
@@ -136,6 +160,21 @@ impl Rank {
 
     pub(crate) fn hear_version(&mut self, event: &str, version: u64) -> Value {
         self.hear_where(event, |value| value["version"] == version)
+    }
+
+    /// Whether it has told of this event by now. What it told so far is not heard again.
+    pub(crate) fn heard(&mut self, event: &str) -> bool {
+        self.heard_where(event, |_| true)
+    }
+
+    pub(crate) fn heard_version(&mut self, event: &str, version: u64) -> bool {
+        self.heard_where(event, |value| value["version"] == version)
+    }
+
+    fn heard_where(&mut self, event: &str, wanted: impl Fn(&Value) -> bool) -> bool {
+        self.heard.extend(self.lines.try_iter());
+        let mut values = self.heard.iter().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        values.any(|value| value["event"] == event && wanted(&value))
     }
 
     /// What it wrote to standard error so far.

@@ -1,16 +1,13 @@
 //! Ranks that the rendezvous takes for dead while they live, and ranks that are told to leave twice.
 
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use refit_service::keys::Model;
-use refit_service::message::{Message, ReaderLease};
-use refit_service::rendezvous::{Directory, JobKey, Key, Life, Rendezvous, Sealed, Writer};
 use rustix::process::Signal;
 
-use crate::process::{Job, Rank, have_nixl};
-use crate::versions::scrape;
+use crate::lease::Lease;
+use crate::process::{Job, PATIENCE, Rank, have_nixl};
+use crate::versions::figure;
 
 /// Longer than the time to live of a session, which is a second here.
 const TOO_LONG: Duration = Duration::from_millis(2500);
@@ -28,11 +25,7 @@ fn a_target_that_was_stopped_for_too_long_joins_again() {
     for target in &mut targets {
         target.hear_version("installed", 1);
     }
-    let count = |name: &str| -> u64 {
-        let page = scrape(&page);
-        let line = page.lines().find(|line| line.starts_with(&format!("{name}{{")));
-        line.unwrap().rsplit_once(' ').unwrap().1.parse().unwrap()
-    };
+    let count = |name: &str| figure(&page, name);
     let before =
         ["refit_pool_registrations_total", "refit_refits_total"].map(|name| (name, count(name)));
 
@@ -42,7 +35,7 @@ fn a_target_that_was_stopped_for_too_long_joins_again() {
     targets[1].hear("rejoined");
     // What it had staged becomes live again, and every byte is compared. Nothing was read or registered for it.
     targets[1].hear_version("installed", 1);
-    assert_eq!(count("refit_rejoins_total"), 1);
+    assert_eq!(count("refit_rejoins_total"), 1.0);
     for (name, value) in before {
         assert_eq!(count(name), value, "{name}");
     }
@@ -60,7 +53,8 @@ fn a_source_that_was_stopped_for_too_long_offers_its_version_again() {
         return;
     }
     let job = Job::new();
-    let mut source = job.start("serve --source tp=1 --rank 0");
+    let mut source = job.start("serve --source tp=1 --rank 0 --metrics 127.0.0.1:0");
+    let page = source.hear("metrics")["address"].as_str().unwrap().to_owned();
     source.hear_version("published", 1);
     // Somebody has to look for the store to notice.
     let mut first = job.start("pull --target tp=1 --rank 0 --replica first");
@@ -69,10 +63,47 @@ fn a_source_that_was_stopped_for_too_long_offers_its_version_again() {
     thread::sleep(TOO_LONG);
     source.signal(Signal::CONT);
     source.hear("failed");
+    source.hear("rejoined");
     let mut second = job.start("pull --target tp=1 --rank 0 --replica second");
     second.hear_version("installed", 1);
+    // What is told is counted when the step has ended.
+    let until = Instant::now() + PATIENCE;
+    while figure(&page, "refit_rejoins_total") < 1.0 {
+        assert!(Instant::now() < until);
+        thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(figure(&page, "refit_version"), 1.0);
     first.leave();
     second.leave();
+    source.leave();
+}
+
+/// It reads into its live parameters, on its own: nobody tells it that its session has ended, before it wants to read.
+#[test]
+fn a_paused_target_that_was_stopped_for_too_long_reads_the_next_version() {
+    if !have_nixl("a_paused_target_that_was_stopped_for_too_long_reads_the_next_version") {
+        return;
+    }
+    let job = Job::new();
+    let mut source = job.start("serve --source tp=1 --rank 0");
+    for relay in ["", " --relay"] {
+        let mut target = job
+            .start(&format!("pull --target tp=1 --rank 0 --paused --metrics 127.0.0.1:0{relay}"));
+        let page = target.hear("metrics")["address"].as_str().unwrap().to_owned();
+        let bytes = target.hear("joined")["bytes"].clone();
+        let version = target.hear("installed")["version"].as_u64().unwrap();
+        let registered = figure(&page, "refit_pool_registrations_total");
+        target.signal(Signal::STOP);
+        thread::sleep(TOO_LONG);
+        target.signal(Signal::CONT);
+        source.signal(Signal::USR1);
+        target.hear("rejoined");
+        let installed = target.hear_version("installed", version + 1);
+        assert_eq!(installed["verified_bytes"], bytes);
+        assert_eq!(figure(&page, "refit_rejoins_total"), 1.0);
+        assert_eq!(figure(&page, "refit_pool_registrations_total"), registered);
+        target.leave();
+    }
     source.leave();
 }
 
@@ -85,16 +116,7 @@ fn a_second_signal_ends_it_where_it_stands() {
     let job = Job::new();
     let mut source = job.start("serve --source tp=1 --rank 0 --drain 600");
     source.hear_version("published", 1);
-    let store = Directory::new(job.path().join("meet")).unwrap();
-    let key = JobKey::from_file(&job.path().join("key")).unwrap();
-    let store = Sealed::new(store, Writer::new("refit", "reader", 1).unwrap(), Some(key)).unwrap();
-    let all = store.list(&Key::new(["refit"]).unwrap()).unwrap();
-    let model = all.entries.keys().find_map(|key| key.parts().nth(1).map(str::to_owned));
-    let model = Model::new(Key::new(["refit".to_owned(), model.unwrap()]).unwrap());
-    let session = Arc::new(store.session(Duration::from_secs(60)).unwrap());
-    let lease = ReaderLease { incarnation: 1, version: 1, millis: 600_000 };
-    let at = model.reader("trainer", "endless").unwrap();
-    store.put(&at, &lease.encode(), Life::Session(&session)).unwrap();
+    let _lease = Lease::take(&job, 600_000);
 
     source.signal(Signal::TERM);
     source.hear("leaving");
@@ -105,21 +127,4 @@ fn a_second_signal_ends_it_where_it_stands() {
     assert_eq!(status.code(), Some(1), "{errors}");
     // Not when it has waited.
     assert!(told.elapsed() < Duration::from_secs(25), "{:?}", told.elapsed());
-}
-
-/// Told to leave while it waits for the other rank, it goes as soon as its refresh has ended, and with 0.
-#[test]
-fn a_target_that_waits_for_others_leaves_when_it_is_told_to() {
-    if !have_nixl("a_target_that_waits_for_others_leaves_when_it_is_told_to") {
-        return;
-    }
-    let job = Job::new();
-    let mut source = job.start("serve --source tp=1 --rank 0");
-    // One of two ranks: it stages, and waits for the other until its deadline.
-    let mut alone = job.start("pull --target tp=2 --rank 0 --deadline 2 --drain 30");
-    alone.hear("joined");
-    alone.hear("failed");
-    thread::sleep(Duration::from_millis(300));
-    alone.leave();
-    source.leave();
 }

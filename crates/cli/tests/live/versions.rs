@@ -168,6 +168,14 @@ fn write_checkpoint(folder: &Path, number: u8) {
     fs::rename(draft, path).unwrap();
 }
 
+/// What a page of metrics says of a rank.
+pub(crate) fn figure(address: &str, name: &str) -> f64 {
+    let page = scrape(address);
+    let line = page.lines().find(|line| line.starts_with(&format!("{name}{{")));
+    let line = line.unwrap_or_else(|| panic!("{name} is not in:\n{page}"));
+    line.rsplit_once(' ').unwrap().1.parse().unwrap()
+}
+
 pub(crate) fn scrape(address: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
     let request = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");

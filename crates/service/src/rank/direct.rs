@@ -12,6 +12,7 @@ use crate::rendezvous::Rendezvous;
 use crate::seat::{Reseat, Seat};
 use crate::source::{SourceError, SourceRank};
 use crate::stats::PullTotals;
+use crate::stop::Stop;
 
 /// A target rank that reads into its live parameters, while its engine stands still.
 ///
@@ -34,6 +35,13 @@ impl<T: Transport, E: Engine> Direct<T, E> {
     #[must_use]
     pub fn new(target: Target<T>, engine: E) -> Self {
         Self { pulls: Pulls::new(target), engine, version: None, totals: PullTotals::default() }
+    }
+
+    /// What waits here comes to an end when `stop` is told.
+    #[must_use]
+    pub fn with_stop(mut self, stop: Stop) -> Self {
+        self.pulls.set_stop(stop);
+        self
     }
 
     /// The version that is live and whole.

@@ -3,7 +3,12 @@
 use std::io;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use crate::stop::Stop;
+
+/// How soon who waits for it notices that the process is to end.
+const LOOK: Duration = Duration::from_millis(20);
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -33,10 +38,12 @@ impl Lane {
         Ok(())
     }
 
-    /// Has the thread do this, within the caller's span, and waits for what comes of it, at most until then.
+    /// Has the thread do this, within the caller's span, and waits for what comes of it, at most until then, or until `stop`
+    /// says.
     pub(super) fn run<O: Send + 'static>(
         &self,
         until: Instant,
+        stop: Option<&Stop>,
         work: impl FnOnce() -> O + Send + 'static,
     ) -> Ran<O> {
         let (answer, answers) = mpsc::sync_channel(1);
@@ -49,10 +56,16 @@ impl Lane {
             // After a panic there is nobody to take it, and what it brings along goes with it.
             let _ = jobs.send(job);
         }
-        match answers.recv_timeout(until.saturating_duration_since(Instant::now())) {
-            Ok(output) => Ran::Done(output),
-            Err(RecvTimeoutError::Timeout) => Ran::Away(answers),
-            Err(RecvTimeoutError::Disconnected) => Ran::Gone,
+        loop {
+            let until = stop.map_or(until, |stop| stop.reads_until(until));
+            let left = until.saturating_duration_since(Instant::now());
+            let wait = if stop.is_some() { left.min(LOOK) } else { left };
+            match answers.recv_timeout(wait) {
+                Ok(output) => return Ran::Done(output),
+                Err(RecvTimeoutError::Timeout) if wait < left => {}
+                Err(RecvTimeoutError::Timeout) => return Ran::Away(answers),
+                Err(RecvTimeoutError::Disconnected) => return Ran::Gone,
+            }
         }
     }
 }

@@ -4,23 +4,25 @@
 //! whoever pulls has an answer at the deadline: a target that is not back by then is *away*, and is treated as one whose
 //! reads are out.
 
-use std::fmt;
+mod held;
+
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 use refit::pool::{Memory, PoolStats};
 use refit::transport::{Patience, Progress, Transport, TransportError, TransportPool};
 use refit::{
-    Cancelled, DigestRequest, Digests, Expected, Failed, Installed, InvalidTarget, Lent,
-    ParkedTarget, Prepared, Publication, Pulled, RefitError, Settling, Target, Unfinished,
+    Cancelled, DigestRequest, Digests, Expected, Failed, Installed, InvalidTarget, Prepared,
+    Publication, Pulled, RefitError, Settling, Target,
 };
 
+use self::held::{Away, Held, Left, Out, left, returned};
 use super::RankError;
 use super::failover::Failover;
 use super::lane::{Lane, Ran};
 use crate::puller::{Cause, PullFailure, Reading};
-use crate::worker::{Agent, GRACE, Standing};
+use crate::stop::Stop;
+use crate::worker::{Agent, GRACE, Quarantine, Standing};
 
 /// How long a target that is dropped waits for reads that are out.
 const LINGER: Duration = Duration::from_secs(2);
@@ -32,52 +34,11 @@ pub(super) struct Pulls<T: Transport> {
     /// The agent refuses to go on, though the target is here.
     suspect: bool,
     lane: Lane,
+    stop: Option<Stop>,
     params_bytes: u64,
     pool: TransportPool<T>,
     /// Dropped last: what the others hold is registered with it.
     transport: Arc<T>,
-}
-
-#[derive(Debug)]
-enum Held<T: Transport> {
-    Whole(Target<T>),
-    /// Whole, and others may read it.
-    Lent(Box<Lent<T>>),
-    Mixed(InvalidTarget<T>),
-    Out(Box<Out<T>>),
-    Away(Away<T>),
-    /// Reads are out for ever.
-    Lost,
-}
-
-/// Reads of this group are out.
-#[derive(Debug)]
-struct Out<T: Transport> {
-    group: String,
-    parked: ParkedTarget<T>,
-}
-
-impl<T: Transport> Out<T> {
-    fn late(&self) -> PullFailure {
-        let Self { group, parked } = self;
-        let (group, bytes, age) = (group.clone(), parked.bytes(), parked.age());
-        PullFailure::new(Cause::Late, RankError::Out { group, bytes, age })
-    }
-}
-
-/// A call into the transport, made to read this group, has not returned.
-struct Away<T: Transport> {
-    group: String,
-    since: Instant,
-    /// What it left behind, once it has.
-    back: Box<dyn FnMut() -> Option<Held<T>> + Send>,
-}
-
-impl<T: Transport> fmt::Debug for Away<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { group, since, .. } = self;
-        f.debug_struct("Away").field("group", group).field("since", since).finish_non_exhaustive()
-    }
 }
 
 impl<T: Transport> Pulls<T> {
@@ -85,11 +46,22 @@ impl<T: Transport> Pulls<T> {
         Self {
             suspect: false,
             lane: Lane::default(),
+            stop: None,
             params_bytes: target.params().map(|(_, memory)| memory.len() as u64).sum(),
             pool: target.pool().clone(),
             transport: Arc::clone(target.transport()),
             held: Held::Whole(target),
         }
+    }
+
+    /// What waits here comes to an end when `stop` is told; those that take over have it too.
+    pub(super) fn set_stop(&mut self, stop: Stop) {
+        self.stop = Some(stop);
+    }
+
+    /// Whether the process is to end.
+    pub(super) fn is_told(&self) -> bool {
+        self.stop.as_ref().is_some_and(Stop::is_told)
     }
 
     /// The parameters, if they are whole, by name and in no particular order.
@@ -293,7 +265,7 @@ impl<T: Transport> Pulls<T> {
     ) -> Result<O, PullFailure> {
         let since = Instant::now();
         let until = deadline.checked_add(GRACE).unwrap_or(deadline);
-        match self.lane.run(until, work) {
+        match self.lane.run(until, self.stop.as_ref(), work) {
             Ran::Done(Ok(output)) => Ok(output),
             Ran::Done(Err(left)) => {
                 let (error, held) = *left;
@@ -343,7 +315,8 @@ impl<T: Transport> Pulls<T> {
     pub(super) fn settle(&mut self, deadline: Instant) -> Result<(), PullFailure> {
         let mut patience = Patience::for_the_silent();
         while self.look() == Progress::Pending {
-            if patience.pause(deadline) {
+            let until = self.stop.as_ref().map_or(deadline, |stop| stop.waits_until(deadline));
+            if patience.pause(until) {
                 continue;
             }
             return Err(match &self.held {
@@ -407,7 +380,9 @@ impl<T: Transport> Pulls<T> {
             agent = self.transport.agent(),
             "a fresh agent takes over"
         );
-        failover.retire(std::mem::replace(self, Self::new(fresh)));
+        let mut fresh = Self::new(fresh);
+        fresh.stop = self.stop.clone();
+        failover.retire(std::mem::replace(self, fresh));
         Ok(())
     }
 
@@ -427,22 +402,29 @@ impl<T: Transport> Pulls<T> {
     }
 }
 
-/// Waits a while for what is under way. A process that ends in the middle of it cuts a connection on which its peer may have
-/// an answer to send, and UCX may abort that peer: a trainer that was only stopped.
+/// Waits a while for what is under way, and leaves the rest to the [reaper](crate::worker::reaper). A process that ends in the
+/// middle of it cuts a connection on which its peer may have an answer to send, and UCX may abort that peer: a trainer that
+/// was only stopped.
 impl<T: Transport> Drop for Pulls<T> {
     fn drop(&mut self) {
         let now = Instant::now();
         let until = now.checked_add(LINGER).unwrap_or(now);
+        let until = self.stop.as_ref().map_or(until, |stop| stop.reads_until(until));
         let mut patience = Patience::for_the_silent();
-        while self.look() == Progress::Pending {
-            if !patience.pause(until) {
-                let agent = self.transport.agent();
-                tracing::error!(
-                    agent,
-                    "a target was dropped while its reads were out; they are leaked"
-                );
-                return;
+        while self.poll() == Standing::Restless {
+            if patience.pause(until) {
+                continue;
             }
+            let rest = Self {
+                held: std::mem::replace(&mut self.held, Held::Lost),
+                suspect: self.suspect,
+                lane: std::mem::take(&mut self.lane),
+                stop: None,
+                params_bytes: self.params_bytes,
+                pool: self.pool.clone(),
+                transport: Arc::clone(&self.transport),
+            };
+            return Quarantine::new(self.transport.agent(), u64::MAX).retire(rest);
         }
     }
 }
@@ -464,50 +446,6 @@ impl<T: Transport> Agent for Pulls<T> {
 
     fn bytes(&self) -> u64 {
         self.kept_bytes()
-    }
-}
-
-/// Why something failed, and what it left behind.
-type Left<T> = Box<(RefitError, Held<T>)>;
-
-fn left<T: Transport>(error: RefitError, held: Held<T>) -> Left<T> {
-    Box::new((error, held))
-}
-
-/// What has come back, if something has.
-fn returned<T: Transport, O>(
-    answers: &Receiver<Result<O, Left<T>>>,
-    unwanted: impl Fn(O) -> Held<T>,
-) -> Option<Held<T>> {
-    match answers.try_recv() {
-        Ok(Ok(output)) => Some(unwanted(output)),
-        Ok(Err(left)) => Some(left.1),
-        Err(TryRecvError::Empty) => None,
-        // It panicked.
-        Err(TryRecvError::Disconnected) => Some(Held::Lost),
-    }
-}
-
-impl<T: Transport> From<Cancelled<T>> for Held<T> {
-    fn from(cancelled: Cancelled<T>) -> Self {
-        match cancelled {
-            Cancelled::Whole(target) => Self::Whole(target),
-            Cancelled::Invalid(target) => Self::Mixed(target),
-        }
-    }
-}
-
-impl<T: Transport> Held<T> {
-    fn after(state: Unfinished<T>, group: &str) -> Self {
-        match state {
-            Unfinished::Pulling(pulling) => match pulling.park() {
-                Ok(parked) => Self::Out(Box::new(Out { group: group.to_owned(), parked })),
-                Err(failed) => Self::after(failed.state, group),
-            },
-            Unfinished::Invalid(target) => Self::Mixed(target),
-            Unfinished::Whole(target) => Self::Whole(target),
-            Unfinished::Lost => Self::Lost,
-        }
     }
 }
 

@@ -16,6 +16,7 @@ use crate::replica::{InstallError, Stage};
 use crate::seat::{Reseat, Seat};
 use crate::source::{SourceError, SourceRank};
 use crate::stats::PullTotals;
+use crate::stop::Stop;
 use crate::worker::{BuildError, Quarantine};
 
 /// A target rank that reads into a second set of parameters, and copies them to the live ones when it is told to. The
@@ -119,6 +120,13 @@ impl<T: Transport, E: Engine> Shadow<T, E> {
         self
     }
 
+    /// What waits here comes to an end when `stop` is told.
+    #[must_use]
+    pub fn with_stop(mut self, stop: Stop) -> Self {
+        self.pulls.set_stop(stop);
+        self
+    }
+
     /// The version in the shadow, if it is whole.
     #[must_use]
     pub fn staged(&self) -> Option<u64> {
@@ -181,7 +189,8 @@ impl<T: Transport, E: Engine> Puller for Shadow<T, E> {
         // A fresh agent would wait for the same peer.
         let wait = if pulls.silent() == Some(group) { deadline } else { Instant::now() };
         match pulls.settle(wait) {
-            Err(PullFailure { cause: Cause::Late | Cause::Lost, .. }) => {
+            // Nothing is begun in a process that is to end.
+            Err(PullFailure { cause: Cause::Late | Cause::Lost, .. }) if !pulls.is_told() => {
                 pulls.fail_over(failover, |fresh| fits(fresh, names, live))
             }
             settled => settled,

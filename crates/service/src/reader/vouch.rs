@@ -75,7 +75,7 @@ impl<R: Rendezvous> Vouch for Desk<'_, R> {
             if found.is_some() || self.checks != Checks::Always {
                 return Ok(found);
             }
-            let changed = self.seat.rendezvous().changed(&prefix, before, deadline);
+            let changed = self.seat.changed(&prefix, before, deadline);
             if changed.map_err(store)?.is_none() {
                 let reason = OfferError::NoDigests { group: self.group.to_owned() };
                 return Err(PullFailure::new(Cause::Late, reason));

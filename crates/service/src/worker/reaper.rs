@@ -1,4 +1,7 @@
 //! Where agents go that cannot be destroyed yet: one thread of the process polls them until they are quiet.
+//!
+//! A process that ends before that cuts their connections, on which a peer that stands still may have an answer to send, and
+//! UCX may abort that peer when it goes on. So whoever ends a process asks for [`wait`] first.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -57,6 +60,7 @@ impl Charge {
         let mut sum = charges.0.lock();
         *sum = (sum.0 + 1, sum.1.saturating_add(bytes));
         drop(sum);
+        reaper().state.lock().retired += 1;
         Self { charges: Arc::clone(charges), bytes }
     }
 
@@ -74,6 +78,8 @@ impl Drop for Charge {
     fn drop(&mut self) {
         let mut sum = self.charges.0.lock();
         *sum = (sum.0.saturating_sub(1), sum.1.saturating_sub(self.bytes));
+        drop(sum);
+        reaper().state.lock().part();
     }
 }
 
@@ -109,6 +115,8 @@ struct Ward {
 struct Reaper {
     state: Mutex<State>,
     arrived: Condvar,
+    /// Told when the last retired agent is gone.
+    idle: Condvar,
 }
 
 #[derive(Default)]
@@ -118,6 +126,8 @@ struct State {
     /// Bytes and arrival of all that are not gone, by number.
     here: BTreeMap<u64, (u64, Instant)>,
     adopted: u64,
+    /// Agents that are to go and are not gone: those that are here, and those whose threads are in a call still.
+    retired: u64,
     running: bool,
     settled: u64,
     lost: u64,
@@ -141,6 +151,23 @@ pub fn stats() -> ReaperStats {
         lost: state.lost,
         lost_bytes: state.lost_bytes,
     }
+}
+
+/// Waits until no retired agent of this process is left, at most until the deadline, and says whether that is so. Those whose threads
+/// are in a call that does not return are waited for as well; those that were lost are not: nobody can tell when their reads
+/// end.
+///
+/// For who is about to end the process, behind dropping what reads; a second or two more there may spare a peer its life.
+#[must_use]
+pub fn wait(deadline: Instant) -> bool {
+    let reaper = reaper();
+    let mut state = reaper.state.lock();
+    while state.retired > 0 {
+        if reaper.idle.wait_until(&mut state, deadline).timed_out() {
+            return state.retired == 0;
+        }
+    }
+    true
 }
 
 /// Takes an agent that may have reads out.
@@ -216,9 +243,18 @@ impl Reaper {
 }
 
 impl State {
+    /// One that is waited for no more.
+    fn part(&mut self) {
+        self.retired = self.retired.saturating_sub(1);
+        if self.retired == 0 {
+            reaper().idle.notify_all();
+        }
+    }
+
     fn lose(&mut self, ward: Ward) {
         self.lost += 1;
         self.lost_bytes = self.lost_bytes.saturating_add(ward.bytes);
+        self.part();
         // With its charge: what it keeps is never given back.
         std::mem::forget(ward);
     }

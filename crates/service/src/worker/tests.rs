@@ -421,3 +421,43 @@ fn an_agent_whose_poll_falls_over_is_leaked_and_said() {
     assert_eq!(number(&worker).unwrap(), 1);
     assert_eq!(world.destroyed.load(Ordering::SeqCst), 0);
 }
+
+/// Whoever ends the process waits for what is with the reaper, and for what is still in a call, and no longer than it wants to.
+#[test]
+fn p10_an_end_waits_for_retired_agents() {
+    let (worker, world) = start(WorkerOptions::default());
+    world.restless.store(true, Ordering::SeqCst);
+    number(&worker).unwrap();
+    eventually("seen", || worker.stats().standing == Standing::Restless);
+    drop(worker);
+    in_time(SHORT, || assert!(!reaper::wait(Instant::now() + SHORT)));
+    assert_eq!(world.destroyed.load(Ordering::SeqCst), 0);
+    world.restless.store(false, Ordering::SeqCst);
+    assert!(reaper::wait(soon()));
+    assert_eq!(world.destroyed.load(Ordering::SeqCst), 1);
+
+    let (worker, world) = start(WorkerOptions::default().with_linger(Duration::ZERO));
+    let (go_on, wait) = mpsc::channel::<()>();
+    let stuck = worker.call("post", Instant::now() + SHORT, move |_, _| wait.recv().is_ok());
+    stuck.unwrap_err();
+    drop(worker);
+    in_time(SHORT, || assert!(!reaper::wait(Instant::now() + SHORT)));
+    assert_eq!(world.destroyed.load(Ordering::SeqCst), 0);
+    go_on.send(()).unwrap();
+    assert!(reaper::wait(soon()));
+    assert_eq!(world.destroyed.load(Ordering::SeqCst), 1);
+}
+
+/// What nobody can watch any more would be waited for for ever.
+#[test]
+fn p10_an_end_does_not_wait_for_what_is_lost() {
+    let _alone = LOSSES.lock();
+    let (worker, world) = start(WorkerOptions::default());
+    world.lost.store(true, Ordering::SeqCst);
+    let before = reaper::stats().lost;
+    number(&worker).unwrap();
+    drop(worker);
+    eventually("leaked", || reaper::stats().lost > before);
+    assert!(reaper::wait(soon()));
+    assert_eq!(world.destroyed.load(Ordering::SeqCst), 0);
+}
