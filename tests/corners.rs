@@ -31,6 +31,7 @@ fn cases() -> u32 {
 
 /// Calls `check` with `numbers` of which one is replaced by each corner, and with some of which a few are.
 fn each(numbers: usize, check: impl Fn(&[(usize, u64)])) {
+    println!("{} inputs", numbers * corners::CORNERS.len() + cases() as usize);
     for at in 0..numbers {
         corners::CORNERS.iter().for_each(|&value| check(&[(at, value)]));
     }

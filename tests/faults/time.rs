@@ -10,6 +10,7 @@ use refit_planner::{Dims, Transform};
 use refit_pool::{Allocator, HostAllocator, Key, MemoryKind, Pool, PoolOptions};
 use refit_service::worker::{Agent, Standing, Worker, WorkerError, WorkerOptions, reaper};
 use refit_tests::faults::{Connect, FaultTransport, Script, Wire};
+use refit_tests::starved;
 use refit_transport::{
     LocalRange, Parked, Progress, Pull, PullError, ReadOp, RemoteRange, Transport, TransportPool,
     TransportRegistrar, Unsettled,
@@ -20,7 +21,7 @@ use super::scripts;
 type T = FaultTransport;
 
 const ARENA: u64 = 512;
-/// What every answer may take beyond its deadline.
+/// What every answer may take beyond its deadline, of the time in which the machine runs us.
 const LATE: Duration = Duration::from_millis(250);
 
 struct Target {
@@ -166,10 +167,12 @@ fn run(calls: Vec<Call>) {
     for call in calls {
         let deadline = Instant::now() + Duration::from_millis(call.deadline);
         let (generation, plan) = (worker.generation(), call.clone());
-        let answer =
-            worker.call("pull", deadline, move |target, deadline| target.pull(&plan, deadline));
-        let late = Instant::now().saturating_duration_since(deadline);
-        assert!(late <= LATE, "{late:?} late: {call:?}: {answer:?}");
+        let ((answer, answered), starved) = starved::while_running(|| {
+            let pull = move |target: &mut Target, deadline| target.pull(&plan, deadline);
+            (worker.call("pull", deadline, pull), Instant::now())
+        });
+        let late = answered.saturating_duration_since(deadline);
+        assert!(late <= LATE + starved, "{late:?} late, {starved:?} not run: {call:?}: {answer:?}");
         match answer {
             Ok(Ok(()) | Err(_)) => {}
             Err(WorkerError::Stuck { .. } | WorkerError::Busy { .. }) => {}
@@ -178,9 +181,12 @@ fn run(calls: Vec<Call>) {
         // What cannot settle, or does not return, is replaced; nobody waits for it.
         let stats = worker.stats();
         if stats.standing != Standing::Quiet || stats.doing.is_some() {
-            let started = Instant::now();
-            worker.renew(generation, far()).unwrap();
-            assert!(started.elapsed() <= LATE, "{:?}", started.elapsed());
+            let (took, starved) = starved::while_running(|| {
+                let started = Instant::now();
+                worker.renew(generation, far()).unwrap();
+                started.elapsed()
+            });
+            assert!(took <= LATE + starved, "{took:?}, {starved:?} of it not run");
         }
     }
     // The peer is killed, and what could be watched comes back.
@@ -237,9 +243,9 @@ fn p08_memory_of_a_retired_agent_goes_after_its_reads() {
     assert_eq!((worker.stats().retired, worker.stats().retired_bytes), (1, ARENA));
     assert!(neighbour.host_bytes().unwrap().iter().all(|&byte| byte == 0xEE));
     wire.kill();
-    let killed = Instant::now();
+    let until = far();
     while worker.stats().retired > 0 {
-        assert!(killed.elapsed() < Duration::from_secs(1), "memory is not back");
+        assert!(Instant::now() < until, "memory is not back");
         thread::sleep(Duration::from_millis(1));
     }
     assert_eq!(wire.in_flight(), 0);

@@ -3,8 +3,9 @@
 
 use std::collections::BTreeMap;
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::{Mutex, MutexGuard};
 use refit_pool::{
     AllocateError, Allocator, HostAllocator, KeepAlive, Key, Memory, MemoryKind, Pool, PoolOptions,
     Region, Registrar,
@@ -36,7 +37,7 @@ pub(crate) struct Shared(pub(crate) Arc<Mutex<World>>);
 
 impl Shared {
     pub(crate) fn world(&self) -> MutexGuard<'_, World> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     #[track_caller]

@@ -4,10 +4,11 @@
 #![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use refit::planner::{Band, Dtype, LayoutBuilder, Param, RankLayout};
 use refit::transport::local::{LocalTransport, Network};
 use refit::{Source, TargetOptions};
@@ -46,8 +47,8 @@ impl Mortal {
 
     /// The store takes this process for dead, and the process finds out by what it does next.
     fn lose(&self) {
-        for session in self.sessions.lock().unwrap().iter() {
-            drop(session.lock().unwrap().take());
+        for session in self.sessions.lock().iter() {
+            drop(session.lock().take());
         }
     }
 
@@ -59,7 +60,7 @@ impl Mortal {
         self.alive()?;
         match life {
             Life::Session(session) => {
-                let held = session.lock().unwrap();
+                let held = session.lock();
                 write(Life::Session(held.as_ref().ok_or(RendezvousError::SessionEnded)?))
             }
             _ => write(Life::Kept),
@@ -76,7 +77,7 @@ impl Rendezvous for Mortal {
 
     fn session(&self, ttl: Duration) -> Result<Self::Session, RendezvousError> {
         let session = Arc::new(Mutex::new(Some(self.store.session(ttl)?)));
-        self.sessions.lock().unwrap().push(session.clone());
+        self.sessions.lock().push(session.clone());
         Ok(session)
     }
 
@@ -139,7 +140,7 @@ impl Process {
     }
 
     fn dies_at(&self, point: Point) {
-        *self.dies_at.lock().unwrap() = Some(point);
+        *self.dies_at.lock() = Some(point);
     }
 
     fn seat(&self) -> Seat<Mortal> {
@@ -148,10 +149,10 @@ impl Process {
         let (store, dies_at) = (self.store.clone(), self.dies_at.clone());
         let loses_at = self.loses_at.clone();
         Seat::new(self.store.clone(), session, model).with_observer(Arc::new(move |point| {
-            if loses_at.lock().unwrap().take_if(|it| *it == point).is_some() {
+            if loses_at.lock().take_if(|it| *it == point).is_some() {
                 store.lose();
             }
-            if *dies_at.lock().unwrap() == Some(point) {
+            if *dies_at.lock() == Some(point) {
                 store.die();
                 // Without a word: this is not a failure.
                 resume_unwind(Box::new(Died));
@@ -375,7 +376,7 @@ fn a_rank_may_die_anywhere_and_comes_back() {
             Some(alive) => alive,
             None => world.rank(&Process::new(&world.store), 1),
         });
-        victim.dies_at.lock().unwrap().take();
+        victim.dies_at.lock().take();
         commit(&mut trainer, 3);
         let said = refresh(ranks, 3, 20_000);
         assert!(said.iter().all(|(_, reached)| *reached), "{point:?}");
@@ -400,15 +401,15 @@ fn a_rank_may_lose_its_session_anywhere_and_joins_again() {
         assert_eq!(serving(&mut ranks), Some(1));
 
         commit(&mut trainer, 2);
-        *loser.loses_at.lock().unwrap() = Some(point);
+        *loser.loses_at.lock() = Some(point);
         if point == Point::RankJoined {
             // Between two refreshes.
-            loser.loses_at.lock().unwrap().take();
+            loser.loses_at.lock().take();
             loser.store.lose();
         }
         let mut ranks = refresh(ranks, 2, 250).map(|(rank, _)| rank);
         // The other may have passed the point first; then this rank has lost nothing.
-        let lost = loser.loses_at.lock().unwrap().take().is_none();
+        let lost = loser.loses_at.lock().take().is_none();
         assert!(lost || matches!(point, Point::Deciding | Point::Decided), "{point:?}");
         if lost {
             assert_eq!(serving(&mut ranks), None, "{point:?}: half a replica serves");
@@ -527,9 +528,9 @@ fn a_trainer_may_lose_its_session_anywhere_and_offers_what_is_whole() {
         commit(&mut trainer, 1);
         let before = trainer.source().unwrap().publication().unwrap();
 
-        *process.loses_at.lock().unwrap() = Some(point);
+        *process.loses_at.lock() = Some(point);
         let committed = try_commit(&mut trainer, 2);
-        assert!(process.loses_at.lock().unwrap().is_none(), "{point:?} was not passed");
+        assert!(process.loses_at.lock().is_none(), "{point:?} was not passed");
         losses += 1;
         let ended = SourceError::Rendezvous(RendezvousError::SessionEnded).to_string();
         match committed {

@@ -5,11 +5,12 @@
 
 use std::collections::VecDeque;
 use std::ptr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use refit_planner::Capabilities;
 use refit_pool::{MemoryKind, Region};
 use refit_transport::{Cause, Peer, ReadOp, Side, Status, Transport, TransportError, Written};
@@ -131,14 +132,10 @@ pub struct FaultReads {
     held: Vec<Region>,
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Wire {
     /// Moves once: what is due lands.
     pub fn step(&self) {
-        let mut flights = locked(&self.0);
+        let mut flights = self.0.lock();
         for flight in &mut *flights {
             flight.step();
         }
@@ -148,7 +145,7 @@ impl Wire {
 
     /// The peer is gone: whatever is under way ends with an error, now. What is lost stays so.
     pub fn kill(&self) {
-        for flight in &mut *locked(&self.0) {
+        for flight in &mut *self.0.lock() {
             if flight.state == State::Pending {
                 flight.state = State::Failed;
             }
@@ -158,17 +155,17 @@ impl Wire {
     /// Batches that may still write.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        let flights = locked(&self.0);
+        let flights = self.0.lock();
         flights.iter().filter(|one| matches!(one.state, State::Pending | State::Lost)).count()
     }
 
     fn state(&self, number: u64) -> State {
-        let flights = locked(&self.0);
+        let flights = self.0.lock();
         flights.iter().find(|one| one.number == number).map_or(State::Failed, |one| one.state)
     }
 
     fn forget(&self, number: u64) {
-        locked(&self.0).retain(|one| one.number != number);
+        self.0.lock().retain(|one| one.number != number);
     }
 }
 
@@ -252,18 +249,18 @@ impl FaultTransport {
 
     /// How the batch posted after those scripted so far goes. Without a script everything lands at the first move.
     pub fn script(&self, script: Script) {
-        locked(&self.scripts).push_back(script);
+        self.scripts.lock().push_back(script);
     }
 
     /// How the connection after those scripted so far goes.
     pub fn script_connect(&self, connect: Connect) {
-        locked(&self.connects).push_back(connect);
+        self.connects.lock().push_back(connect);
     }
 
     /// Forgets what was scripted and not used.
     pub fn unscript(&self) {
-        locked(&self.scripts).clear();
-        locked(&self.connects).clear();
+        self.scripts.lock().clear();
+        self.connects.lock().clear();
     }
 
     /// Batches that were abandoned.
@@ -311,7 +308,7 @@ impl Transport for FaultTransport {
     }
 
     fn register(&self, region: &Region) -> Result<FaultRegistration, TransportError> {
-        locked(&self.registered).push(region.clone());
+        self.registered.lock().push(region.clone());
         Ok(FaultRegistration(Arc::clone(&self.registered), region.address()))
     }
 
@@ -321,7 +318,7 @@ impl Transport for FaultTransport {
     }
 
     fn connect(&self, name: &str, _: &[u8]) -> Result<Peer, TransportError> {
-        let connect = locked(&self.connects).pop_front();
+        let connect = self.connects.lock().pop_front();
         match connect.unwrap_or(Connect::After(Duration::ZERO)) {
             Connect::After(time) => {
                 thread::sleep(time);
@@ -342,7 +339,7 @@ impl Transport for FaultTransport {
 
     fn prepare(&self, peer: &Peer, reads: &[ReadOp]) -> Result<FaultReads, TransportError> {
         self.check()?;
-        let registered = locked(&self.registered);
+        let registered = self.registered.lock();
         let (mut held, mut written) = (Vec::new(), Vec::new());
         for (read, op) in reads.iter().enumerate() {
             let (start, len) = (op.into.address, op.into.len);
@@ -373,7 +370,7 @@ impl Transport for FaultTransport {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
         self.check()?;
         assert!(prepared.flight.is_none(), "posted twice");
-        let script = locked(&self.scripts).pop_front().unwrap_or_default();
+        let script = self.scripts.lock().pop_front().unwrap_or_default();
         thread::sleep(script.block);
         let reads = prepared.reads.iter();
         let reads: VecDeque<_> =
@@ -389,7 +386,7 @@ impl Transport for FaultTransport {
         };
         let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
         prepared.flight = Some((number, script.block));
-        locked(&self.wire.0).push(Flight { number, reads, script, landed: 0, state });
+        self.wire.0.lock().push(Flight { number, reads, script, landed: 0, state });
         answer
     }
 
@@ -426,7 +423,7 @@ impl Drop for FaultReads {
 
 impl Drop for FaultRegistration {
     fn drop(&mut self) {
-        let mut registered = locked(&self.0);
+        let mut registered = self.0.lock();
         if let Some(index) = registered.iter().position(|region| region.address() == self.1) {
             registered.swap_remove(index);
         }

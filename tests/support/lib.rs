@@ -20,4 +20,5 @@ pub mod ranks;
 pub mod reference;
 pub mod silence;
 pub mod skip;
+pub mod starved;
 pub mod strategies;

@@ -1,8 +1,9 @@
 //! Peers that fall silent in the middle of a read, and may speak again: over the in-process transport, whose bytes move
 //! when it is polled.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use refit_planner::Capabilities;
 use refit_pool::Region;
 use refit_transport::local::LocalTransport;
@@ -43,7 +44,7 @@ impl Silence {
     }
 
     fn state(&self) -> MutexGuard<'_, Befallen> {
-        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.0.lock()
     }
 
     fn holds(&self, peer: &str) -> bool {
@@ -59,7 +60,7 @@ impl Silence {
 
     fn wait(&self, peer: &str) {
         let blocks = |state: &mut Befallen| state.blocking.iter().any(|it| peer.starts_with(it));
-        drop(self.0.1.wait_while(self.state(), blocks));
+        self.0.1.wait_while(&mut self.state(), blocks);
     }
 
     fn loses(&self, peer: &str) -> bool {

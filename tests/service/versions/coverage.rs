@@ -100,17 +100,19 @@ fn read(fleet: &Fleet, layouts: &[RankLayout], wanted: &RankLayout) -> Result<Bu
     let mut reader = fleet.reader("engine", ReaderOptions::default());
     let mut patience = 40;
     let answer = loop {
-        match reader.refresh(&mut direct, &Wanted::default(), millis(patience)) {
-            // Until it has been tried, however busy the machine is.
-            Err(refused) if refused.attempts.is_empty() && patience < 40_000 => patience *= 2,
-            answer => break answer,
-        }
-    };
-    let answer = match answer {
-        Ok(_) => Ok(held(&direct)),
-        Err(refused) => {
-            assert_eq!(held(&direct), before, "bytes have moved: {refused}");
-            Err(refused.attempts[0].failure.cause)
+        let refused = match reader.refresh(&mut direct, &Wanted::default(), millis(patience)) {
+            Ok(_) => break Ok(held(&direct)),
+            Err(refused) => refused,
+        };
+        let causes = refused.attempts.iter().map(|attempt| attempt.failure.cause);
+        let cause = causes.filter(|&cause| cause != Cause::Late).next_back();
+        match cause {
+            // Until it has been tried, and the target is back from that, however busy the machine is.
+            None if patience < 40_000 => patience *= 2,
+            cause => {
+                assert_eq!(held(&direct), before, "bytes have moved: {refused}");
+                break Err(cause.unwrap_or(Cause::Late));
+            }
         }
     };
     canaries.check();

@@ -1,8 +1,9 @@
 //! Peers that fall silent in the middle of a read: what is read instead, in which memory, and what becomes of the first.
 
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use refit::transport::local::{LocalOptions, LocalTransport};
 use refit::{Target, TargetOptions};
 use refit_service::puller::Puller;
@@ -48,7 +49,7 @@ impl World {
             let name = format!("shadow-{}", unique());
             let inner = LocalTransport::with_options(&network, &name, options).unwrap();
             let agent = Arc::new(Hushed::new(inner, &silence));
-            agents.lock().unwrap().push(Arc::downgrade(&agent));
+            agents.lock().push(Arc::downgrade(&agent));
             ranks::target(&agent, &rows(0, 1), TargetOptions::default()).0
         }
     }
@@ -62,7 +63,7 @@ impl World {
 
     /// Agents that are not destroyed.
     fn alive(&self) -> Vec<bool> {
-        self.agents.lock().unwrap().iter().map(|agent| agent.strong_count() > 0).collect()
+        self.agents.lock().iter().map(|agent| agent.strong_count() > 0).collect()
     }
 }
 
@@ -229,6 +230,39 @@ fn blocked(before: Option<u64>) {
     assert_eq!((world.alive(), rank.quarantined_bytes()), (vec![false, true], 0));
     installs(&mut rank, 1);
     assert_eq!(reader.refresh(&mut rank, &Wanted::at_least(2), soon()).unwrap().group, "dp0");
+}
+
+/// An agent that takes long to make keeps nobody beyond the deadline, and is taken by who asks next.
+#[test]
+fn p03_an_agent_that_is_long_in_the_making_keeps_nobody() {
+    let world = World::new(&[2, 1]);
+    let quarantine = Quarantine::new("engine", 4 * bytes());
+    let (go_on, wait) = std::sync::mpsc::channel::<()>();
+    let mut targets = world.targets();
+    let (live, _) = ranks::memory(&rows(0, 1));
+    let shadow = Shadow::new(targets(), live, Vec::new(), Unattended).unwrap();
+    let mut rank = shadow.with_failover(quarantine.clone(), move |_| {
+        wait.recv()?;
+        Ok(targets())
+    });
+    let mut reader = world.fleet.reader("engine", options(100));
+    world.silence.fall("dp0-", 5);
+    for round in 0..2 {
+        let deadline = millis(400);
+        let failed = reader.refresh(&mut rank, &Wanted::at_least(1), deadline).unwrap_err();
+        let late = Instant::now().saturating_duration_since(deadline);
+        assert!(late <= LATE, "{late:?} late in round {round}: {failed}");
+        assert!(failed.to_string().contains("in the making"), "{failed}");
+        assert_eq!((world.alive(), quarantine.agents()), (vec![true], 0));
+    }
+    // It takes over, and finds the peer as silent; so does the next.
+    (0..2).for_each(|_| go_on.send(()).unwrap());
+    let refreshed = reader.refresh(&mut rank, &Wanted::at_least(1), soon()).unwrap();
+    assert_eq!((refreshed.group.as_str(), refreshed.version), ("dp1", 1));
+    assert_eq!((world.alive(), quarantine.agents()), (vec![true, true, true], 2));
+    installs(&mut rank, 1);
+    world.silence.end();
+    settles(&quarantine);
 }
 
 /// Where nothing can take over, whoever asked is answered in time all the same, and the same rank goes on afterwards.

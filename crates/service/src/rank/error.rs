@@ -55,6 +55,15 @@ pub enum RankError {
         /// Why not.
         source: BuildError,
     },
+    /// The agent for reading on in other memory is not there yet.
+    #[error(
+        "an agent that is to take over has been in the making for {age:?}; refresh again, it goes on, or give the refresh \
+         a longer deadline"
+    )]
+    NoAgentYet {
+        /// For how long.
+        age: Duration,
+    },
     /// The engine did not do what it was asked to.
     #[error(
         "the engine could not {what}: {source}; it does not go on before a refresh has succeeded"

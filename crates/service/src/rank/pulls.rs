@@ -367,13 +367,15 @@ impl<T: Transport> Pulls<T> {
         }
     }
 
-    /// Has a fresh target take over, if `fits` finds nothing wrong with it. The old one is kept until its reads have settled.
+    /// Has a fresh target take over, if it is there by the deadline and `fits` finds nothing wrong with it. The old one is
+    /// kept until its reads have settled.
     pub(super) fn fail_over(
         &mut self,
         failover: &mut Failover<T>,
+        deadline: Instant,
         fits: impl FnOnce(&Target<T>) -> Result<(), RefitError>,
     ) -> Result<(), PullFailure> {
-        let fresh = failover.build(self.kept_bytes())?;
+        let fresh = failover.build(self.kept_bytes(), deadline)?;
         fits(&fresh).map_err(failure)?;
         tracing::warn!(
             group = self.silent(),

@@ -106,7 +106,8 @@ impl<T: Transport, E: Engine> Shadow<T, E> {
     /// reads: they may write the shadow for as long as the peer likes, and there may be another to read.
     ///
     /// `build` makes a target like the first one, with an agent, a pool and parameters of its own; its argument counts
-    /// its calls, for agents whose names do not carry an incarnation. The old target is kept by the
+    /// its calls, for agents whose names do not carry an incarnation. It is called on a thread of its own, for which nobody waits
+    /// beyond a deadline. The old target is kept by the
     /// [reaper](crate::worker::reaper) until its reads have settled, and destroyed then, or leaked if they never can. What is kept at a time has to
     /// find room in `quarantine`; otherwise nothing is replaced, and a refresh ends with
     /// [`Ended::Quarantined`](crate::reader::Ended::Quarantined).
@@ -186,14 +187,18 @@ impl<T: Transport, E: Engine> Puller for Shadow<T, E> {
         let Self { pulls, live, names, failover: Some(failover), .. } = self else {
             return self.pulls.settle(deadline);
         };
-        // A fresh agent would wait for the same peer.
-        let wait = if pulls.silent() == Some(group) { deadline } else { Instant::now() };
+        // A fresh agent would wait for the same peer, unless it has been waited for already.
+        let waits = pulls.silent() == Some(group) && !failover.is_coming();
+        let wait = if waits { deadline } else { Instant::now() };
         match pulls.settle(wait) {
             // Nothing is begun in a process that is to end.
             Err(PullFailure { cause: Cause::Late | Cause::Lost, .. }) if !pulls.is_told() => {
-                pulls.fail_over(failover, |fresh| fits(fresh, names, live))
+                pulls.fail_over(failover, deadline, |fresh| fits(fresh, names, live))
             }
-            settled => settled,
+            settled => {
+                failover.let_go();
+                settled
+            }
         }
     }
 
