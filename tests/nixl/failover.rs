@@ -33,6 +33,7 @@ const BYTES: u64 = 64 << 20;
 const TTL: Duration = Duration::from_secs(300);
 /// What an answer may take beyond its deadline: what the service takes, and a busy machine.
 const LATE: Duration = GRACE.saturating_add(Duration::from_millis(150));
+/// What an attempt may take at least.
 const ATTEMPT: Duration = Duration::from_millis(400);
 
 fn layout() -> RankLayout {
@@ -109,6 +110,20 @@ impl World {
         seat(self.folder.path().to_str().unwrap())
     }
 
+    /// What an agent, its memory and a whole read take while nobody stops: longer on a machine that others keep busy.
+    fn calm(&self) -> Duration {
+        let began = Instant::now();
+        let mut rank = Direct::new(self.makes(16 * BYTES)(), Unattended);
+        let mut reader = self.reader(Duration::from_secs(30));
+        reader.refresh(&mut rank, &Wanted::at_least(1), soon()).unwrap();
+        began.elapsed()
+    }
+
+    /// What an attempt may take here, so that one succeeds where nobody stops.
+    fn attempt(&self) -> Duration {
+        ATTEMPT.max(2 * self.calm())
+    }
+
     fn reader(&self, attempt: Duration) -> Reader<Directory> {
         let options = ReaderOptions::default().with_attempt(attempt);
         Reader::new(self.seat(), "engine", 1, options).unwrap()
@@ -168,7 +183,7 @@ fn emulated() -> bool {
 fn answered(
     seat: Seat<Directory>,
     rank: &mut Shadow<NixlTransport, Unattended>,
-    limit: Duration,
+    [limit, attempt]: [Duration; 2],
     began: mpsc::Sender<()>,
 ) -> (Result<Refreshed, Box<RefreshError>>, u64) {
     let (moment, moments) = mpsc::channel();
@@ -182,7 +197,7 @@ fn answered(
         _ => {}
     };
     let seat = seat.with_observer(Arc::new(observer));
-    let options = ReaderOptions::default().with_attempt(ATTEMPT);
+    let options = ReaderOptions::default().with_attempt(attempt);
     let mut reader = Reader::new(seat, "engine", 1, options).unwrap();
     let deadline = Instant::now() + limit;
     let outcome = reader.refresh(rank, &Wanted::at_least(1), deadline);
@@ -190,9 +205,9 @@ fn answered(
     assert!(late <= LATE, "{late:?} beyond the deadline: {outcome:?}");
     let attempts = Vec::from_iter(moments.try_iter());
     assert!(!attempts.is_empty() && attempts.len().is_multiple_of(2), "{outcome:?}");
-    for attempt in attempts.chunks(2) {
-        let took = attempt[1] - attempt[0];
-        assert!(took <= ATTEMPT + LATE, "an attempt took {took:?}: {outcome:?}");
+    for ends in attempts.chunks(2) {
+        let took = ends[1] - ends[0];
+        assert!(took <= attempt + LATE, "an attempt took {took:?}: {outcome:?}");
     }
     (outcome, reader.stats().quarantined_bytes)
 }
@@ -201,6 +216,7 @@ fn answered(
 fn refresh(
     world: &mut World,
     rank: &mut Shadow<NixlTransport, Unattended>,
+    attempt: Duration,
     after: Duration,
     meanwhile: impl FnOnce(&mut Vec<Remote>) + Send,
 ) -> (Result<Refreshed, Box<RefreshError>>, u64) {
@@ -213,7 +229,7 @@ fn refresh(
             thread::sleep(after);
             meanwhile(sources);
         });
-        answered(seat, rank, Duration::from_secs(5), began)
+        answered(seat, rank, [12 * attempt, attempt], began)
     })
 }
 
@@ -224,6 +240,7 @@ fn stopped() {
         return;
     }
     let mut world = World::new(&[2, 1]);
+    let attempt = world.attempt();
     let (mut rank, quarantine) = world.shadow(16 * BYTES);
     let mut taken_over = 0;
     // When it stops, in milliseconds after the reads began; the first time it has stopped before.
@@ -242,12 +259,14 @@ fn stopped() {
         }
         let began = Instant::now();
         let after = Duration::from_millis(after);
-        let (outcome, kept) = refresh(&mut world, &mut rank, after, |sources| sources[0].pause());
+        let (outcome, kept) =
+            refresh(&mut world, &mut rank, attempt, after, |sources| sources[0].pause());
         let refreshed = outcome.unwrap();
         println!("round {round}: {refreshed:?} after {:?}, {kept} bytes kept", began.elapsed());
         if refreshed.group == "dp1" {
             taken_over += 1;
-            assert_eq!((refreshed.version, quarantine.agents()), (1, 1));
+            assert_eq!(refreshed.version, 1);
+            assert!(quarantine.agents() > 0, "{quarantine:?}");
             assert!(kept >= BYTES && kept == quarantine.bytes(), "{kept}, {quarantine:?}");
         } else {
             // One-sided reads need no answer, and some have arrived before.
@@ -282,25 +301,33 @@ fn p02_a_stopped_source_is_left_for_another_emulated() {
     isolated("failover::p02_a_stopped_source_is_left_for_another_emulated", EMULATED, stopped);
 }
 
-/// A source that dies, before it is read and while it is, costs less than a second.
+/// A source that dies, before it is read and while it is, costs less than a second, where a machine is not so busy that
+/// nothing else does.
 fn killed() {
     if serves() {
         return;
     }
     for after in [0, 2, 8] {
         let mut world = World::new(&[2, 1]);
+        let calm = world.calm();
         let (mut rank, quarantine) = world.shadow(16 * BYTES);
         world.reader(ATTEMPT * 10).refresh(&mut rank, &Wanted::at_least(2), soon()).unwrap();
         let (kill, killed) = mpsc::channel();
-        let (outcome, _) =
-            refresh(&mut world, &mut rank, Duration::from_millis(after), |sources| {
+        let (outcome, _) = refresh(
+            &mut world,
+            &mut rank,
+            ATTEMPT.max(2 * calm),
+            Duration::from_millis(after),
+            |sources| {
                 kill.send(Instant::now()).unwrap();
                 sources[0].kill();
-            });
+            },
+        );
         let ended = Instant::now();
         let (refreshed, took) = (outcome.unwrap(), ended - killed.recv().unwrap());
         println!("killed {after} ms after reads began: {refreshed:?} {took:?} later");
-        assert!(took < Duration::from_secs(1), "{took:?}");
+        let most = Duration::from_secs(1).max(3 * calm);
+        assert!(took < most, "{took:?}, and {calm:?} where nobody dies");
         installs(&mut rank, refreshed.version);
         settles(&quarantine);
         drop(rank);
@@ -324,10 +351,11 @@ fn full() {
         return;
     }
     let mut world = World::new(&[3, 2, 1]);
+    let attempt = world.attempt();
     let (mut rank, quarantine) = world.shadow(6 * BYTES);
     world.sources[..2].iter_mut().for_each(Remote::pause);
     let (outcome, kept) =
-        answered(world.seat(), &mut rank, Duration::from_secs(8), mpsc::channel().0);
+        answered(world.seat(), &mut rank, [20 * attempt, attempt], mpsc::channel().0);
     println!("{outcome:?}, {quarantine:?}");
     match outcome {
         Err(failed) => {

@@ -32,6 +32,10 @@ pub(crate) enum Task {
     E2e(Vec<String>),
     /// Run the models of the pool's locks.
     Loom,
+    /// Run tests under valgrind.
+    Valgrind(Vec<String>),
+    /// Run tests under ThreadSanitizer.
+    Tsan(Vec<String>),
     /// Kill, stop and restart processes over NIXL.
     Chaos(Vec<String>),
     /// Check the rules of the house.
@@ -76,6 +80,9 @@ impl Task {
             // These pass to pytest.
             "python" => Ok(Self::Python(without_separator(rest))),
             "e2e" => Ok(Self::E2e(without_separator(rest))),
+            // These are names of programs.
+            "valgrind" => Ok(Self::Valgrind(without_separator(rest))),
+            "tsan" => Ok(Self::Tsan(without_separator(rest))),
             "chaos" => Ok(Self::Chaos(without_separator(rest))),
             "bundle" => bundle::Options::parse(rest).map(Self::Bundle),
             "setup" => none(&name, &rest).map(|()| Self::Setup),
@@ -135,6 +142,8 @@ mod tests {
         assert_eq!(parse("python -- -k nixl"), Ok(Task::Python(strings(&["-k", "nixl"]))));
         assert_eq!(parse("e2e --case moe"), Ok(Task::E2e(strings(&["--case", "moe"]))));
         assert_eq!(parse("chaos --trials 3"), Ok(Task::Chaos(strings(&["--trials", "3"]))));
+        assert_eq!(parse("valgrind pull"), Ok(Task::Valgrind(strings(&["pull"]))));
+        assert_eq!(parse("tsan"), Ok(Task::Tsan(Vec::new())));
         assert_eq!(parse("bench --steps 3"), Ok(Task::Bench(strings(&["--steps", "3"]))));
     }
 

@@ -196,7 +196,7 @@ const SKIPPED: &str = "skipped for want of ";
 
 /// Sums the closing lines of the test binaries, of which cargo prints one for each.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Total {
+pub(crate) struct Total {
     seen: bool,
     passed: u64,
     failed: u64,
@@ -208,7 +208,8 @@ struct Total {
 }
 
 impl Total {
-    fn pass_through(&mut self, mut from: impl Read) -> io::Result<()> {
+    /// Prints what a program prints, and counts.
+    pub(crate) fn pass_through(&mut self, mut from: impl Read) -> io::Result<()> {
         let mut to = io::stdout().lock();
         let mut line = Vec::new();
         let mut chunk = [0; 4096];
@@ -230,8 +231,16 @@ impl Total {
         }
     }
 
+    pub(crate) fn passed(&self) -> u64 {
+        self.passed
+    }
+
+    pub(crate) fn failed(&self) -> u64 {
+        self.failed
+    }
+
     /// `test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s`
-    fn line(&mut self, line: &str) {
+    pub(crate) fn line(&mut self, line: &str) {
         // What the harness prints of a test may stand in front.
         if let Some((_, skipped)) = line.split_once(SKIPPED) {
             let mut parts = skipped.splitn(3, ": ");

@@ -1,7 +1,7 @@
 //! Help texts.
 
 /// Every task, in the order of the overview.
-pub(crate) const NAMES: [&str; 14] = [
+pub(crate) const NAMES: [&str; 16] = [
     "bench",
     "test",
     "refit",
@@ -13,6 +13,8 @@ pub(crate) const NAMES: [&str; 14] = [
     "python",
     "e2e",
     "loom",
+    "valgrind",
+    "tsan",
     "chaos",
     "tidy",
     "ci",
@@ -34,6 +36,8 @@ Tasks:
   python     build the Python package and test it
   e2e        refit a real vLLM engine from real Megatron-Core ranks, and compare its tokens
   loom       run the pool's locks in every order
+  valgrind   run the tests of memory under valgrind
+  tsan       run the tests of threads under ThreadSanitizer
   chaos      kill, stop and restart processes over NIXL, and count what does not hold
   tidy       check the rules of the house that no compiler checks
   ci         run what CI runs
@@ -55,6 +59,8 @@ pub(crate) fn of(name: &str) -> Option<&'static str> {
         "python" => PYTHON,
         "e2e" => E2E,
         "loom" => LOOM,
+        "valgrind" => VALGRIND,
+        "tsan" => TSAN,
         "chaos" => CHAOS,
         "tidy" => TIDY,
         "ci" => CI,
@@ -183,6 +189,26 @@ cargo xtask loom
 
 Runs the models of the pool's locks under loom: every order in which two or three threads can take them, within three
 preemptions. Builds into target/loom, because everything is built with `--cfg loom`; half a minute the first time.
+";
+
+const VALGRIND: &str = "\
+cargo xtask valgrind [PROGRAM]...
+
+Builds the tests that use the host's memory and the in-process transport, and runs them under valgrind's memcheck: all, or
+those of the PROGRAMs. Prints what was found in each, and fails if that is anything or a test fails. Needs valgrind.
+
+Example:
+  cargo xtask valgrind crates/pool pull
+";
+
+const TSAN: &str = "\
+cargo xtask tsan [PROGRAM]...
+
+Builds the tests in which threads share something for ThreadSanitizer, and runs them: all, or those of the PROGRAMs. Prints
+what was found in each, and fails if that is anything or a test fails. Needs nightly Rust, and builds into target/tsan.
+
+Example:
+  cargo xtask tsan crates/service pool_behaviour
 ";
 
 const CHAOS: &str = "\

@@ -6,6 +6,7 @@
 #![allow(clippy::print_stdout)]
 
 mod args;
+mod built;
 mod bundle;
 mod cargo;
 mod ci;
@@ -15,6 +16,7 @@ mod failure;
 mod help;
 mod ptx;
 mod python;
+mod sanitize;
 mod setup;
 mod tidy;
 
@@ -62,6 +64,8 @@ fn run(task: Task) -> Result<(), Failure> {
         Task::Python(args) => python::run(&root, &args),
         Task::E2e(args) => e2e::run(&root, &args),
         Task::Loom => cargo::loom(&root),
+        Task::Valgrind(args) => sanitize::valgrind::run(&root, &args),
+        Task::Tsan(args) => sanitize::tsan::run(&root, &args),
         Task::Chaos(args) => cargo::chaos(&root, &args),
         Task::Tidy => tidy::run(&root),
         Task::Ci { test } => ci::run(&root, test),
