@@ -15,6 +15,7 @@ from typing import Any, Literal
 from .types import (
     Config,
     EngineFacts,
+    LayerFacts,
     Offer,
     PostAction,
     Report,
@@ -132,6 +133,18 @@ def vllm(
 
     Raises:
         ConfigError, RefusedError, LayoutError: as `megatron`. A model with pipeline stages (`pp > 1`) has no layout yet.
+    """
+
+def check_engine(facts: EngineFacts) -> None:
+    """What `vllm` does with `facts`, for an engine whose layout comes from somewhere else.
+
+    Raises:
+        RefusedError: with what to change.
+    """
+
+def keeps(layer: LayerFacts, device: Literal["cuda", "rocm", "cpu", "xpu"]) -> bool:
+    """Whether a layer's live tensors are known to be as they were loaded, so that they may be written. Of any other layer
+    write tensors such as it is loaded into (`written`), and have the engine process these after every refit.
     """
 
 def bands(

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ._core import Layout, bands, megatron, shards, vllm
+from ._core import Layout, bands, check_engine, keeps, megatron, shards, vllm
 
-__all__ = ["Layout", "bands", "megatron", "shards", "vllm"]
+__all__ = ["Layout", "bands", "check_engine", "keeps", "megatron", "shards", "vllm"]

@@ -67,14 +67,15 @@ class LayerFacts(TypedDict, total=False):
     #: Of experts: `unquantized_backend` or `fp8_backend` of the `quant_method`. Of blockwise FP8: the class of
     #: `quant_method.fp8_linear`.
     kernel: str | None
+    #: The live tensors, which is the default; or such as a checkpoint is loaded into, which the engine processes after every
+    #: refit: in the model's type (`load_time`), in e4m3 with a scale for each block, or quantised in another way.
+    written: Literal["live", "load_time", "load_time_blocks", "load_time_quantized"]
 
 
 class EngineFacts(TypedDict, total=False):
     """How an engine keeps what it has loaded, under vLLM's names. What is left out is off."""
 
     device: Literal["cuda", "rocm", "cpu", "xpu"]
-    #: Whether what is written are tensors as a checkpoint is loaded, which the engine processes after every refit.
-    load_time: bool
     enable_eplb: bool
     redundant_experts: int
     fused_shared_experts: bool

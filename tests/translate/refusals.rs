@@ -9,7 +9,7 @@ use std::path::Path;
 use refit::planner::Dtype;
 use refit_tests::models;
 use refit_translate::megatron::{self, ParamFacts, SourceRank, TrainerFacts, TrainerOptions};
-use refit_translate::vllm::{Device, EngineFacts, LayerFacts};
+use refit_translate::vllm::{Device, EngineFacts, LayerFacts, Written};
 use refit_translate::{Reason, Refusal, Side, TensorSpec, TranslateError};
 
 const PARAMETER: &str = "torch.nn.parameter.Parameter";
@@ -155,6 +155,10 @@ fn refused() -> Vec<(Reason, Result<(), Refusal>)> {
             }),
         ),
         (R::QuantizedLayer, layer(LayerFacts::new("q", ""))),
+        (
+            R::QuantizedCheckpoint,
+            layer(LayerFacts::new("q", "q").with_written(Written::LoadTimeQuantized)),
+        ),
         (R::Eplb, engine(|facts| facts.enable_eplb = true)),
         (R::Eplb, engine(|facts| facts.redundant_experts = 2)),
         (R::FusedSharedExperts, engine(|facts| facts.fused_shared_experts = true)),
@@ -176,20 +180,33 @@ fn every_reason_is_refused_by_name() {
     assert_eq!(seen, Reason::ALL.iter().copied().collect());
 }
 
-/// What is processed anew after every refit may be anything; where experts are may not.
+/// What is processed anew after every refit may be on any kernel; where experts are may not change.
 #[test]
 fn load_time_tensors_are_free_of_kernels() {
-    let quantised = |facts: &mut EngineFacts| {
-        facts.load_time = true;
-        facts.device = Device::Cpu;
-        facts.layers.push(LayerFacts::new("q", "Fp8LinearMethod"));
-    };
-    engine(quantised).unwrap();
-    let moved = engine(|facts| {
-        quantised(facts);
-        facts.enable_eplb = true;
-    });
-    assert_eq!(moved.unwrap_err().reason, Reason::Eplb);
+    for written in [Written::LoadTime, Written::LoadTimeBlocks] {
+        layer(LayerFacts::new("q", "Fp8LinearMethod").with_written(written)).unwrap();
+        let experts = LayerFacts::new("e", EXPERTS).with_kernel("FLASHINFER_TRTLLM");
+        assert!(!experts.keeps(Device::Cuda));
+        layer(experts.clone().with_written(written)).unwrap();
+        let moved = engine(|facts| {
+            facts.layers.push(experts.with_written(written));
+            facts.enable_eplb = true;
+        });
+        assert_eq!(moved.unwrap_err().reason, Reason::Eplb);
+    }
+}
+
+/// What is written of a layer follows from where it keeps what it has loaded.
+#[test]
+fn a_layer_says_whether_it_keeps_what_it_has_loaded() {
+    let linear = LayerFacts::new("q", LINEAR);
+    assert!(linear.keeps(Device::Cuda) && !linear.keeps(Device::Cpu));
+    // On a CPU a head keeps its weight, and computes with a packed copy of it.
+    let head = LayerFacts::new("lm_head", "UnquantizedEmbeddingMethod");
+    assert!(head.keeps(Device::Cuda) && !head.keeps(Device::Cpu));
+    let written = linear.with_written(Written::LoadTimeQuantized);
+    assert!(written.keeps(Device::Cuda), "it is about the live tensors");
+    assert_eq!(layer(written).unwrap_err().reason, Reason::QuantizedCheckpoint);
 }
 
 /// Adapters need not be reported: their names are enough.

@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMapping, PyString};
 use refit::planner::Dtype;
 use refit::translate::megatron::{ParamFacts, TrainerFacts};
-use refit::translate::vllm::{Device, EngineFacts, LayerFacts};
+use refit::translate::vllm::{Device, EngineFacts, LayerFacts, Written};
 use refit::translate::{ModelConfig, TensorSpec};
 
 use crate::failure::{Failure, Kind};
@@ -195,19 +195,7 @@ pub(crate) fn engine_facts(facts: &Bound<'_, PyAny>) -> PyResult<EngineFacts> {
     let mut out = EngineFacts::default();
     each("engine facts", facts, |key, value| {
         match key {
-            "device" => {
-                out.device = one_of(
-                    "device",
-                    &value.extract::<String>()?,
-                    &[
-                        ("cuda", Device::Cuda),
-                        ("rocm", Device::Rocm),
-                        ("cpu", Device::Cpu),
-                        ("xpu", Device::Xpu),
-                    ],
-                )?;
-            }
-            "load_time" => out.load_time = value.extract()?,
+            "device" => out.device = device(&value.extract::<String>()?)?,
             "enable_eplb" => out.enable_eplb = value.extract()?,
             "redundant_experts" => out.redundant_experts = value.extract()?,
             "fused_shared_experts" => out.fused_shared_experts = value.extract()?,
@@ -222,13 +210,34 @@ pub(crate) fn engine_facts(facts: &Bound<'_, PyAny>) -> PyResult<EngineFacts> {
     Ok(out)
 }
 
-fn layer_facts(facts: &Bound<'_, PyAny>) -> PyResult<LayerFacts> {
+/// What an engine runs on.
+pub(crate) fn device(name: &str) -> Result<Device, Failure> {
+    let known = [
+        ("cuda", Device::Cuda),
+        ("rocm", Device::Rocm),
+        ("cpu", Device::Cpu),
+        ("xpu", Device::Xpu),
+    ];
+    one_of("device", name, &known)
+}
+
+/// What an engine says about one layer.
+pub(crate) fn layer_facts(facts: &Bound<'_, PyAny>) -> PyResult<LayerFacts> {
     let mut out = LayerFacts::new("", "");
     each("facts of a layer", facts, |key, value| {
         match key {
             "name" => out.name = value.extract()?,
             "quant_method" => out.quant_method = value.extract()?,
             "kernel" => out.kernel = value.extract()?,
+            "written" => {
+                let known = [
+                    ("live", Written::Live),
+                    ("load_time", Written::LoadTime),
+                    ("load_time_blocks", Written::LoadTimeBlocks),
+                    ("load_time_quantized", Written::LoadTimeQuantized),
+                ];
+                out.written = one_of("written", &value.extract::<String>()?, &known)?;
+            }
             _ => return Ok(false),
         }
         Ok(true)

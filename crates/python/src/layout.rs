@@ -289,6 +289,18 @@ fn names_of(held: &[TensorSpec]) -> ExpertNames {
     if flat { ExpertNames::Flat } else { ExpertNames::Routed }
 }
 
+/// Whether an engine with these facts is taken.
+#[pyfunction]
+pub(crate) fn check_engine(facts: &Bound<'_, PyAny>) -> PyResult<()> {
+    Ok(data::engine_facts(facts)?.check().map_err(Failure::from)?)
+}
+
+/// Whether a layer's live tensors are known to be as they were loaded.
+#[pyfunction]
+pub(crate) fn keeps(layer: &Bound<'_, PyAny>, device: &str) -> PyResult<bool> {
+    Ok(data::layer_facts(layer)?.keeps(data::device(device)?))
+}
+
 #[pyfunction]
 #[pyo3(name = "bands", signature = (document, *, rank = None))]
 pub(crate) fn of_bands(

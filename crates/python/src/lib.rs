@@ -57,6 +57,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(layout::of_vllm, module)?)?;
     module.add_function(wrap_pyfunction!(layout::of_bands, module)?)?;
     module.add_function(wrap_pyfunction!(layout::of_shards, module)?)?;
+    module.add_function(wrap_pyfunction!(layout::check_engine, module)?)?;
+    module.add_function(wrap_pyfunction!(layout::keeps, module)?)?;
     module.add_function(wrap_pyfunction!(nixl_library, module)?)?;
     Ok(())
 }

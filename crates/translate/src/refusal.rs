@@ -91,16 +91,16 @@ reasons! {
         => "set reuse_grad_buf_for_mxfp8_param_ag to false",
     /// `[up; gate]`.
     MoeFlashinferCutlass: Vllm, "experts run on FlashInfer's CUTLASS kernels, which swap gate and up"
-        => "start the engine with moe_backend=\"triton\"",
+        => "start the engine with moe_backend=\"triton\", or give the engine load-time tensors and have it process them again after every refit",
     /// Padded, permuted, in blocks.
     MoeFlashinferTrtllm: Vllm, "experts run on FlashInfer's TRTLLM kernels, which pad and permute rows in place, in the same shape"
-        => "start the engine with moe_backend=\"triton\"",
+        => "start the engine with moe_backend=\"triton\", or give the engine load-time tensors and have it process them again after every refit",
     /// Shuffled.
     MoeAiter: Vllm, "experts run on AITER, which shuffles them"
-        => "start the engine with moe_backend=\"triton\" and AITER's experts off",
+        => "start the engine with moe_backend=\"triton\" and AITER's experts off, or give the engine load-time tensors and have it process them again after every refit",
     /// Split.
     MoeMoonep: Vllm, "experts run on MOONEP, which splits them into other tensors"
-        => "start the engine with moe_backend=\"triton\"",
+        => "start the engine with moe_backend=\"triton\", or give the engine load-time tensors and have it process them again after every refit",
     /// Transposed.
     MoeXpu: Vllm, "experts run on XPU kernels, which transpose them"
         => "give the engine load-time tensors and have it process them again after every refit",
@@ -109,22 +109,25 @@ reasons! {
         => "give the engine load-time tensors and have it process them again after every refit",
     /// A backend that nobody has described, or that was not reported.
     MoeUnknown: Vllm, "the kernels of experts are not described, or were not reported"
-        => "report their backend, and start the engine with moe_backend=\"triton\"",
+        => "report their backend, and start the engine with moe_backend=\"triton\", or give the engine load-time tensors and have it process them again after every refit",
     /// Emptied after loading.
-    CpuLinear: Vllm, "linear layers run on a CPU, where loading packs and frees their weights"
+    CpuLinear: Vllm, "linear layers or heads run on a CPU, where loading packs their weights"
         => "give the engine load-time tensors and have it process them again after every refit",
     /// Perhaps transposed.
     XpuLinear: Vllm, "linear layers run on an XPU, where loading may transpose their weights"
         => "give the engine load-time tensors and have it process them again after every refit",
     /// Scales in another layout, weights perhaps requantised.
     DeepGemm: Vllm, "a layer runs on DeepGEMM, which lays scales out anew and may requantise weights"
-        => "turn DeepGEMM off (VLLM_USE_DEEP_GEMM=0)",
+        => "turn DeepGEMM off (VLLM_USE_DEEP_GEMM=0), or give the engine load-time tensors and have it process them again after every refit",
     /// Repacked.
     Marlin: Vllm, "a layer is packed for Marlin kernels"
-        => "serve the model unquantised",
+        => "serve the model unquantised, or give the engine load-time tensors and have it process them again after every refit",
     /// Requantised, transposed or repacked.
     QuantizedLayer: Vllm, "a layer is quantised, and its live tensors are not the checkpoint's"
         => "serve the model unquantised, or give the engine load-time tensors and have it process them again after every refit",
+    /// Not what a trainer publishes.
+    QuantizedCheckpoint: Vllm, "a layer loads what its checkpoint has quantised, which a trainer in bf16 does not publish"
+        => "start the engine from the unquantised checkpoint and have it quantise that as it loads (quantization=\"fp8_per_tensor\", say), or serve it unquantised",
     /// Experts move between slots.
     Eplb: Vllm, "expert load balancing moves experts between slots while the engine runs, or has redundant ones"
         => "start the engine without enable_eplb and without redundant experts",

@@ -20,7 +20,7 @@ use crate::roles::TargetCoords;
 use crate::slots::{Layer, Place, Slots, TargetSlot};
 use crate::{ModelConfig, PostAction, Side, TargetLayout, TensorSpec, TranslateError};
 
-pub use facts::{Device, EngineFacts, LayerFacts};
+pub use facts::{Device, EngineFacts, LayerFacts, Written};
 pub use rank::{EngineModel, EngineSizes, TargetRank};
 
 /// The layout of an engine rank that holds these tensors.

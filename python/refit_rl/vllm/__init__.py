@@ -8,7 +8,7 @@ vLLM loads it by itself where this package is installed (entry point `vllm.gener
     llm.update_weights({"update_info": {"version": 7}})
     llm.finish_weight_update("7")
 
-or, the last three with everything that belongs to them, `refit_rl.vllm.update(llm, 7)`. For a vLLM that has no weight-transfer
+or, with everything that belongs to them and with errors of `refit_rl.errors`, `refit_rl.vllm.init` and `refit_rl.vllm.update`. For a vLLM that has no weight-transfer
 backends there is `worker_extension_cls="refit_rl.vllm.worker.RefitWorker"`.
 
 Nothing here imports vLLM before one of its processes asks for it.
@@ -16,7 +16,7 @@ Nothing here imports vLLM before one of its processes asks for it.
 
 from __future__ import annotations
 
-from .client import update
+from .client import init, update
 from .options import InitInfo, UpdateInfo
 
-__all__ = ["InitInfo", "UpdateInfo", "update"]
+__all__ = ["InitInfo", "UpdateInfo", "init", "update"]

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, LayoutError
+from .places import Loaded
 
 #: A safetensors header may say that it is longer than anything a model needs.
 _LONGEST_HEADER = 100 << 20
@@ -60,11 +61,11 @@ def checkpoint_of(folder: str | Path) -> Checkpoint:
     return [(name, shape, dtype) for name, (shape, dtype) in sorted(found.items())]
 
 
-def capture(model: Any, checkpoint: Checkpoint, loaded: Callable[[Any], dict[str, Any]], *, rank: int) -> dict[str, Any]:
+def capture(model: Any, checkpoint: Checkpoint, loaded: Loaded, *, rank: int) -> dict[str, Any]:
     """The document (docs/bands.md) of one rank of an engine that stands still.
 
     Args:
-        loaded: of a module, its parameters as a checkpoint is loaded into them, by name.
+        loaded: of a module, its parameters as a checkpoint is loaded into them.
 
     Raises:
         LayoutError: a loader that does more than copy, or a parameter that the checkpoint does not fill.
@@ -125,28 +126,27 @@ def _is_contiguous(strided: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def emptied(model: Any, loaded: Callable[[Any], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The model with parameters on the meta device, in load-time shapes; what it had is put back whatever happens."""
+def emptied(model: Any, loaded: Loaded) -> Iterator[dict[str, Any]]:
+    """The model with parameters on the meta device, as they are loaded into; what it had is put back whatever happens."""
     from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
-    from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 
     before = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
     made: dict[int, Any] = {}
     try:
         for module, params, buffers in before:
-            remembered = loaded(module)
-            for name, live in params.items():
-                if live is None:
+            as_loaded = loaded(module)
+            for name, like in (params if as_loaded is None else as_loaded).items():
+                if like is None:
                     continue
-                if id(live) not in made:
-                    like = remembered.get(name)
-                    if like is None and name == "bias" and "weight" in remembered:
-                        made[id(live)] = to_meta_tensor(live).to(remembered["weight"].dtype)
-                        made[id(live)].__class__ = live.__class__
-                        made[id(live)].__dict__.update(live.__dict__)
-                    else:
-                        made[id(live)] = to_meta_tensor(live) if like is None else restore_layer_refs(like, module)
-                module._parameters[name] = made[id(live)]
+                # Tied parameters stay so.
+                live = params.get(name)
+                key = id(like if live is None else live)
+                if key not in made:
+                    made[key] = like if like.is_meta else to_meta_tensor(like)
+                module._parameters[name] = made[key]
+            if as_loaded is not None:
+                for name in params.keys() - as_loaded.keys():
+                    module._parameters[name] = None
             for name, buffer in buffers.items():
                 if buffer is not None:
                     module._buffers[name] = to_meta_tensor(buffer)

@@ -1,10 +1,29 @@
-"""One update of a whole engine, from the process that holds the `LLM`."""
+"""Weight updates of a whole engine, from the process that holds the `LLM`.
+
+An error in one of vLLM's workers reaches this process as a text. `init` and `update` raise it as what it was.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from ..errors import EngineError
+from .. import errors
+from ..errors import EngineError, RefitError
+
+
+def init(llm: Any, **init_info: Any) -> None:
+    """Joins the rendezvous with every rank of an offline engine (`vllm.LLM`): `rendezvous` and `model`, and what else there is in
+    `refit_rl.vllm.InitInfo`.
+
+    Raises:
+        ConfigError, RefusedError, LayoutError: with what to change. Nothing was joined then.
+        As `refit_rl.Target` besides.
+    """
+    with _as_they_were():
+        llm.init_weight_transfer_engine({"init_info": init_info})
 
 
 def update(llm: Any, version: int | None = None, *, timeout: float = 60.0) -> None:
@@ -12,15 +31,46 @@ def update(llm: Any, version: int | None = None, *, timeout: float = 60.0) -> No
 
     Raises:
         EngineError: requests are under way, or vLLM would not drop its prefix cache.
+        VersionError: the version is live already.
+        NotReadyError: the trainer offers no such version in time, or not one of this model.
+        As `refit_rl.Target.refresh` besides.
     """
     if llm.llm_engine.has_unfinished_requests():
         raise EngineError(
             "requests are under way, and would go on with keys and values of the old weights: finish or abort them first "
             "(of an AsyncLLM: pause_generation)"
         )
-    llm.start_weight_update()
-    llm.update_weights({"update_info": {"version": version, "timeout": timeout}})
+    with _as_they_were():
+        llm.start_weight_update()
+        llm.update_weights({"update_info": {"version": version, "timeout": timeout}})
     # Keys and values of the old weights go before anybody can see the new version.
     if llm.reset_prefix_cache() is False:
         raise EngineError("vLLM did not reset its prefix cache, which belongs to the old weights: no request may go on with it")
-    llm.finish_weight_update(None if version is None else str(version))
+    with _as_they_were():
+        llm.finish_weight_update(None if version is None else str(version))
+
+
+_SAID = re.compile(r"Worker failed with error '(\w+): (.*)', please check the stack trace", re.DOTALL)
+
+
+@contextmanager
+def _as_they_were() -> Iterator[None]:
+    try:
+        yield
+    except RefitError:
+        raise
+    except Exception as error:
+        said = _SAID.search(str(error))
+        if said is None or said[1] not in errors.__all__:
+            raise
+        raise getattr(errors, said[1])(said[2]) from error
+
+
+@contextmanager
+def named() -> Iterator[None]:
+    """In a worker: errors say in their text what they are, as vLLM passes on nothing else."""
+    try:
+        yield
+    except RefitError as error:
+        what = type(error).__name__
+        raise type(error)(f"{what}: {error}", error.tensors, error.ranks) from error

@@ -8,7 +8,8 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 from ..errors import NotFencedError
 from ..types import Report
-from .options import InitInfo, UpdateInfo
+from .client import named
+from .options import InitInfo, UpdateInfo, read
 from .receiver import Receiver
 
 
@@ -27,9 +28,18 @@ class RefitWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # 
         #: Of the last update.
         self.report: Report | None = None
 
+    def parse_init_info(self, init_dict: dict[str, Any]) -> InitInfo:
+        with named():
+            return read(InitInfo, init_dict)
+
+    def parse_update_info(self, update_dict: dict[str, Any]) -> UpdateInfo:
+        with named():
+            return read(UpdateInfo, update_dict)
+
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self.shutdown()
-        self._receiver = Receiver(self.model, self.vllm_config, init_info)
+        with named():
+            self._receiver = Receiver(self.model, self.vllm_config, init_info)
 
     def start_weight_update(self) -> None:
         self._opened()
@@ -40,12 +50,17 @@ class RefitWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # 
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        self.report = self._opened().refresh(update_info)
+        receiver = self._opened()
+        with named():
+            self.report = receiver.refresh(update_info)
         self._received = True
 
     def finish_weight_update(self) -> None:
         if not self._received:
-            raise NotFencedError("finish_weight_update: nothing was received. Call update_weights after start_weight_update")
+            with named():
+                raise NotFencedError(
+                    "finish_weight_update: nothing was received. Call update_weights after start_weight_update"
+                )
 
     def shutdown(self) -> None:
         receiver, self._receiver = self._receiver, None
@@ -54,5 +69,8 @@ class RefitWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # 
 
     def _opened(self) -> Receiver:
         if self._receiver is None:
-            raise NotFencedError("not initialized: call init_weight_transfer_engine first, with rendezvous and model in init_info")
+            with named():
+                raise NotFencedError(
+                    "not initialized: call init_weight_transfer_engine first, with rendezvous and model in init_info"
+                )
         return self._receiver

@@ -9,41 +9,31 @@ from ..errors import EngineError, RefusedError
 from ..types import PostAction
 
 
-def process(module: Any, tensors: dict[str, Any], parameter: Any) -> None:
-    """Puts load-time tensors into a module and has its `quant_method` process them, as behind loading a checkpoint.
-
-    What is staged is written again by the next pull, so the module gets copies: some kernels keep what they are given.
-
-    Args:
-        parameter: makes a parameter of a tensor.
-    """
-    for name, tensor in tensors.items():
-        before = module._parameters[name]
-        fresh = parameter(tensor.clone())
-        fresh.__dict__.update(before.__dict__)
-        if before.shape == fresh.shape and before.dtype == fresh.dtype:
-            # Same memory, so that a tied twin has it too.
-            before.data.copy_(fresh.data)
-        else:
-            module._parameters[name] = fresh
-    method = module.quant_method
-    if getattr(method, "moe_kernel", None) is not None:
-        # With a kernel there already, vLLM 0.32 takes the weights for an update of packed ones and leaves them unpacked.
-        method.moe_kernel = None
-    method.process_weights_after_loading(module)
+def actions_of(model: Any, names: Sequence[str]) -> list[PostAction]:
+    """What has to be derived behind a refit of these parameters, of a model whose layout does not say so itself."""
+    absorbed = {id(it.kv_b_proj) for it in model.modules() if _is_latent(it)}
+    latent = [f"{path}.weight" for path, module in model.named_modules() if id(module) in absorbed]
+    sinks = [name for name in names if name.rpartition(".")[2] == "sinks"]
+    found: list[PostAction] = []
+    if latent:
+        found.append({"kind": "absorb_mla", "params": latent})
+    if sinks:
+        found.append({"kind": "copy_sinks", "params": sinks})
+    return found
 
 
-def sharers(model: Any, staged: list[tuple[Any, dict[str, Any]]]) -> list[Any]:
-    """Modules that share a staged parameter with another one (a tied head), and pack a copy of it of their own."""
-    owners = {id(module) for module, _ in staged}
-    shared = {id(module._parameters[name]) for module, tensors in staged for name in tensors}
-    return [
-        module
-        for module in model.modules()
-        if id(module) not in owners
-        and getattr(module, "quant_method", None) is not None
-        and any(id(value) in shared for value in module._parameters.values() if value is not None)
-    ]
+def latent_attention(model: Any) -> list[tuple[str, Any]]:
+    """Attention that absorbs a projection into tensors of its own, by name."""
+    return [(path, module) for path, module in model.named_modules() if _is_latent(module)]
+
+
+def _is_latent(module: Any) -> bool:
+    return (
+        getattr(module, "kv_b_proj", None) is not None
+        and hasattr(module, "kv_lora_rank")
+        and hasattr(module, "impl")
+        and callable(getattr(module, "process_weights_after_loading", None))
+    )
 
 
 def post_actions(model: Any, actions: Sequence[PostAction], dtype: Any) -> None:
@@ -58,14 +48,7 @@ def post_actions(model: Any, actions: Sequence[PostAction], dtype: Any) -> None:
         if action["kind"] == "absorb_mla":
             for param in action["params"]:
                 projection = modules.get(param.rpartition(".")[0])
-                owners = [
-                    it
-                    for it in modules.values()
-                    if getattr(it, "kv_b_proj", None) is projection
-                    and hasattr(it, "kv_lora_rank")
-                    and hasattr(it, "impl")
-                    and callable(getattr(it, "process_weights_after_loading", None))
-                ]
+                owners = [it for it in modules.values() if _is_latent(it) and it.kv_b_proj is projection]
                 if projection is None or not owners:
                     raise EngineError(f"no latent attention was found that absorbs `{param}`", tensors=[param])
                 for owner in owners:

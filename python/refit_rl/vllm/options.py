@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, TypeVar
 
 from ..errors import ConfigError
 
@@ -63,6 +63,26 @@ class UpdateInfo:
         whole = isinstance(self.version, int) and not isinstance(self.version, bool) and self.version >= 0
         if self.version is not None and not whole:
             raise ConfigError(f"update_info: `version` is a number from 0, not {self.version!r}")
+
+
+_Info = TypeVar("_Info", InitInfo, UpdateInfo)
+
+
+def read(kind: type[_Info], given: dict[str, Any]) -> _Info:
+    """Options of plain data.
+
+    Raises:
+        ConfigError: one that is not known, one that has to be there, or a wrong value.
+    """
+    what = "init_info" if kind is InitInfo else "update_info"
+    known = [field.name for field in fields(kind)]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ConfigError(f"Invalid {what}: `{unknown[0]}` is not known; there is {', '.join(known)}")
+    missing = [it.name for it in fields(kind) if it.default is MISSING and it.name not in given]
+    if missing:
+        raise ConfigError(f"Invalid {what}: `{missing[0]}` has to be there")
+    return kind(**given)
 
 
 def check_version(version: str, allow_unknown: bool) -> None:

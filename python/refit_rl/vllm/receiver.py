@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 from .. import Layout, Target, layouts
-from ..errors import ConfigError, InvalidTargetError, NotReadyError, RefusedError, VersionError
+from ..errors import ConfigError, InvalidTargetError, NotReadyError, RefitError, RefusedError, VersionError
 from ..types import PostAction, Report
-from . import install, places
+from . import install, places, reload
+from .graphs import Captured
 from .options import InitInfo, UpdateInfo, check_version
 
 
@@ -28,22 +30,28 @@ class Receiver:
         check_version(vllm.__version__, info.allow_unknown_vllm)
         device = platform()
         check_settings(vllm_config, info, device)
+        check_hooks(model)
         self._model, self._config, self._torch = model, vllm_config, torch
         on = next(model.parameters()).device
 
         def empty(shape: Any, dtype: Any) -> Any:
             return torch.zeros(tuple(shape), dtype=dtype, device=on)
 
-        self._places = places.find(model, device, loaded_as, empty)
         parallel = vllm_config.parallel_config
-        self._facts = {
-            **self._places.facts,
+        facts = {
             "enable_eplb": bool(getattr(parallel, "enable_eplb", False)),
             "redundant_experts": int(getattr(getattr(parallel, "eplb_config", None), "num_redundant_experts", 0) or 0),
+            "fused_shared_experts": any(getattr(it, "num_fused_shared_experts", 0) for it in model.modules()),
         }
+        self._places = places.find(model, device, reload.as_loaded, empty, facts)
         self.rank, self.ranks = world()
         self.layout = self._layout(info)
+        #: What this layout calls for, or, where it says nothing, what its modules call for.
+        self._actions = self.layout.post_actions or install.actions_of(model, self.layout.names)
+        self._captured = self._graphs(device)
         self._installed = False
+        #: Whether the ranks have told each other that they hold what is to be installed.
+        self._landed = False
         self._target = Target(
             info.rendezvous,
             self.layout,
@@ -54,8 +62,8 @@ class Receiver:
             mode=info.mode,
             pause=self._begin,
             post_actions=self._install,
-            # A captured layout calls for no actions, and has to be installed all the same.
-            resume=lambda _: None if self._installed else self._install([]),
+            # A captured layout calls for no actions itself, and has to be installed all the same.
+            resume=lambda _: None if self._installed else self._install(self._actions),
             checks=info.checks,
             job=info.job,
             key_file=info.key_file,
@@ -78,10 +86,10 @@ class Receiver:
             NotReadyError: the trainer offers no such version in time.
             As `Target.refresh` besides.
         """
-        live = self._target.version
-        if info.version is not None and live is not None and info.version <= live:
+        live = everywhere(self._target.version)
+        if info.version is not None and all(version is not None and info.version <= version for version in live):
             raise VersionError(
-                f"version {info.version} was asked for, and {live} is live: ask for a newer one, or leave `version` out"
+                f"version {info.version} was asked for, and {min(live)} is live: ask for a newer one, or leave `version` out"
             )
         deadline = time.monotonic() + info.timeout
         report, seen = self._together(info.version, info.timeout)
@@ -99,19 +107,24 @@ class Receiver:
     def _together(self, version: int | None, timeout: float, held: Report | None = None) -> tuple[Report, list[int]]:
         """One refresh, unless such a version is held; and what each rank has then. All raise where one does."""
         report, failed = held, None
+        self._landed = False
         try:
             if report is None or version is None or report["version"] < version:
                 report = self._target.refresh(version, timeout=timeout)
-        except Exception as error:  # Every rank has to come to the exchange, or the others would wait there.
-            failed = error
-        outcomes = everywhere((report["version"] if report else 0, failed and f"{type(failed).__name__}: {failed}"))
+            if not self._landed:
+                # Nothing was read here. Processing may need all ranks, so this one takes part.
+                self._install(self._actions)
+        except Exception as error:  # Every rank has to come to the exchanges, or the others would wait there.
+            failed = error.__cause__ if isinstance(error.__cause__, RefitError) else error
+        said = failed and f"{type(failed).__name__}: {failed}"
+        if not self._landed:
+            everywhere(said)
+        outcomes = everywhere((report["version"] if report else 0, said))
         if failed is not None:
             raise failed
         for rank, (_, text) in enumerate(outcomes):
             if text is not None:
-                raise InvalidTargetError(
-                    f"rank {rank} of the engine has not got the version, so none may go on: {text}", ranks=[rank]
-                )
+                raise _not_together(rank, text)
         assert report is not None
         return report, [version for version, _ in outcomes]
 
@@ -122,21 +135,37 @@ class Receiver:
         self._installed = False
 
     def _install(self, actions: list[PostAction]) -> None:
+        # Quantising as it is loaded asks the other ranks for the largest element, so none begins before all have landed.
+        self._landed = True
+        for rank, text in enumerate(everywhere(None)):
+            if text is not None:
+                raise _not_together(rank, text)
+        self._process(actions)
+        self._installed = True
+
+    def _process(self, actions: list[PostAction]) -> None:
         from vllm.config import set_current_vllm_config
 
-        torch = self._torch
-        staged = self._places.staged_modules
+        model_config = self._config.model_config
+        with self._torch.no_grad(), set_current_vllm_config(self._config), self._as_when_loading():
+            for _, module, tensors in self._places.processed:
+                reload.process(module, tensors, model_config)
+            install.post_actions(self._model, actions, model_config.dtype)
+            if self._captured is not None:
+                self._captured.refill()
 
-        def parameter(tensor: Any) -> Any:
-            return torch.nn.Parameter(tensor, requires_grad=False)
+    def _as_when_loading(self) -> AbstractContextManager[None]:
+        from vllm.utils.torch_utils import set_default_torch_dtype
 
-        with torch.no_grad(), set_current_vllm_config(self._config):
-            for module, tensors in staged:
-                install.process(module, tensors, parameter)
-            for module in install.sharers(self._model, staged):
-                module.quant_method.process_weights_after_loading(module)
-            install.post_actions(self._model, actions, self._config.model_config.dtype)
-        self._installed = True
+        return set_default_torch_dtype(self._config.model_config.dtype)
+
+    def _graphs(self, device: str) -> Captured | None:
+        """What CUDA graphs read of modules that are processed anew, where there may be some."""
+        if device == "cpu" or getattr(self._config.model_config, "enforce_eager", False):
+            return None
+        processed = [(name, module) for name, module, _ in self._places.processed]
+        modules = [*processed, *install.latent_attention(self._model)]
+        return Captured(modules, self._torch.is_tensor) if modules else None
 
     def _layout(self, info: InitInfo) -> Layout:
         stages = int(getattr(self._config.parallel_config, "pipeline_parallel_size", 1))
@@ -146,7 +175,7 @@ class Receiver:
                     hf_config(self._config),
                     {name: place.tensor for name, place in self._places.by_name.items()},
                     rank=self.rank,
-                    facts=self._facts,  # type: ignore[arg-type]
+                    facts=self._places.facts,  # type: ignore[arg-type]
                     **coordinates(self._config),
                 )
             except ConfigError as error:
@@ -160,25 +189,18 @@ class Receiver:
         """The layout as the engine's own loader writes it."""
         from .capture import capture, checkpoint_of
 
-        unknown = [layer["name"] for layer in self._facts["layers"] if not raw(layer, self._facts["device"])]
-        if unknown or self._facts["enable_eplb"] or self._facts["redundant_experts"]:
-            raise RefusedError(
-                "what this engine has loaded is not what it computes with, so a captured layout would be wrong: serve the "
-                'model unquantised, with moe_backend="triton" and without enable_eplb',
-                tensors=unknown[:1],
-            )
+        # Whether a trainer has such elements the built-in layouts alone can tell.
+        quantized: Any = [
+            {"name": name, "quant_method": "captured", "written": "load_time_quantized"} for name in self._places.quantized
+        ]
+        layouts.check_engine({"layers": quantized})
         folder = info.checkpoint or self._config.model_config.model
-        document = capture(self._model, checkpoint_of(folder), loaded_as, rank=self.rank)
+        document = capture(self._model, checkpoint_of(folder), reload.as_loaded, rank=self.rank)
         return layouts.bands(json.dumps(document), rank=self.rank)
 
 
-def raw(layer: dict[str, Any], device: str) -> bool:
-    """Whether a layer that is not staged keeps what it has loaded."""
-    if layer["quant_method"] == "UnquantizedFusedMoEMethod":
-        return (layer["kernel"] or "").upper() in ("TRITON", "BATCHED_TRITON")
-    if layer["quant_method"] == "UnquantizedLinearMethod":
-        return device in ("cuda", "rocm")
-    return layer["quant_method"] == "UnquantizedEmbeddingMethod"
+def _not_together(rank: int, text: str) -> InvalidTargetError:
+    return InvalidTargetError(f"rank {rank} of the engine has not got the version, so none may go on: {text}", ranks=[rank])
 
 
 def platform() -> str:
@@ -203,17 +225,27 @@ def check_settings(config: Any, info: InitInfo, device: str) -> None:
         raise RefusedError(
             "scales of the KV cache belong to the weights they were calculated under: turn calculate_kv_scales off"
         )
+    offload = getattr(config, "offload_config", None)
+    settings = (cache, offload, getattr(offload, "uva", None), getattr(offload, "prefetch", None))
+    if any(getattr(of, name, 0) for of in settings for name in ("cpu_offload_gb", "offload_group_size")):
+        raise RefusedError(
+            "weights that are offloaded to the host are moved while the engine runs: turn cpu_offload_gb and offload_group_size off"
+        )
     if device == "cpu" and not getattr(config.model_config, "enforce_eager", False):
         raise RefusedError(
             "compiled code on a CPU keeps the packed weights that it was compiled with: start the engine with enforce_eager=True"
         )
 
 
-def loaded_as(module: Any) -> dict[str, Any]:
-    """A module's parameters as a checkpoint is loaded into them; vLLM remembers them for its own reload."""
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
-    return dict(get_layerwise_info(module).restore_metadata[0])
+def check_hooks(model: Any) -> None:
+    """Raises `RefusedError` for a model that derives state from its weights in ways that are its own."""
+    for path, module in model.named_modules():
+        if reload.has_own_hook(module):
+            raise RefusedError(
+                f"`{path}` ({type(module).__name__}) derives state from weights in a way of its own, which would stay that of the old "
+                "ones: serve a model whose class in vLLM has no process_weights_after_loading",
+                tensors=[path],
+            )
 
 
 def hf_config(config: Any) -> dict[str, Any]:

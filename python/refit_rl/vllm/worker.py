@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import NotFencedError
-from .options import InitInfo, UpdateInfo
+from .client import named
+from .options import InitInfo, UpdateInfo, read
 from .receiver import Receiver
 
 
@@ -24,14 +25,16 @@ class RefitWorker:
 
     def refit_init(self, init_info: dict[str, Any]) -> None:
         self.refit_close()
-        self.refit_receiver = Receiver(self.model_runner.get_model(), self.vllm_config, InitInfo(**init_info))
+        with named():
+            self.refit_receiver = Receiver(self.model_runner.get_model(), self.vllm_config, read(InitInfo, init_info))
 
     def refit_update(self, update_info: dict[str, Any]) -> dict[str, Any]:
         """The report of this rank."""
         receiver = getattr(self, "refit_receiver", None)
-        if receiver is None:
-            raise NotFencedError("call refit_init first")
-        return dict(receiver.refresh(UpdateInfo(**update_info)))
+        with named():
+            if receiver is None:
+                raise NotFencedError("call refit_init first")
+            return dict(receiver.refresh(read(UpdateInfo, update_info)))
 
     def refit_close(self) -> None:
         receiver = getattr(self, "refit_receiver", None)

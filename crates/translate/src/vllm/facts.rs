@@ -29,9 +29,6 @@ pub enum Device {
 pub struct EngineFacts {
     /// What it runs on.
     pub device: Device,
-    /// Whether the tensors that are written are not the live ones but as a checkpoint is loaded, and the engine
-    /// processes them (`process_weights_after_loading`) after every refit. Then kernels do not matter.
-    pub load_time: bool,
     /// `enable_eplb`.
     pub enable_eplb: bool,
     /// `num_redundant_experts`.
@@ -40,6 +37,23 @@ pub struct EngineFacts {
     pub fused_shared_experts: bool,
     /// Every layer that has parameters and a `quant_method`.
     pub layers: Vec<LayerFacts>,
+}
+
+/// Which tensors of a layer are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Written {
+    /// The live ones, which the kernel reads.
+    #[default]
+    Live,
+    /// Such as a checkpoint is loaded into, in the model's type. The engine processes them
+    /// (`process_weights_after_loading`) after every refit, so kernels do not matter.
+    LoadTime,
+    /// The same where the checkpoint has e4m3 elements and a scale for each block of them, which the layout asks for by
+    /// name and type.
+    LoadTimeBlocks,
+    /// The same where the checkpoint has elements that were quantised in another way.
+    LoadTimeQuantized,
 }
 
 /// What an engine says about one layer.
@@ -53,13 +67,16 @@ pub struct LayerFacts {
     /// The kernel, of experts and of blockwise FP8. Of experts, `unquantized_backend` or `fp8_backend` of their
     /// `quant_method`, by name (`TRITON`) or value; of a linear layer, the class of `quant_method.fp8_linear`.
     pub kernel: Option<String>,
+    /// What is written of it.
+    pub written: Written,
 }
 
 impl LayerFacts {
-    /// A layer that `quant_method` looks after.
+    /// A layer that `quant_method` looks after, and whose live tensors are written.
     #[must_use]
     pub fn new(name: impl Into<String>, quant_method: impl Into<String>) -> Self {
-        Self { name: name.into(), quant_method: quant_method.into(), kernel: None }
+        let (name, quant_method) = (name.into(), quant_method.into());
+        Self { name, quant_method, kernel: None, written: Written::Live }
     }
 
     /// This layer on this kernel.
@@ -69,17 +86,37 @@ impl LayerFacts {
         self
     }
 
+    /// This layer with these of its tensors written.
+    #[must_use]
+    pub fn with_written(mut self, written: Written) -> Self {
+        self.written = written;
+        self
+    }
+
+    /// Whether the live tensors are known to be as they were loaded. What is not has to be processed anew after every
+    /// refit, whether it is refused for that or [written](Written) as it is loaded.
+    #[must_use]
+    pub fn keeps(&self, device: Device) -> bool {
+        self.kernel_reason(device).is_none()
+    }
+
     fn check(&self, device: Device) -> Result<(), Refusal> {
-        let Some(reason) = self.reason(device) else { return Ok(()) };
-        let Self { name, quant_method, kernel } = self;
+        let reason = match self.written {
+            Written::Live => self.kernel_reason(device),
+            Written::LoadTime | Written::LoadTimeBlocks => None,
+            Written::LoadTimeQuantized => Some(Reason::QuantizedCheckpoint),
+        };
+        let Some(reason) = reason else { return Ok(()) };
+        let Self { name, quant_method, kernel, .. } = self;
         let kernel = kernel.as_ref().map(|kernel| format!(" on {kernel}")).unwrap_or_default();
         Err(Refusal::new(reason, format!("`{name}` of {quant_method}{kernel}")))
     }
 
-    /// Why the layer is refused; `None` where it keeps what it has loaded.
-    fn reason(&self, device: Device) -> Option<Reason> {
+    /// Why live tensors are not to be written; `None` where they stay as they were loaded.
+    fn kernel_reason(&self, device: Device) -> Option<Reason> {
         match last(&self.quant_method) {
-            "UnquantizedEmbeddingMethod" => None,
+            // A head on a CPU computes with a packed copy.
+            "UnquantizedEmbeddingMethod" => (device == Device::Cpu).then_some(Reason::CpuLinear),
             "UnquantizedLinearMethod" => match device {
                 Device::Cuda | Device::Rocm => None,
                 Device::Cpu => Some(Reason::CpuLinear),
@@ -145,9 +182,6 @@ impl EngineFacts {
         }
         if self.fused_shared_experts {
             return Err(Refusal::new(Reason::FusedSharedExperts, ""));
-        }
-        if self.load_time {
-            return Ok(());
         }
         self.layers.iter().try_for_each(|layer| layer.check(self.device))
     }
