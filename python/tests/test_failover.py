@@ -51,11 +51,11 @@ def test_a_fresh_agent_takes_over_from_one_that_cannot_settle(nixl: str, tmp_pat
     with two_sources(tmp_path) as (first, _, target):
         began = time.monotonic()
         # Half of the time is for the newest version, and the rest for others.
-        read = target.ask("refresh", version=4, timeout=6.0)
+        read = target.ask("refresh", version=4, timeout=16.0)
         assert "error" not in read, read
         assert (read["version"], read["group"], read["whole"], read["serving"]) == (4, "second", True, 4)
         assert read["retries"] == {"late": 1}
-        assert 3.0 <= time.monotonic() - began < 6.5
+        assert 8.0 <= time.monotonic() - began < 17.0
         assert target.ask("stats")["quarantined_bytes"] >= BYTES
         first.resume()
         settles(target, 0)
@@ -79,7 +79,7 @@ def test_a_direct_target_has_no_other_memory_and_says_that_it_is_a_mix(nixl: str
         began = time.monotonic()
         late = target.ask("refresh", version=4, timeout=3.0)
         assert late["error"] == "InvalidTargetError" and "until a refresh succeeds" in late["text"], late
-        assert time.monotonic() - began < 4.0
+        assert time.monotonic() - began < 6.0
         assert target.ask("look")["live"] is None
         first.resume()
         read = target.ask("refresh", version=4)

@@ -16,7 +16,8 @@ from refit_rl import Source, Target, errors
 
 pytestmark = pytest.mark.parametrize("number", range(int(os.environ.get("REFIT_PYTHON_ROUNDS", "1"))))
 
-TTL = 2.0
+#: Longer than a process that runs goes without its turn.
+TTL = 4.0
 
 
 def another(store: str, replica: str) -> Target:
@@ -25,18 +26,13 @@ def another(store: str, replica: str) -> Target:
     return Target(store, layout("target"), {"w": live}, model="m", replica=replica)
 
 
-def silence(process: Process, folder: Path) -> None:
-    """Stops a process until the store has taken it for dead."""
-    before = sessions(folder)
+def silence(process: Process, folder: Path, left: int) -> None:
+    """Stops a process until the store has taken it for dead, and knows so many others."""
     process.stop()
     deadline = time.monotonic() + 60
-    while sessions(folder) == before:
-        assert time.monotonic() < deadline, "the store has noticed nothing"
+    while (found := len(list((folder / "sessions").iterdir()))) != left:
+        assert time.monotonic() < deadline, f"{found} sessions are there"
         time.sleep(0.05)
-
-
-def sessions(folder: Path) -> set[str]:
-    return {session.name for session in (folder / "sessions").iterdir()}
 
 
 def source(store: str, **options: object) -> tuple[Source, np.ndarray]:
@@ -60,7 +56,7 @@ def test_a_staged_target_joins_again_within_its_next_refresh(
         first = target.ask("refresh", version=1)
         assert (first["version"], first["rejoins"], first["wire_bytes"], first["whole"]) == (1, 0, BYTES, True)
 
-        silence(target, tmp_path)
+        silence(target, tmp_path, 2)
         target.resume()
         assert target.ask("look") == {"live": 1, "whole": True, "serving": None}
         # What it has is what is committed: nothing is read for it, and it answers for it again.
@@ -68,7 +64,7 @@ def test_a_staged_target_joins_again_within_its_next_refresh(
         assert (again["version"], again["rejoins"], again["wire_bytes"]) == (1, 1, 0)
         assert (again["group"], again["live"], again["whole"], again["serving"]) == (None, 1, True, 1)
 
-        silence(target, tmp_path)
+        silence(target, tmp_path, 2)
         target.resume()
         commit(trainer, held, 2)
         newer = target.ask("refresh", version=2)
@@ -89,7 +85,7 @@ def test_a_direct_target_goes_on_under_another_session(nixl: str, tmp_path: Path
     with trainer, another(store, "other") as other, ordered("target", store, ttl=TTL, mode="direct", relay=relay) as target:
         commit(trainer, held, 1)
         assert target.ask("refresh", version=1)["rejoins"] == 0
-        silence(target, tmp_path)
+        silence(target, tmp_path, 2)
         target.resume()
         commit(trainer, held, 2)
         newer = target.ask("refresh", version=2)
@@ -107,7 +103,7 @@ def test_a_target_whose_place_was_taken_says_so_and_leaves_the_other_there(
     with trainer, ordered("target", store, ttl=TTL) as former:
         commit(trainer, held, 1)
         former.ask("refresh", version=1)
-        silence(former, tmp_path)
+        silence(former, tmp_path, 1)
         with ordered("target", store, ttl=TTL) as next_life:
             next_life.ask("refresh", version=1)
             former.resume()
@@ -124,7 +120,7 @@ def test_a_source_offers_its_version_again_while_its_trainer_does_nothing(
     store = f"dir:{tmp_path}"
     with another(store, "other") as other, ordered("source", store, ttl=TTL) as trainer:
         assert trainer.ask("commit", version=1) == {"offers": 1}
-        silence(trainer, tmp_path)
+        silence(trainer, tmp_path, 1)
         trainer.resume()
         # The trainer is told nothing meanwhile.
         report = other.refresh(1, timeout=60)
@@ -140,7 +136,7 @@ def test_a_source_whose_place_was_taken_says_so_and_leaves_the_other_there(
     store = f"dir:{tmp_path}"
     with another(store, "other") as other, ordered("source", store, ttl=TTL, timeout=1.0) as former:
         former.ask("commit", version=1)
-        silence(former, tmp_path)
+        silence(former, tmp_path, 1)
         trainer, held = source(store)
         with trainer:
             commit(trainer, held, 2)
@@ -159,7 +155,7 @@ def test_a_trainer_that_lost_its_session_while_it_wrote_offers_what_it_wrote(
     with another(store, "other") as other, ordered("source", store, ttl=TTL) as trainer:
         trainer.ask("commit", version=1)
         assert trainer.ask("begin") == {"begun": None}
-        silence(trainer, tmp_path)
+        silence(trainer, tmp_path, 1)
         trainer.resume()
         with pytest.raises(errors.NotReadyError):
             other.refresh(1, timeout=1)
