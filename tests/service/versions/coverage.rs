@@ -100,12 +100,10 @@ fn read(fleet: &Fleet, layouts: &[RankLayout], wanted: &RankLayout) -> Result<Bu
     let mut reader = fleet.reader("engine", ReaderOptions::default());
     let mut patience = 40;
     let answer = loop {
-        let refused = match reader.refresh(&mut direct, &Wanted::default(), millis(patience)) {
-            Ok(_) => break Ok(held(&direct)),
-            Err(refused) => refused,
-        };
-        let causes = refused.attempts.iter().map(|attempt| attempt.failure.cause);
-        let cause = causes.filter(|&cause| cause != Cause::Late).next_back();
+        let read = reader.refresh(&mut direct, &Wanted::default(), millis(patience));
+        let Err(refused) = read else { break Ok(held(&direct)) };
+        let mut causes = refused.attempts.iter().map(|attempt| attempt.failure.cause);
+        let cause = causes.rfind(|&cause| cause != Cause::Late);
         match cause {
             // Until it has been tried, and the target is back from that, however busy the machine is.
             None if patience < 40_000 => patience *= 2,

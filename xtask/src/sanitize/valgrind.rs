@@ -10,7 +10,7 @@ use super::{Program, Tool, chosen, control, targets, watch, whole};
 use crate::{built, cargo, failure::Failure};
 
 /// What has memory in its hands, and is not the same test with other numbers.
-const PROGRAMS: [Program; 24] = [
+const PROGRAMS: [Program; 23] = [
     whole("crates/pool"),
     whole("crates/transport"),
     whole("crates/refit"),
@@ -46,8 +46,13 @@ const PROGRAMS: [Program; 24] = [
     whole("sealed"),
     whole("service_cut_over"),
     whole("service_deaths"),
-    whole("service_versions"),
 ];
+
+/// Programs that are left out as a whole, and why.
+const LEFT_OUT: [(&str, &str); 1] = [(
+    "service_versions",
+    "its attempts last 100 to 200 ms, in which nothing is read this slowly; `cargo xtask tsan` runs it",
+)];
 
 const TOOL: Tool = Tool { name: "valgrind", command, errors };
 
@@ -55,6 +60,9 @@ const TOOL: Tool = Tool { name: "valgrind", command, errors };
 pub(crate) fn run(root: &Path, names: &[String]) -> Result<(), Failure> {
     let programs = chosen(&PROGRAMS, names)?;
     there()?;
+    for (program, why) in LEFT_OUT {
+        println!("left out: {program}: {why}");
+    }
     control::check(root, &TOOL, "tests/sanitize/stale.rs", Command::new("rustc"))?;
     let mut command = cargo::cargo(root);
     command.args(targets(&programs));
