@@ -191,8 +191,9 @@ impl<R: Rendezvous> Reader<R> {
         self.options.attempt = attempt;
     }
 
-    /// Goes on under another session, after one has ended.
+    /// Goes on under another session, after one has ended, and counts that.
     pub fn reseat(&mut self, seat: Seat<R>) {
+        self.stats.rejoins += 1;
         self.seat = seat;
         // It went with the session.
         *self.asked.borrow_mut() = None;

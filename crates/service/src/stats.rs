@@ -26,7 +26,7 @@ pub struct ServiceStats {
     pub installs: u64,
     /// Rounds of a replica that this rank saw aborted.
     pub aborts: u64,
-    /// Times a source, or a rank of a replica, came back after its session had ended.
+    /// Times a source, a reader or a rank of a replica came back after its session had ended.
     pub rejoins: u64,
     /// Attempts to read that failed, by cause.
     pub retries: Retries,

@@ -4,10 +4,10 @@ use std::time::Instant;
 /// Has a process that was told to end come out of what it waits for. Clones are the same.
 ///
 /// Given to a [`Seat`](crate::Seat::with_stop) and to targets ([`Shadow`](crate::rank::Shadow::with_stop),
-/// [`Direct`](crate::rank::Direct::with_stop)), it brings their deadlines forward. From when it is [told](Self::tell), who waits for others, or would, does what it does at
-/// its deadline: a bound rank decides its round, a version that was closed is offered again, nothing new is read. Reads that are
-/// under way may write for as long as their peers like, and a connection that is cut may take the peer down; so
-/// they are waited for, under their lease, for a while longer.
+/// [`Direct`](crate::rank::Direct::with_stop)), it brings their deadlines forward. From when it is [told](Self::tell), who waits
+/// for others, or would, does what it does at its deadline: a bound rank decides its round, a version that was closed is
+/// offered again, nothing new is read. Reads that are under way may write for as long as their peers like, and a connection
+/// that is cut may take the peer down; so they are waited for, under their lease, for a while longer.
 ///
 /// Leaving is not cut: what is given back then is waited for until the deadline of whoever leaves.
 #[derive(Clone, Debug, Default)]

@@ -89,7 +89,6 @@ pub(super) struct Alone<R: Rendezvous, P: Holder> {
     /// What a relay of its own is called.
     pub(super) not_from: String,
     pub(super) version: Option<u64>,
-    pub(super) rejoins: u64,
 }
 
 impl<R: Rendezvous, P: Holder + Reseat<R>> Cycle<R> for Alone<R, P> {
@@ -113,7 +112,6 @@ impl<R: Rendezvous, P: Holder + Reseat<R>> Cycle<R> for Alone<R, P> {
         // First: a reader whose session has ended says so when this did not work.
         self.rank.reseat(seat, deadline).map_err(|error| of_replica(error.into()))?;
         self.reader.reseat(seat.clone());
-        self.rejoins += 1;
         Ok(self.version)
     }
 
@@ -122,9 +120,7 @@ impl<R: Rendezvous, P: Holder + Reseat<R>> Cycle<R> for Alone<R, P> {
     }
 
     fn stats(&self) -> ServiceStats {
-        let mut stats = *self.reader.stats();
-        stats.rejoins = self.rejoins;
-        stats
+        *self.reader.stats()
     }
 }
 

@@ -217,7 +217,7 @@ impl<R: Rendezvous> Pulling<R> {
     ) -> Result<(), CliError> {
         self.house.voice.say(joined);
         let not_from = self.args.replica.clone();
-        let mut alone = Alone { rank, reader, not_from, version: None, rejoins: 0 };
+        let mut alone = Alone { rank, reader, not_from, version: None };
         self.go_on(&mut alone, check)?;
         drop(alone);
         self.house.voice.say(&Event::Left { unreleased: 0 });

@@ -47,7 +47,7 @@ pub(super) struct Join {
 impl Join {
     pub(super) fn with<P: Holder + 'static>(self, holder: P) -> Box<dyn Reading> {
         let Self { notes, reader, place, replica, live } = self;
-        Box::new(InPlace { holder, notes, reader, place, replica, live, read: None, rejoins: 0 })
+        Box::new(InPlace { holder, notes, reader, place, replica, live, read: None })
     }
 }
 
@@ -61,8 +61,6 @@ struct InPlace<P> {
     live: Live,
     /// What was read last.
     read: Option<Refreshed>,
-    /// Times its session had ended.
-    rejoins: u64,
 }
 
 /// A holder whose refresh ends when a callback has raised: trying again would call it again.
@@ -104,7 +102,6 @@ impl<P: Holder> InPlace<P> {
         // First: a reader whose session has ended says so when this did not work.
         self.holder.reseat(&seat, deadline)?;
         self.reader.reseat(seat);
-        self.rejoins += 1;
         Ok(())
     }
 
@@ -167,8 +164,7 @@ impl<P: Holder> Reading for InPlace<P> {
     }
 
     fn figures(&self) -> Figures {
-        let (mut service, relay) = (*self.reader.stats(), self.holder.offering());
-        service.rejoins = self.rejoins;
+        let (service, relay) = (*self.reader.stats(), self.holder.offering());
         Figures { service, relay, pulls: self.holder.totals(), pool: self.holder.pool_stats() }
     }
 
