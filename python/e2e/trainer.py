@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+#: Where it trains: a GPU for each rank, where there are GPUs.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: Tokens of a sequence, sequences of a batch, and how often the optimizer writes before a version is published: enough that the
 #: model knows its batch by heart. Then the best next token is no matter of rounding.
 SEQUENCE, SEQUENCES, UPDATES = 24, 2, 16
@@ -102,7 +104,7 @@ def build(options: argparse.Namespace, config: dict[str, Any]) -> tuple[Any, Any
             overlap_param_gather=options.overlap,
             overlap_grad_reduce=options.overlap,
         ),
-        Float16Module(transformer, model),
+        Float16Module(transformer, model.to(DEVICE)),
     )
     # Copies begin equal; on a real trainer a checkpoint sees to that.
     model.broadcast_params()
@@ -123,7 +125,7 @@ def build(options: argparse.Namespace, config: dict[str, Any]) -> tuple[Any, Any
 def batch(seed: int, vocabulary: int) -> torch.Tensor:
     """Tokens and, one further, what is to be predicted."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, vocabulary, (SEQUENCES, SEQUENCE + 1), generator=generator)
+    return torch.randint(0, vocabulary, (SEQUENCES, SEQUENCE + 1), generator=generator).to(DEVICE)
 
 
 def forward_backward(model: Any, tokens: torch.Tensor, *, forward_only: bool) -> float | None:
@@ -131,8 +133,8 @@ def forward_backward(model: Any, tokens: torch.Tensor, *, forward_only: bool) ->
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def forward(_: Any, of: Any) -> Any:
-        positions = torch.arange(SEQUENCE).expand(SEQUENCES, -1)
-        mask = torch.triu(torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool), 1)
+        positions = torch.arange(SEQUENCE, device=DEVICE).expand(SEQUENCES, -1)
+        mask = torch.triu(torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool, device=DEVICE), 1)
         output = of(tokens[:, :-1], positions, mask, labels=tokens[:, 1:].contiguous())
 
         def loss(losses: torch.Tensor) -> Any:
@@ -165,7 +167,7 @@ def dump(model: Any, folder: Path) -> None:
             "ep": state.get_expert_model_parallel_rank(),
             "dp": state.get_data_parallel_rank(),
             "layers": [layer.layer_number - 1 for layer in inner.decoder.layers],
-            "params": {name: param.detach().clone() for name, param in inner.named_parameters()},
+            "params": {name: param.detach().cpu().clone() for name, param in inner.named_parameters()},
         },
         folder / f"rank{dist.get_rank()}.pt",
     )
@@ -207,10 +209,14 @@ def step(model: Any, optimizer: Any, publisher: Any, version: int, options: Any,
 def main() -> None:
     options = arguments()
     torch.set_num_threads(1)
-    import cpu
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ["RANK"]))
+        dist.init_process_group("nccl")
+    else:
+        import cpu
 
-    cpu.enter()
-    dist.init_process_group("gloo")
+        cpu.enter()
+        dist.init_process_group("gloo")
     config = json.loads((Path(options.model) / "config.json").read_text())
     model, _, optimizer = build(options, config)
 

@@ -4,6 +4,7 @@ compares with one `memcpy` of the same bytes. In host memory; `refit bench` of t
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import sys
@@ -55,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if any(shape and shape[0] < options.sources for shape in shapes.values()):
         print(f"bench: a tensor has fewer rows than there are {options.sources} --sources", file=sys.stderr)
+        return 2
+    if importlib.util.find_spec("numpy") is None:
+        print("bench: its tensors are numpy's: pip install numpy", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="refit-bench-") as folder:
         try:

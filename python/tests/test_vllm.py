@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from refit_rl.errors import ConfigError, EngineError, InvalidTargetError, RefusedError, VersionError
+from refit_rl.errors import ConfigError, EngineError, InvalidTargetError, NotReadyError, RefusedError, VersionError
 from refit_rl.vllm import install, places, plugin, receiver, update
 from refit_rl.vllm.capture import _pad, checkpoint_of
 from refit_rl.vllm.graphs import Captured
@@ -402,6 +402,31 @@ def test_an_update_resets_the_cache_before_anybody_sees_the_version() -> None:
         "reset",
         ("finish_weight_update", "7"),
     ]
+
+
+def test_an_engine_whose_weights_have_no_name_is_given_none() -> None:
+    engine = Engine()
+    finished: list[str] = []
+    engine.finish_weight_update = lambda: finished.append("finished")  # type: ignore[attr-defined]
+    update(engine, 7)
+    assert finished == ["finished"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Worker failed with error 'NotReadyError: no group offers one', please check the stack trace above for the root cause",
+        "Call to collective_rpc method failed: NotReadyError: no group offers one",
+    ],
+)
+def test_what_a_worker_raised_is_raised_again(said: str) -> None:
+    def fails(_: Any) -> None:
+        raise Exception(said)
+
+    engine = Engine()
+    engine.update_weights = fails  # type: ignore[attr-defined]
+    with pytest.raises(NotReadyError, match="^no group offers one$"):
+        update(engine, 7)
 
 
 def test_an_engine_that_is_not_paused_is_left_alone() -> None:

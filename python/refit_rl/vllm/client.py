@@ -5,6 +5,7 @@ An error in one of vLLM's workers reaches this process as a text. `init` and `up
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,11 +47,17 @@ def update(llm: Any, version: int | None = None, *, timeout: float = 60.0) -> No
     # Keys and values of the old weights go before anybody can see the new version.
     if llm.reset_prefix_cache() is False:
         raise EngineError("vLLM did not reset its prefix cache, which belongs to the old weights: no request may go on with it")
+    # Older releases give the weights of an engine no name.
+    names = [] if version is None or not inspect.signature(llm.finish_weight_update).parameters else [str(version)]
     with _as_they_were():
-        llm.finish_weight_update(None if version is None else str(version))
+        llm.finish_weight_update(*names)
 
 
-_SAID = re.compile(r"Worker failed with error '(\w+): (.*)', please check the stack trace", re.DOTALL)
+#: How vLLM passes on what a worker said: one in a process of its own, and one in the engine's.
+_SAID = re.compile(
+    r"Worker failed with error '(\w+): (.*)', please check the stack trace|Call to collective_rpc method failed: (\w+): (.*)\Z",
+    re.DOTALL,
+)
 
 
 @contextmanager
@@ -61,9 +68,10 @@ def _as_they_were() -> Iterator[None]:
         raise
     except Exception as error:
         said = _SAID.search(str(error))
-        if said is None or said[1] not in errors.__all__:
+        what, text = (said[1] or said[3], said[2] or said[4]) if said else ("", "")
+        if what not in errors.__all__:
             raise
-        raise getattr(errors, said[1])(said[2]) from error
+        raise getattr(errors, what)(text) from error
 
 
 @contextmanager

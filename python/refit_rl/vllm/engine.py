@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
-from ..errors import NotFencedError
+from ..errors import ConfigError, NotFencedError
 from ..types import Report
 from .client import named
 from .options import InitInfo, UpdateInfo, read
@@ -61,6 +61,12 @@ class RefitWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # 
                 raise NotFencedError(
                     "finish_weight_update: nothing was received. Call update_weights after start_weight_update"
                 )
+
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """What releases before vLLM 0.32 have a trainer push its weights with."""
+        with named():
+            raise ConfigError("nothing is pushed: publish with refit_rl's Publisher or Source, and call update_weights on the engine")
 
     def shutdown(self) -> None:
         receiver, self._receiver = self._receiver, None

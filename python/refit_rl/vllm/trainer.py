@@ -1,5 +1,6 @@
 """The trainer's side of vLLM's weight transfer, for loops that drive an engine through it. Importing this makes vLLM's
-`WeightTransferTrainerFactory` know the backend `refit`; it needs vLLM, as that factory does.
+`WeightTransferTrainerFactory` know the backend `refit`; it needs vLLM, as that factory does, and raises `ImportError` for one whose
+factory is of another kind (0.26).
 
 ::
 
@@ -17,6 +18,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -26,6 +28,12 @@ from vllm.distributed.weight_transfer.base import TrainerInitInfo
 from ..errors import ConfigError, NotFencedError, NotReadyError
 from .options import InitInfo
 from .plugin import BACKEND
+
+if "config" in inspect.signature(WeightTransferTrainerFactory.trainer_init).parameters:
+    # Up to 0.26 at least its trainers are made with a configuration of the engine's.
+    raise ImportError(
+        "this vLLM's WeightTransferTrainerFactory is older than 0.32's: publish as ever, and call update_weights on the engine"
+    )
 
 
 class Publishes(Protocol):
