@@ -38,7 +38,7 @@ def train(options: argparse.Namespace) -> None:
     cpu.enter()
     dist.init_process_group("gloo")
     config = json.loads((Path(options.model) / "config.json").read_text())
-    model, _, optimizer = trainer.build(options, config)
+    model, optimizer = trainer.build(options, config)
     tokens = trainer.batch(1, config["vocab_size"])
     first = dist.get_rank() == 0
     orders = os.fdopen(options.in_fd) if first else None
@@ -53,7 +53,8 @@ def train(options: argparse.Namespace) -> None:
             if order["do"] == "stop":
                 break
             for _ in range(UPDATES):
-                model.zero_grad_buffer()
+                for chunk in model:
+                    chunk.zero_grad_buffer()
                 optimizer.zero_grad()
                 loss = trainer.forward_backward(model, tokens, forward_only=False)
                 publisher.before_step()  # waits until no engine reads
@@ -109,7 +110,7 @@ def main() -> None:
         parser.add_argument(name, help=argparse.SUPPRESS)
     for name in ("--in-fd", "--out-fd"):
         parser.add_argument(name, type=int, help=argparse.SUPPRESS)
-    parser.set_defaults(pp=1, ep=1, overlap=False)
+    parser.set_defaults(pp=1, vpp=1, ep=1, etp=None, overlap=False, te=False, bridge=False)
     options = parser.parse_args()
     if options.model:
         train(options)

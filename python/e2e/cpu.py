@@ -42,6 +42,7 @@ def enter() -> None:
 
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment]
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    torch.cuda.Stream = Stream  # type: ignore[assignment,misc]
     torch.cuda.current_stream = lambda *_: Stream()  # type: ignore[assignment,return-value]
     torch.cuda.default_stream = torch.cuda.current_stream
     torch.cuda.stream = lambda _: contextlib.nullcontext()  # type: ignore[assignment,return-value]

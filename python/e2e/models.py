@@ -36,6 +36,8 @@ MODELS: dict[str, dict[str, Any]] = {
         **{key: value for key, value in _COMMON.items() if key != "head_dim"},
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
+        # Megatron-LM pads this, and so does vLLM.
+        "vocab_size": 250,
         "hidden_size": 128,
         "intermediate_size": 192,
         "tie_word_embeddings": True,
@@ -54,7 +56,45 @@ MODELS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [],
         "router_aux_loss_coef": 0.0,
     },
+    # For Megatron-Bridge only: `megatron` and the reference do not know it.
+    "deepseek-v3": {
+        **{key: value for key, value in _COMMON.items() if key not in ("head_dim", "rope_theta")},
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "qk_head_dim": 24,
+        "v_head_dim": 16,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "n_group": 2,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 0,
+    },
 }
+
+
+def vocabulary(config: dict[str, Any], tp: int) -> int:
+    """Rows of the embedding, as Megatron-LM pads it. Its loss knows no better than that they are all tokens."""
+    return -(-config["vocab_size"] // (128 * tp)) * 128 * tp
+
+
+def experts(config: dict[str, Any]) -> int | None:
+    return config.get("num_experts") or config.get("n_routed_experts")
 
 
 def head_dim(config: dict[str, Any]) -> int:

@@ -8,6 +8,8 @@ heart and publishes; the engine is then asked to go on with the beginnings of th
   (`reference.py`, which shares nothing with refit),
 - they are not those that the engine gave with the version before,
 - and transformers' loss on that checkpoint is the loss that the trainer computed with its own modules.
+
+Where Megatron-Bridge built the model, that checkpoint has to be what it exports, too, and the ranks have to hold what it loaded.
 """
 
 from __future__ import annotations
@@ -38,28 +40,46 @@ BEGINNINGS, TOKENS = (3, 8), 12
 LOSS_TOLERANCE = 0.02
 #: Starting an engine takes a minute or two on two cores; nothing may take for ever.
 PATIENCE = 600.0
+#: What is said of a trainer's sizes.
+SIZES = ("tp", "pp", "vpp", "ep", "etp", "dp")
+#: Where the stand-in for Transformer Engine lies: Megatron-Core uses it where it can be imported.
+TE = HERE / "te"
 
 
 @dataclass(frozen=True)
 class Case:
     model: str
-    #: The trainer's sizes.
+    #: The trainer's sizes, and how many copies of the model it has.
     tp: int = 1
     pp: int = 1
+    #: Virtual stages of each pipeline stage.
+    vpp: int = 1
     ep: int = 1
+    #: Tensor parallelism of experts; without it that of everything else.
+    etp: int | None = None
     dp: int = 1
     overlap: bool = False
+    #: Layers of Transformer Engine, as `te` stands in for it, in place of Megatron-Core's own.
+    te: bool = False
+    #: Megatron-Bridge builds the model, out of these layers, and loads the checkpoint that the engine starts from.
+    bridge: bool = False
     #: The engine's tensor parallelism.
     engine: int = 1
 
     @property
     def name(self) -> str:
-        sizes = "".join(f"{what}{size}" for what in ("tp", "pp", "ep", "dp") if (size := getattr(self, what)) > 1)
-        return f"{self.model}-{sizes or 'tp1'}-to-tp{self.engine}"
+        sizes = "".join(f"{what}{size}" for what in SIZES if (size := getattr(self, what) or 1) > 1)
+        how = "bridge-" if self.bridge else "te-" if self.te else ""
+        return f"{self.model}-{how}{sizes or 'tp1'}-to-tp{self.engine}"
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that hold one copy of the model: layers and experts are cut among the same ones, each in their own way."""
+        return self.pp * max(self.tp, self.ep * (self.etp or self.tp))
 
     @property
     def world(self) -> int:
-        return self.tp * self.pp * self.ep * self.dp
+        return self.ranks * self.dp
 
 
 CASES = (
@@ -71,6 +91,13 @@ CASES = (
     Case("qwen2.5", pp=2, engine=1),
     Case("qwen3-moe", ep=2, engine=2),
     Case("qwen3-moe", pp=2, engine=1),
+    # Two chunks of the model on a rank, with one layer each.
+    Case("qwen3", pp=2, vpp=2, engine=2),
+    # Experts are cut like everything else, or whole on one rank each.
+    Case("qwen3-moe", tp=2, etp=2, te=True, engine=1),
+    Case("qwen3-moe", tp=2, ep=2, etp=1, bridge=True, engine=2),
+    Case("qwen3", tp=2, bridge=True, engine=2),
+    Case("qwen2.5", pp=2, vpp=2, bridge=True, engine=1),
 )
 #: For machines with fewer GPUs than those cases have ranks.
 SINGLE = tuple(Case(model) for model in models.MODELS)
@@ -153,8 +180,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def environment(**more: str) -> dict[str, str]:
-    """Two cores are shared by all processes."""
+def environment(*folders: Path, **more: str) -> dict[str, str]:
+    """Two cores are shared by all processes. What is in `folders` can be imported."""
     given = {
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
@@ -165,7 +192,7 @@ def environment(**more: str) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
     # vLLM's workers import what stands beside the engine's script.
-    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(HERE), *map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, **given, "PYTHONPATH": os.pathsep.join(paths), **more}
 
 
@@ -176,11 +203,12 @@ def training(case: Case, folder: Path) -> Iterator[Talk]:
     write_config(case, folder)
     world = case.world
     port = str(free_port())
-    sizes = [f"--{what}={getattr(case, what)}" for what in ("tp", "pp", "ep")]
+    sizes = [f"--{what}={size}" for what in SIZES if what != "dp" and (size := getattr(case, what))]
     command = [sys.executable, str(HERE / "trainer.py"), *common(case, folder), *sizes, f"--dump={folder / 'held'}"]
-    command += ["--overlap"] if case.overlap else []
+    command += [f"--{flag}" for flag in ("overlap", "te", "bridge") if getattr(case, flag)]
+    folders = [TE] if case.te or case.bridge else []
     envs = [
-        environment(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        environment(*folders, RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         for rank in range(world)
     ]
     trainer = Talk("trainer", [command] * world, envs, folder / "trainer.log")
@@ -231,8 +259,8 @@ def one_version(case: Case, folder: Path, trainer: Talk, engine: Talk, version: 
 
     trained = trainer.ask(do="step", version=version)
     config = models.MODELS[case.model]
-    held = reference.load(folder / "held" / str(version))
-    reference.save(folder / "hf" / str(version), reference.state(held, config), config)
+    weights = reference.state(reference.load(folder / "held" / str(version)), config)
+    reference.save(folder / "hf" / str(version), weights, config)
     hugging = reference.model(folder / "hf" / str(version))
     loss = reference.loss(hugging, trained["tokens"])
     prompts = [tokens[:count] for tokens in trained["tokens"] for count in BEGINNINGS]
@@ -249,6 +277,8 @@ def one_version(case: Case, folder: Path, trainer: Talk, engine: Talk, version: 
         "tokens_differ_from_before": all(one != other for one, other in zip(before, after, strict=True)),
         "loss_equals_trainer": abs(loss - trained["loss_after"]) < LOSS_TOLERANCE,
     }
+    if case.bridge:
+        checks["reference_equals_bridge"] = reference.same(weights, exported(folder, version))
     return {
         "version": version,
         "passed": all(checks.values()),
@@ -266,12 +296,30 @@ def one_version(case: Case, folder: Path, trainer: Talk, engine: Talk, version: 
     }
 
 
+def exported(folder: Path, version: int) -> Path:
+    """What Megatron-Bridge made of a version; 0 is what it loaded."""
+    return folder / "held" / str(version) / "bridge.safetensors"
+
+
+def loaded(case: Case, folder: Path) -> dict[str, bool]:
+    """Whether the ranks held the checkpoint once Megatron-Bridge had loaded it."""
+    import reference
+    from safetensors.torch import load_file
+
+    checkpoint = load_file(folder / "initial" / "model.safetensors")
+    held = reference.state(reference.load(folder / "held" / "0"), models.MODELS[case.model])
+    return {
+        "reference_equals_checkpoint": reference.same(held, folder / "initial" / "model.safetensors"),
+        "bridge_equals_checkpoint": reference.same(checkpoint, exported(folder, 0)),
+    }
+
+
 def run(case: Case, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     result: dict[str, Any] = {
         "case": case.name,
         "model": models.MODELS[case.model]["architectures"][0],
-        "trainer": {what: getattr(case, what) for what in ("tp", "pp", "ep", "dp", "overlap")},
+        "trainer": {what: getattr(case, what) for what in (*SIZES, "overlap", "te", "bridge")},
         "engine": {"tp": case.engine},
         "versions": [],
     }
@@ -282,6 +330,8 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
             ready = trainer.answer()
             if ready["copies"] != case.dp:
                 raise Broken(f"the trainer publishes {ready['copies']} copies of the model, not {case.dp}")
+            if case.bridge:
+                result["loaded"] = loaded(case, folder)
             engine.answer()
             for version in VERSIONS:
                 row = one_version(case, folder, trainer, engine, version)
@@ -291,7 +341,8 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
         result["error"] = str(error)
         print(f"| {case.name} | {error}", flush=True)
     rows = result["versions"]
-    result["passed"] = "error" not in result and len(rows) == len(VERSIONS) and all(row["passed"] for row in rows)
+    done = len(rows) == len(VERSIONS) and all(row["passed"] for row in rows) and all(result.get("loaded", {}).values())
+    result["passed"] = "error" not in result and done
     result["seconds"] = round(time.monotonic() - began, 1)
     return result
 
@@ -328,7 +379,7 @@ def packages() -> dict[str, str]:
     import refit_rl
 
     found = {"refit-rl": refit_rl.__version__}
-    for name in ("megatron-core", "vllm", "vllm-cpu", "torch", "transformers", "nixl-cu12", "nixl-cu13"):
+    for name in ("megatron-core", "megatron-bridge", "vllm", "vllm-cpu", "torch", "transformers", "nixl-cu12", "nixl-cu13"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
