@@ -67,11 +67,14 @@ def build(options: argparse.Namespace, config: dict[str, Any]) -> tuple[list[Any
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     import bridge
 
     parallel_state.initialize_model_parallel(**sizes(options))
     torch.manual_seed(1 + parallel_state.get_pipeline_model_parallel_rank())
+    if DEVICE == "cuda":
+        model_parallel_cuda_manual_seed(1)
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         overlap_param_gather=options.overlap,

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from ..errors import ConfigError
 
-#: Minor releases of vLLM whose sources this was read in; 0.32 was executed.
+#: Minor releases of vLLM whose sources this was read in; 0.26 was executed on a GPU, 0.32 on CPUs.
 KNOWN_VLLM = ((0, 25), (0, 26), (0, 32), (0, 33))
 
 
