@@ -122,6 +122,13 @@ impl Wanted {
     pub fn exactly(version: u64) -> Self {
         Self { at_least: version, at_most: Some(version), ..Self::default() }
     }
+
+    /// The same, but nothing that this group offers: of a replica whose ranks relay, what they have its own ranks have, too.
+    #[must_use]
+    pub fn but_not_from(mut self, group: impl Into<String>) -> Self {
+        self.not_from = Some(group.into());
+        self
+    }
 }
 
 /// A version that was read whole.

@@ -391,8 +391,7 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
 
     /// Nothing that its own ranks offer: they have what this one has.
     fn wanted(&self, at_least: u64, prefer: Option<u64>) -> Wanted {
-        let not_from = Some(self.place.replica.clone());
-        Wanted { prefer, not_from, ..Wanted::at_least(at_least) }
+        Wanted { prefer, ..Wanted::at_least(at_least).but_not_from(&self.place.replica) }
     }
 
     fn install(&mut self, version: u64) {

@@ -216,8 +216,8 @@ impl<R: Rendezvous> Pulling<R> {
         check: impl Fn(&Self) -> Result<(), CliError>,
     ) -> Result<(), CliError> {
         self.house.voice.say(joined);
-        let not_from = self.args.replica.clone();
-        let mut alone = Alone { rank, reader, not_from, version: None };
+        let replica = self.args.replica.clone();
+        let mut alone = Alone { rank, reader, replica, version: None };
         self.go_on(&mut alone, check)?;
         drop(alone);
         self.house.voice.say(&Event::Left { unreleased: 0 });
@@ -316,8 +316,7 @@ impl<R: Rendezvous> Pulling<R> {
         progress: Instant,
         cycle: &mut impl Cycle<R>,
     ) -> Result<bool, Missed> {
-        let wanted =
-            Wanted { not_from: Some(self.args.replica.clone()), ..Wanted::at_least(at_least) };
+        let wanted = Wanted::at_least(at_least).but_not_from(&self.args.replica);
         let began = Instant::now();
         loop {
             if stop.is_set() {

@@ -92,9 +92,8 @@ impl<P: Puller> Puller for Prompt<'_, P> {
 }
 
 impl<P: Holder> InPlace<P> {
-    /// Nothing that its own ranks offer.
     fn wanted(&self, at_least: u64) -> Wanted {
-        Wanted { not_from: Some(self.replica.clone()), ..Wanted::at_least(at_least) }
+        Wanted::at_least(at_least).but_not_from(&self.replica)
     }
 
     fn rejoin(&mut self, deadline: Instant) -> Result<(), Failure> {
