@@ -20,9 +20,6 @@ use crate::model;
 use crate::sizes::{SourceSizes, TargetSizes};
 use crate::transports::TransportName;
 
-/// The variable of the environment that the job's key is taken from when there is no file.
-const KEY_VARIABLE: &str = "REFIT_JOB_KEY";
-
 /// What both sides have to be told.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Common {
@@ -258,11 +255,6 @@ impl Common {
             }
             at => Ok(at),
         }
-    }
-
-    /// The variable with the job's key, if there is one.
-    pub(super) fn key_variable() -> Option<&'static str> {
-        std::env::var_os(KEY_VARIABLE).is_some().then_some(KEY_VARIABLE)
     }
 
     fn model(&self) -> Result<(ModelConfig, String), CliError> {

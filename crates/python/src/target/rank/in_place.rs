@@ -3,18 +3,18 @@
 use std::time::{Duration, Instant};
 
 use refit::transport::Transport;
-use refit_service::Reseat;
 use refit_service::groups::Offer;
 use refit_service::puller::{Cause, PullFailure, Puller, Reading as Version};
 use refit_service::rank::{Counted, Direct};
 use refit_service::reader::{Reader, Refreshed, Wanted};
 use refit_service::relay::Relay;
 use refit_service::rendezvous::RendezvousError;
+use refit_service::{Reseat, Seats};
 
 use super::{Live, Reading};
 use crate::engine::{Callbacks, Notes};
+use crate::entry::Meeting;
 use crate::failure::Failure;
-use crate::place::{Meeting, Place};
 use crate::report::Figures;
 
 /// What holds the live parameters.
@@ -39,15 +39,15 @@ impl<T: Transport> Holder for Relay<Meeting, Direct<T, Callbacks>> {
 pub(super) struct Join {
     pub(super) notes: Notes,
     pub(super) reader: Reader<Meeting>,
-    pub(super) place: Place,
+    pub(super) seats: Seats<Meeting>,
     pub(super) replica: String,
     pub(super) live: Live,
 }
 
 impl Join {
     pub(super) fn with<P: Holder + 'static>(self, holder: P) -> Box<dyn Reading> {
-        let Self { notes, reader, place, replica, live } = self;
-        Box::new(InPlace { holder, notes, reader, place, replica, live, read: None })
+        let Self { notes, reader, seats, replica, live } = self;
+        Box::new(InPlace { holder, notes, reader, seats, replica, live, read: None })
     }
 }
 
@@ -56,7 +56,7 @@ struct InPlace<P> {
     holder: P,
     notes: Notes,
     reader: Reader<Meeting>,
-    place: Place,
+    seats: Seats<Meeting>,
     replica: String,
     live: Live,
     /// What was read last.
@@ -97,7 +97,7 @@ impl<P: Holder> InPlace<P> {
     }
 
     fn rejoin(&mut self, deadline: Instant) -> Result<(), Failure> {
-        let seat = self.place.seat()?;
+        let seat = self.seats.take()?;
         // First: a reader whose session has ended says so when this did not work.
         self.holder.reseat(&seat, deadline)?;
         self.reader.reseat(seat);
