@@ -155,3 +155,26 @@ impl Begin for Join {
         }
     }
 }
+
+/// Does something that needs a session, and where that has ended, joins again and does it once more. It is tried again behind
+/// the first time it joined, even at the deadline: a session may have ended long ago.
+fn rejoining<S, O, E: Into<Failure>>(
+    rank: &mut S,
+    deadline: Instant,
+    act: impl Fn(&mut S) -> Result<O, E>,
+    is_session_ended: impl Fn(&E) -> bool,
+    rejoin: impl Fn(&mut S) -> Result<(), Failure>,
+) -> Result<O, Failure> {
+    let mut rejoined = false;
+    loop {
+        let error = match act(rank) {
+            Ok(output) => return Ok(output),
+            Err(error) => error,
+        };
+        if !is_session_ended(&error) || (rejoined && Instant::now() >= deadline) {
+            return Err(error.into());
+        }
+        rejoin(rank)?;
+        rejoined = true;
+    }
+}

@@ -11,7 +11,7 @@ use refit_service::relay::Relay;
 use refit_service::rendezvous::RendezvousError;
 use refit_service::{Reseat, Seats};
 
-use super::{Live, Reading};
+use super::{Live, Reading, rejoining};
 use crate::engine::{Callbacks, Notes};
 use crate::entry::Meeting;
 use crate::failure::Failure;
@@ -106,20 +106,12 @@ impl<P: Holder> InPlace<P> {
 
     fn catch_up(&mut self, at_least: u64, deadline: Instant) -> Result<Refreshed, Failure> {
         let wanted = self.wanted(at_least);
-        let mut rejoined = false;
-        loop {
-            let Self { holder, notes, live, reader, .. } = self;
-            let error = match reader.refresh(&mut Prompt { holder, notes, live }, &wanted, deadline)
-            {
-                Ok(refreshed) => return Ok(refreshed),
-                Err(error) => error,
-            };
-            if !error.is_session_ended() || (rejoined && Instant::now() >= deadline) {
-                return Err(error.into());
-            }
-            self.rejoin(deadline)?;
-            rejoined = true;
-        }
+        let read = |it: &mut Self| {
+            let Self { holder, notes, live, reader, .. } = it;
+            reader.refresh(&mut Prompt { holder, notes, live }, &wanted, deadline)
+        };
+        let rejoin = |it: &mut Self| it.rejoin(deadline);
+        rejoining(self, deadline, read, |error| error.is_session_ended(), rejoin)
     }
 }
 

@@ -7,11 +7,11 @@ use refit_service::groups::Offer;
 use refit_service::rank::Counted;
 use refit_service::reader::{Reader, Refreshed};
 use refit_service::rendezvous::RendezvousError;
-use refit_service::replica::{Replica, ReplicaRank, Stage};
+use refit_service::replica::{Replica, ReplicaError, ReplicaRank, Stage};
 use refit_service::source::GroupRank;
 use refit_service::{Reseat, Seat, Seats};
 
-use super::{Live, Reading};
+use super::{Live, Reading, rejoining};
 use crate::entry::Meeting;
 use crate::failure::{Failure, Kind};
 use crate::report::Figures;
@@ -58,18 +58,10 @@ impl<S: Stage + Reseat<Meeting>> Staged<S> {
     }
 
     fn catch_up(&mut self, at_least: u64, deadline: Instant) -> Result<u64, Failure> {
-        let mut rejoined = false;
-        loop {
-            let error = match self.joined.refresh(at_least, deadline) {
-                Ok(ready) => return Ok(ready.version),
-                Err(error) => error,
-            };
-            if !error.is_session_ended() || (rejoined && Instant::now() >= deadline) {
-                return Err(error.into());
-            }
-            self.rejoin(deadline)?;
-            rejoined = true;
-        }
+        let refresh = |it: &mut Self| it.joined.refresh(at_least, deadline);
+        let rejoin = |it: &mut Self| it.rejoin(deadline);
+        let ready = rejoining(self, deadline, refresh, ReplicaError::is_session_ended, rejoin)?;
+        Ok(ready.version)
     }
 }
 
