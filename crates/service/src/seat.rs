@@ -10,11 +10,13 @@ use std::time::{Duration, Instant};
 use crate::keys::Model;
 use crate::rendezvous::{Created, Key, Life, Rendezvous, RendezvousError, Revision, Snapshot};
 use crate::source::SourceError;
-use crate::stop::Stop;
+use crate::stop::{Stop, receive};
 
-/// How soon who waits for the store notices that the process is to end, and what is too short a wait to cut.
-const LOOK: Duration = Duration::from_millis(20);
+/// Too short a wait to cut.
 const SHORT: Duration = Duration::from_millis(250);
+
+/// Longer than a store takes, behind a deadline, to say what trouble it had.
+const BEHIND: Duration = Duration::from_secs(3600);
 
 /// A process's place at the rendezvous of a model. Clones are the same place.
 pub struct Seat<R: Rendezvous> {
@@ -201,16 +203,14 @@ impl<R: Rendezvous> Seat<R> {
         let Ok(waiting) = thread::Builder::new().name("refit-wait".to_owned()).spawn(wait) else {
             return self.rendezvous.changed(prefix, since, until);
         };
-        loop {
-            match answers.recv_timeout(LOOK) {
-                Ok(changed) => return changed,
-                Err(RecvTimeoutError::Timeout) if stop.is_told() => return Ok(None),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => match waiting.join() {
-                    Err(panic) => resume_unwind(panic),
-                    Ok(()) => return Ok(None),
-                },
-            }
+        let ended = until.checked_add(BEHIND).unwrap_or(until);
+        match receive(&answers, ended, Some(stop), Stop::waits_until) {
+            Ok(changed) => changed,
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => match waiting.join() {
+                Err(panic) => resume_unwind(panic),
+                Ok(()) => Ok(None),
+            },
         }
     }
 }
