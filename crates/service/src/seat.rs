@@ -160,9 +160,27 @@ impl<R: Rendezvous> Seat<R> {
         self.rendezvous.put(key, value, Life::Session(&self.session))
     }
 
-    /// Writes one unless there is one.
-    pub(crate) fn create(&self, key: &Key, value: &[u8]) -> Result<Created, RendezvousError> {
-        self.rendezvous.create(key, value, Life::Session(&self.session))
+    /// Writes one once there is no other, as that of a former life, which vanishes with its session. Gives back the other's if
+    /// it is there at the deadline still.
+    pub(crate) fn claim(
+        &self,
+        key: &Key,
+        value: &[u8],
+        deadline: Instant,
+    ) -> Result<Result<(), Vec<u8>>, RendezvousError> {
+        loop {
+            let found = self.list(key)?;
+            match self.rendezvous.create(key, value, Life::Session(&self.session))? {
+                Created::New => return Ok(Ok(())),
+                // A retry of our own, whose answer was lost.
+                Created::Already(there) if there == value => return Ok(Ok(())),
+                Created::Already(there) => {
+                    if self.changed(key, found.revision, deadline)?.is_none() {
+                        return Ok(Err(there));
+                    }
+                }
+            }
+        }
     }
 
     pub(crate) fn list(&self, prefix: &Key) -> Result<Snapshot, RendezvousError> {
