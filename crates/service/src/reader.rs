@@ -328,6 +328,10 @@ impl<R: Rendezvous> Reader<R> {
                 return Ok(Some(offer.clone()));
             }
             round.withheld = census.withheld;
+            // Nor is it to be said why that offers nothing.
+            if let Some(group) = &round.wanted.not_from {
+                round.withheld.remove(group);
+            }
             let ends = self.books.values().filter_map(|book| book.next_end(now)).min();
             let until = [early, ends].into_iter().flatten().fold(round.deadline, Instant::min);
             snapshot = match self.seat.changed(&self.groups, snapshot.revision, until)? {

@@ -72,6 +72,20 @@ fn a_fleet_fills_as_a_tree() {
     }
 }
 
+/// Nor is its own group named among those that offer nothing.
+#[test]
+fn what_a_relay_does_not_offer_itself_is_no_reason() {
+    let fleet = Fleet::new();
+    let mut relay = relay(&fleet, "engine", 0, 1);
+    let others = Wanted::default().but_not_from("engine");
+    let mut reader = fleet.reader("e", fanout(1));
+    let failed = reader.refresh(&mut relay, &others, super::fleet::millis(50)).unwrap_err();
+    assert!(
+        failed.withheld.is_empty() && failed.to_string().contains("no group offers one"),
+        "{failed}"
+    );
+}
+
 /// A relay of two ranks offers a version when both have it, and withdraws it before it overwrites a byte.
 #[test]
 fn a_relay_is_a_group_like_any_other() {

@@ -355,6 +355,7 @@ impl<R: Rendezvous> Pulling<R> {
         let why: Vec<String> = census
             .withheld
             .iter()
+            .filter(|(group, _)| **group != self.args.replica)
             .map(|(group, why)| format!("group `{group}` offers nothing: {why}"))
             .collect();
         let why =
