@@ -10,9 +10,9 @@ use std::sync::Arc;
 
 use refit::planner::{Capabilities, Plan, PlanOptions, RankLayout, SourceLayout, plan};
 use refit::pool::{HostAllocator, PoolOptions};
+use refit::translate::ModelConfig;
 use refit::translate::megatron::{self, Pipeline, SourceRank, TrainerOptions, TrainerSizes};
 use refit::translate::vllm::{self, TargetRank};
-use refit::translate::{Family, ModelConfig};
 use refit::transport::local::{LocalTransport, Network};
 use refit::transport::{TransportPool, TransportRegistrar};
 use refit::{Publication, Source, Target, TargetOptions, allocate};
@@ -23,30 +23,16 @@ pub const CAPABILITIES: Capabilities = Capabilities::plain(2_000, 5_000);
 /// Qwen3-4B with this many layers.
 #[must_use]
 pub fn qwen3_4b(layers: u32) -> ModelConfig {
-    let mut config = ModelConfig::new(Family::Qwen3);
-    config.hidden_size = 2560;
-    config.intermediate_size = 9728;
+    let mut config =
+        ModelConfig::from_json(include_str!("../crates/cli/presets/qwen3-4b.json")).unwrap();
     config.num_layers = layers;
-    config.num_heads = 32;
-    config.num_kv_heads = 8;
-    config.head_dim = 128;
-    config.vocab_size = 151_936;
-    config.tied = true;
     config
 }
 
 /// Llama-3.1-70B.
 #[must_use]
 pub fn llama_70b() -> ModelConfig {
-    let mut config = ModelConfig::new(Family::Llama);
-    config.hidden_size = 8192;
-    config.intermediate_size = 28_672;
-    config.num_layers = 80;
-    config.num_heads = 64;
-    config.num_kv_heads = 8;
-    config.head_dim = 128;
-    config.vocab_size = 128_256;
-    config
+    ModelConfig::from_json(include_str!("../crates/cli/presets/llama-3.1-70b.json")).unwrap()
 }
 
 /// Every one of so many trainer ranks that hold Kimi-K2 with TP8 and EP32.

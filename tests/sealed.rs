@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -387,6 +387,10 @@ fn keys_come_from_the_environment() {
     }
     // A variable that is there, and too short for a key.
     assert!(matches!(JobKey::from_env("CARGO_PKG_VERSION"), Err(SecretError::Length { bytes: 5 })));
+    // A file wins, and nothing is a key but what is said to be one.
+    let none = Path::new("/nonexistent/key");
+    assert!(matches!(JobKey::from_file_or_env(Some(none)), Err(SecretError::Io { .. })));
+    assert!(JobKey::from_file_or_env(None).unwrap().is_none());
 }
 
 #[test]

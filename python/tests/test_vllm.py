@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import struct
 import subprocess
 import sys
 import types
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from refit_rl import Target
 from refit_rl.errors import ConfigError, EngineError, InvalidTargetError, NotReadyError, RefusedError, VersionError
 from refit_rl.vllm import install, places, plugin, receiver, update
 from refit_rl.vllm.capture import _pad, checkpoint_of
@@ -332,7 +335,7 @@ def test_what_a_graph_reads_is_found_through_closures_partials_and_methods_and_e
 def settings(**of: Any) -> Any:
     cache = types.SimpleNamespace(enable_prefix_caching=of.get("prefix", False), calculate_kv_scales=of.get("scales", False))
     offload = types.SimpleNamespace(uva=types.SimpleNamespace(cpu_offload_gb=of.get("offload", 0)))
-    model = types.SimpleNamespace(enforce_eager=of.get("eager", True))
+    model = types.SimpleNamespace(enforce_eager=of.get("eager", True), enable_sleep_mode=of.get("sleep", False))
     return types.SimpleNamespace(cache_config=cache, model_config=model, offload_config=offload)
 
 
@@ -350,6 +353,16 @@ def test_engines_that_would_go_on_with_old_state_are_refused(of: dict[str, Any],
         receiver.check_settings(settings(**of), InitInfo(**INFO), device)
 
 
+def test_a_relay_whose_parameters_go_when_the_engine_sleeps_is_refused() -> None:
+    info = InitInfo(**INFO, relay=True)
+    with pytest.raises(RefusedError, match='"mode": "staged".*enable_sleep_mode=False'):
+        receiver.check_settings(settings(sleep=True), info, "cuda")
+    receiver.check_settings(settings(), info, "cuda")
+    # The second set is the target's own, and nobody reads what does not relay.
+    receiver.check_settings(settings(sleep=True), InitInfo(**INFO, relay=True, mode="staged"), "cuda")
+    receiver.check_settings(settings(sleep=True), InitInfo(**INFO), "cuda")
+
+
 def test_settings_that_do_not_matter_pass() -> None:
     receiver.check_settings(settings(), InitInfo(**INFO), "cpu")
     receiver.check_settings(settings(eager=False), InitInfo(**INFO), "cuda")
@@ -365,10 +378,62 @@ def test_an_unknown_vllm_is_refused_unless_it_is_wanted() -> None:
         check_version(version, True)
 
 
-@pytest.mark.parametrize("wrong", [{"mode": "x"}, {"layout": 1}, {"prefix_cache": None}, {"model": ""}, {"rendezvous": 7}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mode": "x"},
+        {"layout": 1},
+        {"prefix_cache": None},
+        {"model": ""},
+        {"rendezvous": 7},
+        {"relay": "false"},
+        {"allow_unknown_vllm": 0},
+    ],
+)
 def test_wrong_options_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         InitInfo(**{**INFO, **wrong})
+
+
+#: Options that the backend itself is about.
+OWN = {"layout", "checkpoint", "prefix_cache", "allow_unknown_vllm"}
+
+
+def test_options_are_those_of_a_target_with_its_defaults() -> None:
+    of_target = inspect.signature(Target).parameters
+    others = {field.name: field.default for field in fields(InitInfo) if field.name not in OWN | {"rendezvous", "model"}}
+    assert others.pop("mode") == "direct"
+    # A text's default is not shown.
+    shown = {name: of_target[name].default for name in others}
+    assert others == {name: others[name] if default is ... else default for name, default in shown.items()}
+
+
+def test_what_is_said_reaches_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: dict[str, Any] = {
+        **{"rendezvous": "dir:/elsewhere", "model": "n", "replica": "r", "job": "j", "key_file": "k", "transport": "nixl"},
+        **{"insecure_tcp": "lo", "mode": "staged", "checks": "always", "relay": True, "fanout": 3},
+        **{"timeout": 1.0, "ttl": 2.0, "lease": 3.0, "attempt": 4.0, "drain": 5.0},
+    }
+    assert said.keys() == {field.name for field in fields(InitInfo)} - OWN
+    given: dict[str, Any] = {}
+
+    def target(rendezvous: str, layout: Any, tensors: Any, **options: Any) -> None:
+        given.update(options, rendezvous=rendezvous)
+
+    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(__version__="0.32.0"))  # type: ignore[misc]
+    model = Module()
+    model.parameters = lambda: iter([types.SimpleNamespace(device="cpu")])  # type: ignore[attr-defined]
+    config = settings()
+    config.parallel_config = types.SimpleNamespace()
+    layout = types.SimpleNamespace(names=[], post_actions=[])
+    for name, value in {"platform": "cpu", "check_hooks": None, "world": (0, 1)}.items():
+        monkeypatch.setattr(receiver, name, lambda *_, value=value: value)
+    monkeypatch.setattr(receiver.reload, "as_loaded", lambda _: None)
+    monkeypatch.setattr(receiver.Receiver, "_layout", lambda *_: layout)
+    monkeypatch.setattr(receiver, "Target", target)
+    receiver.Receiver(model, config, InitInfo(**said))
+    assert said == {name: given[name] for name in said}
 
 
 @pytest.mark.parametrize("version", [-1, "3", True, 1.5])

@@ -74,6 +74,7 @@ def test_an_engine_says_what_transformers_says_behind_every_update(tmp_path: Pat
         assert agreeing(found["tokens"][version], found["reference"][version]) >= LEAST
     assert found["tokens"]["1"] != found["tokens"]["2"] != found["tokens"]["0"]
     assert found["weight_version"] == ("2" if hasattr(vllm.LLM, "get_weight_version") else None)
+    assert found["relayed"] == {"group": "engine", "differ": []}
     assert found["captured_equals_builtin"] == [True] * tp
     # Errors left the engine as it was.
     assert found["tokens"]["after errors"] == found["tokens"]["2"]
@@ -127,6 +128,8 @@ def test_an_engine_whose_kernels_repack_says_what_a_fresh_one_says(
     tmp_path: Path, model: str, tp: int, quantization: str | None
 ) -> None:
     found = engine(tmp_path, model, tp, *([quantization] if quantization else []))
+    # As the trainer published them, whatever was made of them here.
+    assert found["relayed"] == {"group": "engine", "differ": []}
     said = found["tokens"]
     for version in ("2", "after errors"):
         for number, tokens in enumerate(said[version]):

@@ -205,6 +205,18 @@ def pretend(worker: Any, what: str) -> None:
         vllm.__version__ = "0.99.0"
 
 
+def relayed(meet: str, model: str, like: dict[str, Any]) -> dict[str, Any]:
+    """Another engine's read: whom it reads, and which tensors are not those of the trainer."""
+    from refit_rl import Target, layouts
+
+    boxes = {name: (tuple(t.shape), t.dtype, (0,) * t.dim(), tuple(t.shape)) for name, t in like.items()}
+    read = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
+    layout = layouts.shards(boxes, rank=0, side="target")
+    with Target(meet, layout, read, model=model, replica="other", mode="direct") as target:
+        group = target.refresh()["group"]
+    return {"group": group, "differ": [name for name, tensor in like.items() if not torch.equal(tensor, read[name])]}
+
+
 def methods(worker: Any) -> dict[str, str]:
     """How each layer is written, by what looks after its weights."""
     layers = worker.weight_transfer_engine._receiver._places.facts["layers"]
@@ -247,7 +259,7 @@ def main() -> None:
             found["said"][what] = "nothing"
 
     found["tokens"]["0"] = say(llm)
-    info = {"rendezvous": meet, "model": model, "prefix_cache": "caller_resets"}
+    info = {"rendezvous": meet, "model": model, "prefix_cache": "caller_resets", "relay": True}
     says("uninitialised", lambda: update(llm, 1))
     says("option", lambda: init(llm, **info, no_such_option=1))
     says("no model", lambda: init(llm, rendezvous=meet))
@@ -271,6 +283,7 @@ def main() -> None:
                 live[name].copy_(tensor)
         update(llm, 2)
         found["tokens"]["2"] = say(llm)
+        found["relayed"] = relayed(meet, model, live)
         says("stale", lambda: update(llm, 2, timeout=5.0))
         if tp == 1:
             llm.llm_engine.add_request("busy", {"prompt_token_ids": PROMPTS[0]}, greedily())

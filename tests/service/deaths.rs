@@ -211,7 +211,7 @@ struct Alone {
 
 impl Alone {
     fn reads(&mut self, version: u64) -> Result<(), Box<RefreshError>> {
-        let wanted = Wanted { not_from: Some("alone".to_owned()), ..Wanted::exactly(version) };
+        let wanted = Wanted::exactly(version).but_not_from("alone");
         self.reader.refresh(&mut self.relay, &wanted, millis(500)).map(drop)
     }
 }

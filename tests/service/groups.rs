@@ -303,7 +303,7 @@ fn the_least_read_group_of_the_newest_version_is_taken() {
     assert_eq!(take(&Wanted::exactly(4), &[]).unwrap(), "d");
     assert_eq!(take(&Wanted::exactly(5), &[]).unwrap(), "a");
     assert_eq!(take(&Wanted::exactly(3), &[]), None);
-    let not_b = Wanted { not_from: Some("b".to_owned()), ..five };
+    let not_b = five.but_not_from("b");
     assert_eq!(take(&not_b, &[("c", 2)]).unwrap(), "c");
 }
 

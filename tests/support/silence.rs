@@ -37,6 +37,12 @@ impl Silence {
         self.state().lost.push(peers.to_owned());
     }
 
+    /// Whether any has, so that reads from it are under way.
+    #[must_use]
+    pub fn has_fallen(&self) -> bool {
+        self.state().silent.iter().any(|(_, left)| *left == 0)
+    }
+
     /// All go on where they stopped.
     pub fn end(&self) {
         *self.state() = Befallen::default();

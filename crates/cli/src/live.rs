@@ -9,7 +9,6 @@ mod cycle;
 mod endpoint;
 mod figures;
 mod log;
-mod place;
 mod pull;
 mod rank;
 mod serve;

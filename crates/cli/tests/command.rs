@@ -270,7 +270,10 @@ fn mistakes_are_one_line_and_status_2() {
 /// What is said about memory and transports that do not go together, in every build.
 #[test]
 fn memory_and_transports_that_do_not_fit_are_one_line_and_status_2() {
-    let mistakes: [(&[&str], &str); 6] = [
+    let of = ["pull", "--rendezvous", "dir:x", "--rank", "0", "--target", "tp=1"];
+    let peer = [&of[..], &["--transport", "peer"]].concat();
+    let mistakes: [(&[&str], &str); 7] = [
+        (&peer, "add --gpu N, or take --transport nixl"),
         (&["bench", "--transport", "peer"], "add --device cuda, or take --transport nixl or local"),
         (&["verify", "--transport", "peer", "x"], "add --device cuda"),
         (&["bench", "--device", "cuda", "--transport", "local"], "take --transport auto, peer or"),

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMapping, PyString};
@@ -254,5 +255,14 @@ pub(crate) fn one_of<T: Copy>(what: &str, word: &str, known: &[(&str, T)]) -> Re
     known.iter().find(|(name, _)| *name == word).map(|(_, value)| *value).ok_or_else(|| {
         let names = known.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
         Failure::new(Kind::Config, format!("{what} is `{word}`, and can be: {names}"))
+    })
+}
+
+/// A time that a caller gave in seconds.
+pub(crate) fn seconds(what: &str, value: f64) -> Result<Duration, Failure> {
+    let time = Duration::try_from_secs_f64(value).ok().filter(|time| time.as_secs() <= 86_400 * 7);
+    time.ok_or_else(|| {
+        let text = format!("{what} is {value} seconds: it goes from 0 to a week");
+        Failure::new(Kind::Config, text)
     })
 }

@@ -8,13 +8,19 @@ use pyo3::types::PyMapping;
 use refit::planner::RankLayout;
 use refit::pool::Memory;
 use refit::translate::bands::Side;
+use refit::transport::draw_incarnation;
+use refit_service::Seats;
+use refit_service::rendezvous::{Address, JobKey, Sealed, Store, Writer};
 
 use crate::agent::{self, Way, Wish};
+use crate::data::seconds;
 use crate::failure::{Failure, Kind};
 use crate::home::Home;
 use crate::layout::Layout;
-use crate::place::{Place, Where, seconds};
 use crate::tensor::Tensors;
+
+/// The store, whatever kind it is, under the job's seal.
+pub(crate) type Meeting = Sealed<Store>;
 
 /// Arguments that both classes take, as they come.
 #[derive(Debug)]
@@ -48,10 +54,20 @@ pub(crate) struct Entry {
     nixl: Vec<PathBuf>,
 }
 
+/// Where ranks meet, and under which names.
+#[derive(Debug)]
+struct Where {
+    address: Address,
+    job: String,
+    model: String,
+    key_file: Option<PathBuf>,
+    ttl: Duration,
+}
+
 /// What a rank joins with, besides an agent.
 #[derive(Debug)]
 pub(crate) struct Entered {
-    pub(crate) place: Place,
+    pub(crate) seats: Seats<Meeting>,
     pub(crate) home: Home,
     pub(crate) layout: RankLayout,
     pub(crate) params: Vec<(String, Memory)>,
@@ -101,10 +117,19 @@ impl Entry {
             insecure_tcp,
             nixl,
         };
-        let place = Place::new(&at, &name)?;
+        let seats = at.seats(&name)?;
         let params = tensors.adopt(&home)?;
         let ttl = at.ttl;
-        Ok((wish, Entered { place, home, layout, params, group, ranks, ttl, within }))
+        Ok((wish, Entered { seats, home, layout, params, group, ranks, ttl, within }))
+    }
+}
+
+impl Where {
+    /// For the rank called `name`.
+    fn seats(&self, name: &str) -> Result<Seats<Meeting>, Failure> {
+        let key = JobKey::from_file_or_env(self.key_file.as_deref())?;
+        let writer = Writer::new(&self.job, name, draw_incarnation(name)?)?;
+        Ok(Seats::new(self.address.open()?, writer, key, &self.model, self.ttl)?)
     }
 }
 

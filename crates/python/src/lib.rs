@@ -18,7 +18,6 @@ mod entry;
 mod failure;
 mod home;
 mod layout;
-mod place;
 mod report;
 mod source;
 mod target;

@@ -11,16 +11,17 @@ use pyo3::types::{PyDict, PyMapping};
 use refit::pool::PoolOptions;
 use refit::translate::bands::Side;
 use refit::transport::{Transport, TransportPool, TransportRegistrar};
+use refit_service::Seats;
 use refit_service::source::{GroupRank, LiveSource, SourceOptions};
 
 use self::keeper::Keeper;
 use crate::agent::{self, Agents, Begin};
+use crate::data::seconds;
 use crate::desk::Desk;
-use crate::entry::{Entered, Said};
+use crate::entry::{Entered, Meeting, Said};
 use crate::failure::{Failure, Kind};
 use crate::home::Home;
 use crate::layout::Layout;
-use crate::place::{Meeting, Place, seconds};
 use crate::report::Figures;
 
 /// One rank of a trainer, whose parameters others read.
@@ -250,22 +251,22 @@ impl Begin for Join {
     type Made = Box<dyn Serving>;
 
     fn over<T: Transport>(self, agents: Agents<T>) -> Result<Self::Made, Failure> {
-        let Entered { place, home, params, layout, group, ranks, within, .. } = self.entered;
+        let Entered { seats, home, params, layout, group, ranks, within, .. } = self.entered;
         let transport = agents()?;
         let registrar = TransportRegistrar::new(transport.clone());
         let pool = TransportPool::new(home.clone(), registrar, PoolOptions::default());
         let at = GroupRank { group, rank: layout.rank(), ranks };
         let source = home.equip_source(refit::Source::new(transport, &pool, layout, params)?)?;
         let deadline = Instant::now() + within;
-        let live = LiveSource::join(place.seat()?, at, source, self.options, deadline)?;
-        Ok(Box::new(Live { live, place, home, pool, within, updating: false }))
+        let live = LiveSource::join(seats.take()?, at, source, self.options, deadline)?;
+        Ok(Box::new(Live { live, seats, home, pool, within, updating: false }))
     }
 }
 
 #[derive(Debug)]
 struct Live<T: Transport> {
     live: LiveSource<Meeting, refit::Source<T>>,
-    place: Place,
+    seats: Seats<Meeting>,
     home: Home,
     pool: TransportPool<T>,
     /// What joining may take.
@@ -276,7 +277,7 @@ struct Live<T: Transport> {
 
 impl<T: Transport> Live<T> {
     fn rejoin(&mut self, deadline: Instant) -> Result<(), Failure> {
-        Ok(self.live.rejoin(self.place.seat()?, deadline)?)
+        Ok(self.live.rejoin(self.seats.take()?, deadline)?)
     }
 }
 

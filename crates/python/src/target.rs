@@ -14,13 +14,12 @@ use refit_service::source::SourceOptions;
 
 use self::rank::{Join, Live, Mode, Reading};
 use crate::agent;
-use crate::data::one_of;
+use crate::data::{one_of, seconds};
 use crate::desk::Desk;
 use crate::engine::{Callbacks, Notes};
 use crate::entry::Said;
 use crate::failure::{Failure, Kind};
 use crate::layout::{Layout, actions_out};
-use crate::place::seconds;
 use crate::report;
 
 /// One rank of an engine, whose parameters are written.

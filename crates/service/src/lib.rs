@@ -62,6 +62,7 @@ pub mod relay;
 pub mod rendezvous;
 pub mod replica;
 mod seat;
+mod seats;
 pub mod source;
 mod stats;
 mod stop;
@@ -69,5 +70,6 @@ pub mod worker;
 
 pub use self::meeting::{Meeting, MeetingError};
 pub use self::seat::{Observer, Point, Reseat, Seat};
+pub use self::seats::Seats;
 pub use self::stats::{PullTotals, Retries, ServiceStats};
 pub use self::stop::Stop;

@@ -20,39 +20,28 @@ pub use self::engine::{Engine, EngineError, Unattended};
 pub use self::error::RankError;
 pub use self::shadow::Shadow;
 
-impl<T: Transport> SourceRank for Source<T> {
-    fn publication(&self) -> Result<Publication, RefitError> {
-        Self::publication(self)
-    }
+/// Of both kinds of source alike.
+macro_rules! source_rank {
+    ($($rank:ident),*) => { $(
+        impl<T: Transport> SourceRank for $rank<T> {
+            fn publication(&self) -> Result<Publication, RefitError> {
+                Self::publication(self)
+            }
 
-    fn digests(&self, request: &DigestRequest) -> Result<Digests, RefitError> {
-        Self::digests(self, request)
-    }
+            fn digests(&self, request: &DigestRequest) -> Result<Digests, RefitError> {
+                Self::digests(self, request)
+            }
 
-    fn begin(&mut self) -> Result<(), RefitError> {
-        // Without a commit the header stays as it is now.
-        self.begin_update().map(drop)
-    }
+            fn begin(&mut self) -> Result<(), RefitError> {
+                // Without a commit the header stays as it is now.
+                self.begin_update().map(drop)
+            }
 
-    fn commit(&mut self, version: u64) -> Result<Expected, RefitError> {
-        self.begin_update()?.commit(version)
-    }
+            fn commit(&mut self, version: u64) -> Result<Expected, RefitError> {
+                self.begin_update()?.commit(version)
+            }
+        }
+    )* };
 }
 
-impl<T: Transport> SourceRank for PackedSource<T> {
-    fn publication(&self) -> Result<Publication, RefitError> {
-        Self::publication(self)
-    }
-
-    fn digests(&self, request: &DigestRequest) -> Result<Digests, RefitError> {
-        Self::digests(self, request)
-    }
-
-    fn begin(&mut self) -> Result<(), RefitError> {
-        self.begin_update().map(drop)
-    }
-
-    fn commit(&mut self, version: u64) -> Result<Expected, RefitError> {
-        self.begin_update()?.commit(version)
-    }
-}
+source_rank!(Source, PackedSource);

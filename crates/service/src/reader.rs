@@ -122,6 +122,13 @@ impl Wanted {
     pub fn exactly(version: u64) -> Self {
         Self { at_least: version, at_most: Some(version), ..Self::default() }
     }
+
+    /// The same, but nothing that this group offers: of a replica whose ranks relay, what they have its own ranks have, too.
+    #[must_use]
+    pub fn but_not_from(mut self, group: impl Into<String>) -> Self {
+        self.not_from = Some(group.into());
+        self
+    }
 }
 
 /// A version that was read whole.
@@ -321,6 +328,10 @@ impl<R: Rendezvous> Reader<R> {
                 return Ok(Some(offer.clone()));
             }
             round.withheld = census.withheld;
+            // Nor is it to be said why that offers nothing.
+            if let Some(group) = &round.wanted.not_from {
+                round.withheld.remove(group);
+            }
             let ends = self.books.values().filter_map(|book| book.next_end(now)).min();
             let until = [early, ends].into_iter().flatten().fold(round.deadline, Instant::min);
             snapshot = match self.seat.changed(&self.groups, snapshot.revision, until)? {

@@ -11,7 +11,7 @@ use crate::groups::Offer;
 use crate::message::{Message, RankState};
 use crate::puller::Puller;
 use crate::reader::{Ended, Reader, RefreshError, Refreshed, Wanted};
-use crate::rendezvous::{Created, Key, Life, Rendezvous, RendezvousError};
+use crate::rendezvous::{Key, Life, Rendezvous, RendezvousError};
 use crate::seat::{Point, Reseat, Seat};
 use crate::source::SourceError;
 use crate::stats::ServiceStats;
@@ -179,20 +179,9 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
     /// Takes this rank's place, once no other life of it is there.
     fn enter(&mut self, deadline: Instant) -> Result<(), ReplicaError> {
         let state = self.machine.state();
-        let value = state.encode();
-        loop {
-            let found = self.seat.list(&self.key)?;
-            match self.seat.create(&self.key, &value)? {
-                Created::New => break,
-                // A retry of our own, whose answer was lost.
-                Created::Already(there) if there == value => break,
-                Created::Already(there) => {
-                    if self.seat.changed(&self.key, found.revision, deadline)?.is_none() {
-                        let holder = RankState::decode(&there).ok().map(|state| state.incarnation);
-                        return Err(ReplicaError::Taken { place: self.place.clone(), holder });
-                    }
-                }
-            }
+        if let Err(there) = self.seat.claim(&self.key, &state.encode(), deadline)? {
+            let holder = RankState::decode(&there).ok().map(|state| state.incarnation);
+            return Err(ReplicaError::Taken { place: self.place.clone(), holder });
         }
         self.machine.reported(state);
         self.seat.at(Point::RankJoined);
@@ -391,8 +380,7 @@ impl<R: Rendezvous, S: Stage> Replica<R, S> {
 
     /// Nothing that its own ranks offer: they have what this one has.
     fn wanted(&self, at_least: u64, prefer: Option<u64>) -> Wanted {
-        let not_from = Some(self.place.replica.clone());
-        Wanted { prefer, not_from, ..Wanted::at_least(at_least) }
+        Wanted { prefer, ..Wanted::at_least(at_least).but_not_from(&self.place.replica) }
     }
 
     fn install(&mut self, version: u64) {

@@ -10,11 +10,13 @@ use std::time::{Duration, Instant};
 use crate::keys::Model;
 use crate::rendezvous::{Created, Key, Life, Rendezvous, RendezvousError, Revision, Snapshot};
 use crate::source::SourceError;
-use crate::stop::Stop;
+use crate::stop::{Stop, receive};
 
-/// How soon who waits for the store notices that the process is to end, and what is too short a wait to cut.
-const LOOK: Duration = Duration::from_millis(20);
+/// Too short a wait to cut.
 const SHORT: Duration = Duration::from_millis(250);
+
+/// Longer than a store takes, behind a deadline, to say what trouble it had.
+const BEHIND: Duration = Duration::from_secs(3600);
 
 /// A process's place at the rendezvous of a model. Clones are the same place.
 pub struct Seat<R: Rendezvous> {
@@ -158,9 +160,27 @@ impl<R: Rendezvous> Seat<R> {
         self.rendezvous.put(key, value, Life::Session(&self.session))
     }
 
-    /// Writes one unless there is one.
-    pub(crate) fn create(&self, key: &Key, value: &[u8]) -> Result<Created, RendezvousError> {
-        self.rendezvous.create(key, value, Life::Session(&self.session))
+    /// Writes one once there is no other, as that of a former life, which vanishes with its session. Gives back the other's if
+    /// it is there at the deadline still.
+    pub(crate) fn claim(
+        &self,
+        key: &Key,
+        value: &[u8],
+        deadline: Instant,
+    ) -> Result<Result<(), Vec<u8>>, RendezvousError> {
+        loop {
+            let found = self.list(key)?;
+            match self.rendezvous.create(key, value, Life::Session(&self.session))? {
+                Created::New => return Ok(Ok(())),
+                // A retry of our own, whose answer was lost.
+                Created::Already(there) if there == value => return Ok(Ok(())),
+                Created::Already(there) => {
+                    if self.changed(key, found.revision, deadline)?.is_none() {
+                        return Ok(Err(there));
+                    }
+                }
+            }
+        }
     }
 
     pub(crate) fn list(&self, prefix: &Key) -> Result<Snapshot, RendezvousError> {
@@ -201,16 +221,14 @@ impl<R: Rendezvous> Seat<R> {
         let Ok(waiting) = thread::Builder::new().name("refit-wait".to_owned()).spawn(wait) else {
             return self.rendezvous.changed(prefix, since, until);
         };
-        loop {
-            match answers.recv_timeout(LOOK) {
-                Ok(changed) => return changed,
-                Err(RecvTimeoutError::Timeout) if stop.is_told() => return Ok(None),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => match waiting.join() {
-                    Err(panic) => resume_unwind(panic),
-                    Ok(()) => return Ok(None),
-                },
-            }
+        let ended = until.checked_add(BEHIND).unwrap_or(until);
+        match receive(&answers, ended, Some(stop), Stop::waits_until) {
+            Ok(changed) => changed,
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => match waiting.join() {
+                Err(panic) => resume_unwind(panic),
+                Ok(()) => Ok(None),
+            },
         }
     }
 }

@@ -17,7 +17,7 @@ use refit::{DigestRequest, Digests, Expected, Publication, RefitError};
 use crate::keys::Model;
 use crate::leases::LeaseBook;
 use crate::message::{Announcement, Answer, Member, Message, MessageError, Offering, Wish};
-use crate::rendezvous::{Created, Key, Rendezvous, RendezvousError};
+use crate::rendezvous::{Key, Rendezvous, RendezvousError};
 use crate::seat::{Point, Seat};
 use crate::stats::ServiceStats;
 
@@ -315,22 +315,10 @@ impl<R: Rendezvous> Desk<R> {
         let GroupRank { group, rank, .. } = &self.place;
         let span = tracing::debug_span!("source_preparation", group, rank);
         let _entered = span.enter();
-        let value = self.member.encode();
-        loop {
-            let found = self.seat.list(&self.keys.member)?;
-            match self.seat.create(&self.keys.member, &value)? {
-                Created::New => break,
-                // A retry of our own, whose answer was lost.
-                Created::Already(there) if there == value => break,
-                Created::Already(there) => {
-                    let member = &self.keys.member;
-                    if self.seat.changed(member, found.revision, deadline)?.is_none() {
-                        let GroupRank { group, rank, .. } = self.place.clone();
-                        let holder = Member::decode(&there).ok().map(|member| member.incarnation);
-                        return Err(SourceError::Taken { group, rank, holder });
-                    }
-                }
-            }
+        if let Err(there) = self.seat.claim(&self.keys.member, &self.member.encode(), deadline)? {
+            let GroupRank { group, rank, .. } = self.place.clone();
+            let holder = Member::decode(&there).ok().map(|member| member.incarnation);
+            return Err(SourceError::Taken { group, rank, holder });
         }
         if let Some(publication) = publication {
             self.seat.put(&self.keys.publication, &publication.encode())?;

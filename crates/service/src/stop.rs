@@ -1,5 +1,9 @@
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How soon who waits notices that the process is to end.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// Has a process that was told to end come out of what it waits for. Clones are the same.
 ///
@@ -39,5 +43,24 @@ impl Stop {
     /// The deadline of who waits for reads.
     pub(crate) fn reads_until(&self, deadline: Instant) -> Instant {
         self.0.get().map_or(deadline, |told| deadline.min(told.reads_until))
+    }
+}
+
+/// Waits for what comes, at most until the deadline, which `stop` brings forward as that of those who wait for others or for
+/// reads.
+pub(crate) fn receive<T>(
+    from: &Receiver<T>,
+    deadline: Instant,
+    stop: Option<&Stop>,
+    forward: impl Fn(&Stop, Instant) -> Instant,
+) -> Result<T, RecvTimeoutError> {
+    loop {
+        let until = stop.map_or(deadline, |stop| forward(stop, deadline));
+        let left = until.saturating_duration_since(Instant::now());
+        let wait = if stop.is_some() { left.min(LOOK) } else { left };
+        match from.recv_timeout(wait) {
+            Err(RecvTimeoutError::Timeout) if wait < left => {}
+            received => return received,
+        }
     }
 }

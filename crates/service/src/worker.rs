@@ -277,6 +277,3 @@ impl<A: Agent> fmt::Debug for Worker<A> {
             .finish_non_exhaustive()
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -36,7 +36,13 @@ class InitInfo:
     allow_unknown_vllm: bool = False
     timeout: float = 30.0
     ttl: float = 10.0
-    attempt: float = 30.0
+    lease: float = 30.0
+    attempt: float | None = None
+    fanout: int = 16
+    #: Whether other engines may read what this one has read. In `direct` mode that is where versions are read to: live parameters
+    #: that kernels read as they are loaded, and the load-time tensors of what vLLM processes. In `staged` mode it is the second set.
+    relay: bool = False
+    drain: float = 10.0
 
     def __post_init__(self) -> None:
         for name in ("rendezvous", "model", "replica", "job"):
@@ -49,6 +55,10 @@ class InitInfo:
         }.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"init_info: `{name}` is one of {', '.join(known)}, not {getattr(self, name)!r}")
+        # A text that says false would be taken for true.
+        for name in ("relay", "allow_unknown_vllm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"init_info: `{name}` is true or false, not {getattr(self, name)!r}")
 
 
 @dataclass

@@ -71,7 +71,11 @@ class Receiver:
             insecure_tcp=info.insecure_tcp,
             timeout=info.timeout,
             ttl=info.ttl,
+            lease=info.lease,
             attempt=info.attempt,
+            fanout=info.fanout,
+            relay=info.relay,
+            drain=info.drain,
         )
 
     @property
@@ -230,6 +234,11 @@ def check_settings(config: Any, info: InitInfo, device: str) -> None:
     if any(getattr(of, name, 0) for of in settings for name in ("cpu_offload_gb", "offload_group_size")):
         raise RefusedError(
             "weights that are offloaded to the host are moved while the engine runs: turn cpu_offload_gb and offload_group_size off"
+        )
+    if info.relay and info.mode == "direct" and getattr(config.model_config, "enable_sleep_mode", False):
+        raise RefusedError(
+            'others would read parameters whose memory goes when the engine sleeps: say "mode": "staged" in init_info, whose second '
+            "set stays, leave `relay` out, or start the engine with enable_sleep_mode=False"
         )
     if device == "cpu" and not getattr(config.model_config, "enforce_eager", False):
         raise RefusedError(

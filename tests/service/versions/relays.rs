@@ -46,8 +46,7 @@ fn a_fleet_fills_as_a_tree() {
                     let mut from = Vec::new();
                     for version in [1, 2, 3] {
                         start.wait();
-                        let wanted =
-                            Wanted { not_from: Some(group.clone()), ..Wanted::at_least(version) };
+                        let wanted = Wanted::at_least(version).but_not_from(&group);
                         let refreshed = reader.refresh(&mut relay, &wanted, soon()).unwrap();
                         assert_eq!(refreshed.version, version);
                         assert!(whole(&relay, version));
@@ -73,6 +72,20 @@ fn a_fleet_fills_as_a_tree() {
     }
 }
 
+/// Nor is its own group named among those that offer nothing.
+#[test]
+fn what_a_relay_does_not_offer_itself_is_no_reason() {
+    let fleet = Fleet::new();
+    let mut relay = relay(&fleet, "engine", 0, 1);
+    let others = Wanted::default().but_not_from("engine");
+    let mut reader = fleet.reader("e", fanout(1));
+    let failed = reader.refresh(&mut relay, &others, super::fleet::millis(50)).unwrap_err();
+    assert!(
+        failed.withheld.is_empty() && failed.to_string().contains("no group offers one"),
+        "{failed}"
+    );
+}
+
 /// A relay of two ranks offers a version when both have it, and withdraws it before it overwrites a byte.
 #[test]
 fn a_relay_is_a_group_like_any_other() {
@@ -81,8 +94,8 @@ fn a_relay_is_a_group_like_any_other() {
     commit(&mut trainer, 1);
     let mut relays = [relay(&fleet, "engine", 0, 2), relay(&fleet, "engine", 1, 2)];
     let mut readers = [fleet.reader("e0", fanout(8)), fleet.reader("e1", fanout(8))];
-    let others = Wanted { not_from: Some("engine".to_owned()), ..Wanted::default() };
-    let only = Wanted { not_from: Some("trainer".to_owned()), ..Wanted::default() };
+    let others = Wanted::default().but_not_from("engine");
+    let only = Wanted::default().but_not_from("trainer");
     readers[0].refresh(&mut relays[0], &others, soon()).unwrap();
     assert!(readers[0].wait_for(&only, super::fleet::millis(20)).unwrap().is_none());
     readers[1].refresh(&mut relays[1], &others, soon()).unwrap();
@@ -117,8 +130,7 @@ fn relays_that_read_each_other_never_hold_a_mix() {
                     let mut reader = fleet.reader(&group, fanout(1));
                     let mut last = 0;
                     while last < 60 {
-                        let wanted =
-                            Wanted { not_from: Some(group.clone()), ..Wanted::at_least(last + 1) };
+                        let wanted = Wanted::at_least(last + 1).but_not_from(&group);
                         last = reader.refresh(&mut relay, &wanted, soon()).unwrap().version;
                         assert!(whole(&relay, last), "version {last}");
                     }

@@ -6,8 +6,8 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use refit::TargetOptions;
 use refit::transport::local::LocalOptions;
+use refit::{Target, TargetOptions};
 use refit_service::message::{Message, ReaderLease};
 use refit_service::puller::{Cause, Puller};
 use refit_service::rank::{Shadow, Unattended};
@@ -192,23 +192,36 @@ fn an_update_that_waits_for_readers_does_not_begin() {
     assert!(began.elapsed() >= Duration::from_millis(300));
 }
 
-/// Ranks whose peers may be silent, and how many targets were made for them.
-fn hushed(fleet: &Fleet, silence: &Silence) -> (Shadow<Hushed, Unattended>, Arc<AtomicU64>) {
+/// Makes targets whose peers may be silent.
+fn targets(fleet: &Fleet, silence: &Silence) -> impl FnMut() -> Target<Hushed> + Send + 'static {
     let (network, silence) = (fleet.network.clone(), silence.clone());
     let options = LocalOptions::default().with_bytes_per_poll(fleet.bytes_per_poll);
-    let made = Arc::new(AtomicU64::new(0));
-    let counted = made.clone();
-    let make = move || {
-        counted.fetch_add(1, Ordering::SeqCst);
+    move || {
         let name = format!("shadow-{}", unique());
         let inner = Local::with_options(&network, &name, options).unwrap();
         let agent = Arc::new(Hushed::new(inner, &silence));
         ranks::target(&agent, &rows(0, 1), TargetOptions::default()).0
-    };
+    }
+}
+
+/// A rank of such a target.
+fn hushed(fleet: &Fleet, silence: &Silence) -> Shadow<Hushed, Unattended> {
     let (live, _) = ranks::memory(&rows(0, 1));
-    let shadow = Shadow::new(make(), live, Vec::new(), Unattended).unwrap();
-    let quarantine = Quarantine::new("engine", u64::MAX);
-    (shadow.with_failover(quarantine, move |_| Ok(make())), made)
+    Shadow::new(targets(fleet, silence)(), live, Vec::new(), Unattended).unwrap()
+}
+
+/// Whose place others take; and how many were made for that.
+fn replaced(
+    rank: Shadow<Hushed, Unattended>,
+    mut targets: impl FnMut() -> Target<Hushed> + Send + 'static,
+) -> (Shadow<Hushed, Unattended>, Arc<AtomicU64>) {
+    let made = Arc::new(AtomicU64::new(0));
+    let counted = made.clone();
+    let rank = rank.with_failover(Quarantine::new("engine", u64::MAX), move |_| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        Ok(targets())
+    });
+    (rank, made)
 }
 
 /// Reads that are under way are waited for, under their lease, until they have settled or as long as is said.
@@ -220,7 +233,7 @@ fn what_is_read_is_waited_for() {
         commit(&mut trainer, 1);
         let silence = Silence::default();
         silence.fall("trainer-", 5);
-        let (rank, made) = hushed(&fleet, &silence);
+        let (rank, made) = replaced(hushed(&fleet, &silence), targets(&fleet, &silence));
         let leases = || {
             let readers = fleet.model.readers("trainer").unwrap();
             fleet.store.list(&readers).unwrap().entries.len()
@@ -250,10 +263,23 @@ fn what_is_read_is_waited_for() {
         }
         let least = Duration::from_millis(if settles { 300 } else { 600 });
         assert!(took >= least && took < least + SOON, "{took:?}");
-        assert_eq!((leases(), made.load(Ordering::SeqCst)), (0, 1));
+        assert_eq!((leases(), made.load(Ordering::SeqCst)), (0, 0));
         silence.end();
         drop(rank);
     }
+}
+
+/// A rank that has given up reads of `trainer`, which is silent. Nothing takes over from it yet.
+fn given_up(fleet: &Fleet, silence: &Silence) -> Shadow<Hushed, Unattended> {
+    silence.fall("trainer-", 5);
+    let (mut rank, until) = (hushed(fleet, silence), soon());
+    // A busy machine may not begin them in time.
+    while !silence.has_fallen() {
+        assert!(Instant::now() < until, "nothing is read");
+        let mut reader = reader(fleet.seat(), 200);
+        reader.refresh(&mut rank, &Wanted::at_least(1), millis(200)).unwrap_err();
+    }
+    rank
 }
 
 /// Nobody waits for reads that were given up, and nothing takes over from them.
@@ -263,10 +289,7 @@ fn nothing_takes_over_in_a_process_that_is_to_end() {
     let mut trainer = fleet.group("trainer", 1, SourceOptions::default());
     commit(&mut trainer, 1);
     let silence = Silence::default();
-    silence.fall("trainer-", 5);
-    let (mut rank, made) = hushed(&fleet, &silence);
-    let failed = reader(fleet.seat(), 200).refresh(&mut rank, &Wanted::at_least(1), millis(200));
-    failed.unwrap_err();
+    let (rank, made) = replaced(given_up(&fleet, &silence), targets(&fleet, &silence));
     let run = |stop, _| {
         let mut rank = rank.with_stop(stop);
         let failure = rank.make_ready("trainer", soon()).unwrap_err();
@@ -277,7 +300,38 @@ fn nothing_takes_over_in_a_process_that_is_to_end() {
     let ((rank, failure), took) = told(None, Duration::ZERO, run, || {});
     assert!(matches!(failure.cause, Cause::Late), "{failure}");
     assert!(took < SOON, "{took:?}");
+    assert_eq!(made.load(Ordering::SeqCst), 0);
+    silence.end();
+    drop(rank);
+}
+
+/// An agent that is long in the making is not waited for, then or later.
+#[test]
+fn an_agent_in_the_making_is_not_waited_for() {
+    let fleet = Fleet::new().slow(64);
+    let mut trainer = fleet.group("trainer", 1, SourceOptions::default());
+    commit(&mut trainer, 1);
+    let silence = Silence::default();
+    let ((begun, begins), (go_on, wait)) = (mpsc::channel(), mpsc::channel());
+    let mut targets = targets(&fleet, &silence);
+    let (rank, made) = replaced(given_up(&fleet, &silence), move || {
+        begun.send(()).unwrap();
+        wait.recv().unwrap();
+        targets()
+    });
+    let run = |stop, _| {
+        let mut rank = rank.with_stop(stop);
+        let failure = rank.make_ready("other", soon()).unwrap_err();
+        rank.make_ready("other", soon()).unwrap_err();
+        (rank, failure)
+    };
+    let ((rank, failure), took) = told(None, Duration::ZERO, run, || {});
+    let text = failure.to_string();
+    assert!(failure.cause == Cause::Late && text.contains("in the making"), "{text}");
+    assert!(took < SOON, "{took:?}");
+    begins.recv_timeout(Duration::from_secs(20)).unwrap();
     assert_eq!(made.load(Ordering::SeqCst), 1);
+    go_on.send(()).unwrap();
     silence.end();
     drop(rank);
 }

@@ -20,9 +20,6 @@ use crate::model;
 use crate::sizes::{SourceSizes, TargetSizes};
 use crate::transports::TransportName;
 
-/// The variable of the environment that the job's key is taken from when there is no file.
-const KEY_VARIABLE: &str = "REFIT_JOB_KEY";
-
 /// What both sides have to be told.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Common {
@@ -35,10 +32,10 @@ pub(crate) struct Common {
     /// The rank, counted from 0
     #[arg(long, value_name = "N")]
     pub(super) rank: u32,
-    #[arg(long, help = format!("{} (default: that of --checkpoint, or {})", model::help(), model::DEFAULT))]
+    #[arg(long, value_name = "FILE|MODEL", help = format!("{} (default: that of --checkpoint, or {})", model::help(), model::DEFAULT))]
     config: Option<String>,
     /// Decoder layers to keep of the model (default: all)
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     layers: Option<u32>,
     /// The model's name at the rendezvous: ranks of others do not meet (default: that of the bundled model, else
     /// `model`, and the number of layers)
@@ -48,18 +45,18 @@ pub(crate) struct Common {
     /// for every version; `pull` compares with it. Without one, values are made from the version's number
     #[arg(long, value_name = "FOLDER")]
     checkpoint: Option<PathBuf>,
-    /// How bytes move
+    /// How bytes move; `local`, which does not leave its process, is refused here
     #[arg(long, value_enum, default_value_t = TransportName::Auto)]
     pub(super) transport: TransportName,
-    /// The GPU that holds the rank (default: the host does)
-    #[arg(long, value_name = "GPU")]
+    /// The number of the GPU that holds the rank (default: the host does)
+    #[arg(long, value_name = "N")]
     pub(super) gpu: Option<u32>,
     /// A file with the job's key, readable by this user only (default: the variable REFIT_JOB_KEY if there is one; else no
     /// key, which is taken where nobody else can write to the rendezvous)
     #[arg(long, value_name = "FILE")]
     pub(super) key_file: Option<PathBuf>,
-    /// Let UCX use TCP over this interface (`all`: over every one). Whoever can connect there can read and write the memory
-    /// of this process
+    /// Let UCX use TCP over this interface (`all`: over every one; default: over none but this host's own). Whoever can connect
+    /// there can read and write the memory of this process
     #[arg(long, value_name = "IFACE")]
     pub(super) insecure_tcp: Option<String>,
     /// What one step may take: joining, a version from its offer until it is installed, waiting for readers
@@ -72,9 +69,9 @@ pub(crate) struct Common {
     #[arg(long, default_value = "10", value_name = "SECONDS", value_parser = seconds)]
     pub(super) drain: Duration,
     /// Threads that write and compare values (default: as many as there are cores)
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
-    /// Answer GET /metrics here, for Prometheus; port 0 takes a free one, which is printed
+    /// Answer GET /metrics here, for Prometheus; port 0 takes a free one, which is printed (default: nowhere)
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(super) metrics: Option<SocketAddr>,
     /// Let --metrics be an address that other hosts can reach: what is there is not encrypted, and asks nobody who they are
@@ -105,10 +102,10 @@ pub(crate) struct ServeArgs {
     /// The ranks that commit together
     #[arg(long, default_value = "trainer", value_name = "NAME")]
     pub(super) group: String,
-    /// Seconds between two versions; rank 0 alone counts them
+    /// How long after a version the next one comes; rank 0 alone counts that (default: the next comes with SIGUSR1)
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub(super) every: Option<Duration>,
-    /// Leave after so many versions, each of which is offered for --every seconds
+    /// Leave after so many versions, each of which is offered for --every seconds (default: stay)
     #[arg(long, value_name = "N", requires = "every", value_parser = clap::value_parser!(u64).range(1..))]
     pub(super) versions: Option<u64>,
     /// The number of the first version (default: above every one that can be found). A number names bytes for ever
@@ -146,13 +143,13 @@ pub(crate) struct PullArgs {
     /// Compare what has landed with what its source says of it
     #[arg(long, value_enum, default_value_t = Digests::Never)]
     pub(super) digests: Digests,
-    /// Leave after so many versions
+    /// Leave after so many versions (default: stay)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(super) versions: Option<u64>,
     /// Give up when nothing new could be read for so long
     #[arg(long, default_value = "600", value_name = "SECONDS", value_parser = seconds)]
     pub(super) wait: Duration,
-    /// The longest lease that is taken, and so the longest that one attempt goes on
+    /// The longest lease that is taken. One attempt goes on for no longer, and for half of --deadline at most
     #[arg(long, default_value = "30", value_name = "SECONDS", value_parser = seconds)]
     pub(super) lease: Duration,
     /// Most ranks that read a group at a time
@@ -244,6 +241,10 @@ impl Common {
                 }
             )));
         }
+        if self.transport == TransportName::Peer && self.gpu.is_none() {
+            let text = "the peer transport moves memory of GPUs only: add --gpu N, or take --transport nixl";
+            return Err(CliError::Usage(text.to_owned()));
+        }
         self.transport.on(self.device())
     }
 
@@ -258,11 +259,6 @@ impl Common {
             }
             at => Ok(at),
         }
-    }
-
-    /// The variable with the job's key, if there is one.
-    pub(super) fn key_variable() -> Option<&'static str> {
-        std::env::var_os(KEY_VARIABLE).is_some().then_some(KEY_VARIABLE)
     }
 
     fn model(&self) -> Result<(ModelConfig, String), CliError> {

@@ -87,7 +87,7 @@ pub(super) struct Alone<R: Rendezvous, P: Holder> {
     pub(super) rank: P,
     pub(super) reader: Reader<R>,
     /// What a relay of its own is called.
-    pub(super) not_from: String,
+    pub(super) replica: String,
     pub(super) version: Option<u64>,
 }
 
@@ -95,8 +95,7 @@ impl<R: Rendezvous, P: Holder + Reseat<R>> Cycle<R> for Alone<R, P> {
     type Holder = P;
 
     fn refresh(&mut self, at_least: u64, deadline: Instant) -> Result<u64, Missed> {
-        let not_from = Some(self.not_from.clone());
-        let wanted = Wanted { not_from, ..Wanted::at_least(at_least) };
+        let wanted = Wanted::at_least(at_least).but_not_from(&self.replica);
         let refreshed = self.reader.refresh(&mut self.rank, &wanted, deadline);
         let version = refreshed.map_err(|error| of_refresh(*error))?.version;
         self.version = Some(version);

@@ -15,12 +15,11 @@ use refit_service::rendezvous::{Rendezvous, RendezvousError};
 use refit_service::replica::{Replica, ReplicaRank, Stage};
 use refit_service::source::{GroupRank, SourceOptions};
 use refit_service::worker::Quarantine;
-use refit_service::{Reseat, Seat};
+use refit_service::{Reseat, Seat, Seats};
 
 use super::args::{Common, Holding, PullArgs};
 use super::cycle::{Alone, Cycle, Missed, Together};
 use super::endpoint::Labels;
-use super::place::Place;
 use super::rank::{Bystander, Holder};
 use super::start::{self, Agents, House, Work};
 use super::voice::Event;
@@ -74,7 +73,7 @@ impl Work for Pull {
 
     fn run<R: Rendezvous, T: Transport>(
         self,
-        place: Place<R>,
+        seats: Seats<R>,
         agents: Agents<T>,
         house: House,
     ) -> Result<(), CliError> {
@@ -109,12 +108,12 @@ impl Work for Pull {
             .with_fanout(args.fanout)
             .with_checks(args.digests.into());
         let incarnation = draw_incarnation(&name).map_err(RefitError::from)?;
-        let seat = place.seat()?;
+        let seat = seats.take()?;
         let scout = Reader::new(seat.clone(), &format!("{name}-scout"), incarnation, reading)?;
         let reader = Reader::new(seat.clone(), &name, incarnation, reading)?;
         let bytes = layout.bytes();
         let pulling =
-            Pulling { args, holding, place, seat, scout, house, verified: 0, version: None };
+            Pulling { args, holding, seats, seat, scout, house, verified: 0, version: None };
         let joined = Event::Joined {
             side: "engine",
             name: pulling.args.replica.clone(),
@@ -162,7 +161,7 @@ impl Work for Pull {
 struct Pulling<R: Rendezvous> {
     args: PullArgs,
     holding: Holding<TargetLayout>,
-    place: Place<R>,
+    seats: Seats<R>,
     /// With its session everything that this rank is ends at once.
     seat: Seat<R>,
     /// Looks for offers, and reads none.
@@ -216,8 +215,8 @@ impl<R: Rendezvous> Pulling<R> {
         check: impl Fn(&Self) -> Result<(), CliError>,
     ) -> Result<(), CliError> {
         self.house.voice.say(joined);
-        let not_from = self.args.replica.clone();
-        let mut alone = Alone { rank, reader, not_from, version: None };
+        let replica = self.args.replica.clone();
+        let mut alone = Alone { rank, reader, replica, version: None };
         self.go_on(&mut alone, check)?;
         drop(alone);
         self.house.voice.say(&Event::Left { unreleased: 0 });
@@ -298,7 +297,7 @@ impl<R: Rendezvous> Pulling<R> {
     /// Takes this rank's place again, under a session of its own.
     fn rejoin(&mut self, cycle: &mut impl Cycle<R>) -> Result<(), Missed> {
         let began = Instant::now();
-        let seat = self.place.seat().map_err(Missed::Again)?;
+        let seat = self.seats.take().map_err(|error| Missed::Again(error.into()))?;
         let version = cycle.rejoin(&seat, began + self.args.common.deadline)?;
         self.scout.reseat(seat.clone());
         (self.seat, self.version) = (seat, version);
@@ -316,8 +315,7 @@ impl<R: Rendezvous> Pulling<R> {
         progress: Instant,
         cycle: &mut impl Cycle<R>,
     ) -> Result<bool, Missed> {
-        let wanted =
-            Wanted { not_from: Some(self.args.replica.clone()), ..Wanted::at_least(at_least) };
+        let wanted = Wanted::at_least(at_least).but_not_from(&self.args.replica);
         let began = Instant::now();
         loop {
             if stop.is_set() {
@@ -340,8 +338,8 @@ impl<R: Rendezvous> Pulling<R> {
     /// Says why nothing is offered: at once where it will not change by itself.
     fn explain(&mut self, late: bool) -> Result<(), Missed> {
         let again = |error: RendezvousError| Missed::Again(error.into());
-        let groups = self.place.model().groups().map_err(again)?;
-        let listed = self.place.store().list(&groups).map_err(again)?;
+        let groups = self.seats.model().groups().map_err(again)?;
+        let listed = self.seats.store().list(&groups).map_err(again)?;
         if let Some((key, source)) = listed.refused.first_key_value()
             && listed.entries.is_empty()
         {
@@ -357,6 +355,7 @@ impl<R: Rendezvous> Pulling<R> {
         let why: Vec<String> = census
             .withheld
             .iter()
+            .filter(|(group, _)| **group != self.args.replica)
             .map(|(group, why)| format!("group `{group}` offers nothing: {why}"))
             .collect();
         let why =

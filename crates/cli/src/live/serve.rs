@@ -9,6 +9,7 @@ use refit::planner::RankLayout;
 use refit::pool::PoolOptions;
 use refit::transport::{Transport, TransportPool, TransportRegistrar};
 use refit::{Source, allocate};
+use refit_service::Seats;
 use refit_service::keys::Model;
 use refit_service::message::{Announcement, Decision, Message, Offering};
 use refit_service::rendezvous::Rendezvous;
@@ -16,7 +17,6 @@ use refit_service::source::{GroupRank, LiveSource, SourceError, SourceOptions};
 
 use super::args::{Common, Holding, ServeArgs};
 use super::endpoint::Labels;
-use super::place::Place;
 use super::start::{self, Agents, House, Work};
 use super::voice::Event;
 use super::wakes::Wake;
@@ -60,7 +60,7 @@ impl Work for Serve {
 
     fn run<R: Rendezvous, T: Transport>(
         self,
-        place: Place<R>,
+        seats: Seats<R>,
         agents: Agents<T>,
         house: House,
     ) -> Result<(), CliError> {
@@ -83,7 +83,7 @@ impl Work for Serve {
             SourceOptions::default().with_most_lease(args.lease).with_drain(args.common.drain);
         let within = Instant::now() + args.common.deadline;
         let seat = GroupRank { group: group.clone(), rank, ranks };
-        let live = LiveSource::join(place.seat()?, seat, source, options, within)?;
+        let live = LiveSource::join(seats.take()?, seat, source, options, within)?;
         house.voice.say(&Event::Joined {
             side: "trainer",
             name: group.clone(),
@@ -92,18 +92,18 @@ impl Work for Serve {
             bytes,
         });
 
-        house.wakes.watch(place.store(), place.model().wishes()?)?;
-        house.wakes.watch(place.store(), place.model().member(&group, rank)?)?;
+        house.wakes.watch(seats.store(), seats.model().wishes()?)?;
+        house.wakes.watch(seats.store(), seats.model().member(&group, rank)?)?;
         if rank != 0 {
-            house.wakes.watch(place.store(), place.model().version(&group, 0)?)?;
+            house.wakes.watch(seats.store(), seats.model().version(&group, 0)?)?;
         }
         let due = match (rank, args.first_version) {
             (0, Some(first)) => Some(first),
-            (0, None) => Some(newest(place.store(), place.model())?.saturating_add(1)),
+            (0, None) => Some(newest(seats.store(), seats.model())?.saturating_add(1)),
             _ => None,
         };
         let mut serving =
-            Serving { args, holding, place, pool, live, house, due, next: None, trouble: None };
+            Serving { args, holding, seats, pool, live, house, due, next: None, trouble: None };
         serving.go_on()?;
         serving.leave()
     }
@@ -114,7 +114,7 @@ impl Work for Serve {
 struct Serving<R: Rendezvous, T: Transport> {
     args: ServeArgs,
     holding: Holding<RankLayout>,
-    place: Place<R>,
+    seats: Seats<R>,
     pool: TransportPool<T>,
     live: LiveSource<R, Source<T>>,
     house: House,
@@ -206,8 +206,8 @@ impl<R: Rendezvous, T: Transport> Serving<R, T> {
 
     /// Takes from rank 0 which version is next.
     fn follow(&mut self) -> Result<(), CliError> {
-        let key = self.place.model().version(&self.args.group, 0)?;
-        let found = self.place.store().list(&key)?;
+        let key = self.seats.model().version(&self.args.group, 0)?;
+        let found = self.seats.store().list(&key)?;
         let said = found.entries.get(&key).and_then(|value| Announcement::decode(value).ok());
         let open = said.filter(|said| said.offering == Offering::Open).map(|said| said.version);
         match (open, self.live.offered()) {
@@ -235,7 +235,7 @@ impl<R: Rendezvous, T: Transport> Serving<R, T> {
         let error = "the rendezvous took this rank for dead; joining again".to_owned();
         self.house.voice.say(&Event::Failed { error });
         let began = Instant::now();
-        self.live.rejoin(self.place.seat()?, began + self.args.common.deadline)?;
+        self.live.rejoin(self.seats.take()?, began + self.args.common.deadline)?;
         self.house.voice.say(&Event::Rejoined { seconds: began.elapsed().as_secs_f64() });
         Ok(())
     }

@@ -6,15 +6,16 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use refit::transport::Transport;
-use refit_service::rendezvous::{Rendezvous, Sealed, Store};
+use refit::RefitError;
+use refit::transport::{Transport, draw_incarnation};
+use refit_service::Seats;
+use refit_service::rendezvous::{JobKey, Rendezvous, Writer};
 use refit_service::worker::reaper;
 
 use super::args::Common;
 use super::endpoint::{self, Labels};
 use super::figures::Shared;
 use super::log;
-use super::place::Place;
 use super::voice::{Event, Voice};
 use super::wakes::Wakes;
 use crate::device::Home;
@@ -45,7 +46,7 @@ pub(super) trait Work: Send + 'static {
 
     fn run<R: Rendezvous, T: Transport>(
         self,
-        place: Place<R>,
+        seats: Seats<R>,
         agents: Agents<T>,
         house: House,
     ) -> Result<(), CliError>;
@@ -246,11 +247,14 @@ fn meet<T: Transport>(
     agents: Agents<T>,
     house: House,
 ) -> Result<(), CliError> {
-    let (common, model) = (work.common(), work.model());
-    let store = common.rendezvous.open()?;
+    let common = work.common();
     let (stop, voice) = (house.wakes.stop(), house.voice);
-    let place: Place<Sealed<Store>> = Place::new(common, store, name, &model, stop.of_ranks())?;
-    match work.run(place, agents, house) {
+    let store = common.rendezvous.open()?;
+    let key = JobKey::from_file_or_env(common.key_file.as_deref())?;
+    let life = draw_incarnation(name).map_err(RefitError::from)?;
+    let writer = Writer::new(&common.job, name, life)?;
+    let seats = Seats::new(store, writer, key, &work.model(), common.ttl)?;
+    match work.run(seats.with_stop(stop.of_ranks()), agents, house) {
         // It waited for the end of its former life, and was told not to.
         Err(error) if stop.is_set() && error.is_taken() => {
             voice.say(&Event::Leaving { reason: "told to stop" });

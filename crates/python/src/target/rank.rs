@@ -94,7 +94,7 @@ impl Begin for Join {
 
     fn over<T: Transport>(self, agents: Agents<T>) -> Result<Self::Made, Failure> {
         let Self { entered, actions, mode, engine, options, relay, live } = self;
-        let Entered { place, home, params, layout, group, ranks, ttl, within } = entered;
+        let Entered { seats, home, params, layout, group, ranks, ttl, within } = entered;
         let make = {
             let (home, layout) = (home.clone(), layout.clone());
             move |params: Vec<(String, Memory)>, actions: Vec<PostAction>| {
@@ -110,14 +110,14 @@ impl Begin for Join {
         let at = GroupRank { group, rank: layout.rank(), ranks };
         let name = format!("{}-{}", at.group, at.rank);
         let incarnation = draw_incarnation(&name)?;
-        let seat = place.seat()?;
+        let seat = seats.take()?;
         let reader = Reader::new(seat.clone(), &name, incarnation, options)?;
         let deadline = Instant::now() + within;
         match mode {
             Mode::Direct => {
                 let notes = engine.notes.clone();
                 let direct = Direct::new(make(params, actions)?, engine);
-                let join = in_place::Join { notes, reader, place, replica: at.group.clone(), live };
+                let join = in_place::Join { notes, reader, seats, replica: at.group.clone(), live };
                 Ok(match relay {
                     None => join.with(direct),
                     Some(options) => join.with(Relay::join(seat, at, direct, options, deadline)?),
@@ -139,7 +139,7 @@ impl Begin for Join {
                 };
                 let join = staged::Join {
                     seat: seat.clone(),
-                    place,
+                    seats,
                     at: at.clone(),
                     incarnation,
                     reader,
@@ -153,5 +153,28 @@ impl Begin for Join {
                 }
             }
         }
+    }
+}
+
+/// Does something that needs a session, and where that has ended, joins again and does it once more. It is tried again behind
+/// the first time it joined, even at the deadline: a session may have ended long ago.
+fn rejoining<S, O, E: Into<Failure>>(
+    rank: &mut S,
+    deadline: Instant,
+    act: impl Fn(&mut S) -> Result<O, E>,
+    is_session_ended: impl Fn(&E) -> bool,
+    rejoin: impl Fn(&mut S) -> Result<(), Failure>,
+) -> Result<O, Failure> {
+    let mut rejoined = false;
+    loop {
+        let error = match act(rank) {
+            Ok(output) => return Ok(output),
+            Err(error) => error,
+        };
+        if !is_session_ended(&error) || (rejoined && Instant::now() >= deadline) {
+            return Err(error.into());
+        }
+        rejoin(rank)?;
+        rejoined = true;
     }
 }

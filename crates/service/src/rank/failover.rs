@@ -1,7 +1,7 @@
 //! Other memory for a rank whose own may still be written.
 //!
 //! A busy machine may take seconds to make an agent. So one is made on a thread of its own, and whoever waits for it has an
-//! answer at the deadline; the next who needs one takes it.
+//! answer at the deadline, or when the process is to end; the next who needs one takes it.
 
 use std::fmt;
 use std::sync::Arc;
@@ -16,6 +16,7 @@ use refit::transport::Transport;
 use super::RankError;
 use super::pulls::Pulls;
 use crate::puller::{Cause, PullFailure};
+use crate::stop::{Stop, receive};
 use crate::worker::{BuildError, Quarantine};
 
 type Build<T> = dyn FnMut(u64) -> Result<Target<T>, BuildError> + Send;
@@ -40,11 +41,13 @@ impl<T: Transport> Failover<T> {
         Self { quarantine, build: Arc::new(Mutex::new(build)), begun: 0, coming: None }
     }
 
-    /// A target in memory of its own, if one that keeps so many bytes may be parted with, and it is there by the deadline.
+    /// A target in memory of its own, if one that keeps so many bytes may be parted with, and it is there by the deadline and
+    /// before `stop` is told.
     pub(super) fn build(
         &mut self,
         kept_bytes: u64,
         deadline: Instant,
+        stop: Option<&Stop>,
     ) -> Result<Target<T>, PullFailure> {
         self.quarantine
             .has_room(kept_bytes)
@@ -53,7 +56,7 @@ impl<T: Transport> Failover<T> {
             Some(coming) => coming,
             None => self.begin().map_err(no_agent)?,
         };
-        match target.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        match receive(&target, deadline, stop, Stop::waits_until) {
             Ok(built) => built.map_err(no_agent),
             Err(RecvTimeoutError::Timeout) => {
                 self.coming = Some((since, target));

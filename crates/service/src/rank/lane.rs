@@ -3,12 +3,9 @@
 use std::io;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use crate::stop::Stop;
-
-/// How soon who waits for it notices that the process is to end.
-const LOOK: Duration = Duration::from_millis(20);
+use crate::stop::{Stop, receive};
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -56,16 +53,10 @@ impl Lane {
             // After a panic there is nobody to take it, and what it brings along goes with it.
             let _ = jobs.send(job);
         }
-        loop {
-            let until = stop.map_or(until, |stop| stop.reads_until(until));
-            let left = until.saturating_duration_since(Instant::now());
-            let wait = if stop.is_some() { left.min(LOOK) } else { left };
-            match answers.recv_timeout(wait) {
-                Ok(output) => return Ran::Done(output),
-                Err(RecvTimeoutError::Timeout) if wait < left => {}
-                Err(RecvTimeoutError::Timeout) => return Ran::Away(answers),
-                Err(RecvTimeoutError::Disconnected) => return Ran::Gone,
-            }
+        match receive(&answers, until, stop, Stop::reads_until) {
+            Ok(output) => Ran::Done(output),
+            Err(RecvTimeoutError::Timeout) => Ran::Away(answers),
+            Err(RecvTimeoutError::Disconnected) => Ran::Gone,
         }
     }
 }

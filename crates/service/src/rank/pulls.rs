@@ -367,7 +367,7 @@ impl<T: Transport> Pulls<T> {
         }
     }
 
-    /// Has a fresh target take over, if it is there by the deadline and `fits` finds nothing wrong with it. The old one is
+    /// Has a fresh target take over, if it is there by the deadline, before the process is to end, and `fits` finds nothing wrong with it. The old one is
     /// kept until its reads have settled.
     pub(super) fn fail_over(
         &mut self,
@@ -375,7 +375,7 @@ impl<T: Transport> Pulls<T> {
         deadline: Instant,
         fits: impl FnOnce(&Target<T>) -> Result<(), RefitError>,
     ) -> Result<(), PullFailure> {
-        let fresh = failover.build(self.kept_bytes(), deadline)?;
+        let fresh = failover.build(self.kept_bytes(), deadline, self.stop.as_ref())?;
         fits(&fresh).map_err(failure)?;
         tracing::warn!(
             group = self.silent(),

@@ -51,6 +51,12 @@ impl Writer {
         }
         Ok(Self { job, name, incarnation })
     }
+
+    /// The job.
+    #[must_use]
+    pub fn job(&self) -> &str {
+        &self.job
+    }
 }
 
 /// Why a value that lies in the store is not taken.

@@ -3,18 +3,18 @@
 use std::time::{Duration, Instant};
 
 use refit::transport::Transport;
-use refit_service::Reseat;
 use refit_service::groups::Offer;
 use refit_service::puller::{Cause, PullFailure, Puller, Reading as Version};
 use refit_service::rank::{Counted, Direct};
 use refit_service::reader::{Reader, Refreshed, Wanted};
 use refit_service::relay::Relay;
 use refit_service::rendezvous::RendezvousError;
+use refit_service::{Reseat, Seats};
 
-use super::{Live, Reading};
+use super::{Live, Reading, rejoining};
 use crate::engine::{Callbacks, Notes};
+use crate::entry::Meeting;
 use crate::failure::Failure;
-use crate::place::{Meeting, Place};
 use crate::report::Figures;
 
 /// What holds the live parameters.
@@ -39,15 +39,15 @@ impl<T: Transport> Holder for Relay<Meeting, Direct<T, Callbacks>> {
 pub(super) struct Join {
     pub(super) notes: Notes,
     pub(super) reader: Reader<Meeting>,
-    pub(super) place: Place,
+    pub(super) seats: Seats<Meeting>,
     pub(super) replica: String,
     pub(super) live: Live,
 }
 
 impl Join {
     pub(super) fn with<P: Holder + 'static>(self, holder: P) -> Box<dyn Reading> {
-        let Self { notes, reader, place, replica, live } = self;
-        Box::new(InPlace { holder, notes, reader, place, replica, live, read: None })
+        let Self { notes, reader, seats, replica, live } = self;
+        Box::new(InPlace { holder, notes, reader, seats, replica, live, read: None })
     }
 }
 
@@ -56,7 +56,7 @@ struct InPlace<P> {
     holder: P,
     notes: Notes,
     reader: Reader<Meeting>,
-    place: Place,
+    seats: Seats<Meeting>,
     replica: String,
     live: Live,
     /// What was read last.
@@ -92,13 +92,12 @@ impl<P: Puller> Puller for Prompt<'_, P> {
 }
 
 impl<P: Holder> InPlace<P> {
-    /// Nothing that its own ranks offer.
     fn wanted(&self, at_least: u64) -> Wanted {
-        Wanted { not_from: Some(self.replica.clone()), ..Wanted::at_least(at_least) }
+        Wanted::at_least(at_least).but_not_from(&self.replica)
     }
 
     fn rejoin(&mut self, deadline: Instant) -> Result<(), Failure> {
-        let seat = self.place.seat()?;
+        let seat = self.seats.take()?;
         // First: a reader whose session has ended says so when this did not work.
         self.holder.reseat(&seat, deadline)?;
         self.reader.reseat(seat);
@@ -107,20 +106,12 @@ impl<P: Holder> InPlace<P> {
 
     fn catch_up(&mut self, at_least: u64, deadline: Instant) -> Result<Refreshed, Failure> {
         let wanted = self.wanted(at_least);
-        let mut rejoined = false;
-        loop {
-            let Self { holder, notes, live, reader, .. } = self;
-            let error = match reader.refresh(&mut Prompt { holder, notes, live }, &wanted, deadline)
-            {
-                Ok(refreshed) => return Ok(refreshed),
-                Err(error) => error,
-            };
-            if !error.is_session_ended() || (rejoined && Instant::now() >= deadline) {
-                return Err(error.into());
-            }
-            self.rejoin(deadline)?;
-            rejoined = true;
-        }
+        let read = |it: &mut Self| {
+            let Self { holder, notes, live, reader, .. } = it;
+            reader.refresh(&mut Prompt { holder, notes, live }, &wanted, deadline)
+        };
+        let rejoin = |it: &mut Self| it.rejoin(deadline);
+        rejoining(self, deadline, read, |error| error.is_session_ended(), rejoin)
     }
 }
 

@@ -7,19 +7,19 @@ use refit_service::groups::Offer;
 use refit_service::rank::Counted;
 use refit_service::reader::{Reader, Refreshed};
 use refit_service::rendezvous::RendezvousError;
-use refit_service::replica::{Replica, ReplicaRank, Stage};
+use refit_service::replica::{Replica, ReplicaError, ReplicaRank, Stage};
 use refit_service::source::GroupRank;
-use refit_service::{Reseat, Seat};
+use refit_service::{Reseat, Seat, Seats};
 
-use super::{Live, Reading};
+use super::{Live, Reading, rejoining};
+use crate::entry::Meeting;
 use crate::failure::{Failure, Kind};
-use crate::place::{Meeting, Place};
 use crate::report::Figures;
 
 /// What makes it, besides what stages.
 pub(super) struct Join {
     pub(super) seat: Seat<Meeting>,
-    pub(super) place: Place,
+    pub(super) seats: Seats<Meeting>,
     pub(super) at: GroupRank,
     pub(super) incarnation: u128,
     pub(super) reader: Reader<Meeting>,
@@ -34,18 +34,18 @@ impl Join {
     where
         S: Stage + Counted + Reseat<Meeting> + Send + 'static,
     {
-        let Self { seat, place, at, incarnation, reader, fresh, deadline, live } = self;
+        let Self { seat, seats, at, incarnation, reader, fresh, deadline, live } = self;
         let GroupRank { group: replica, rank, ranks } = at;
         let at = ReplicaRank { replica, rank, ranks };
         let joined = Replica::join(seat, at, incarnation, reader, stage, fresh, deadline)?;
-        Ok(Box::new(Staged { joined, place, ranks, live }))
+        Ok(Box::new(Staged { joined, seats, ranks, live }))
     }
 }
 
 #[derive(Debug)]
 struct Staged<S: Stage> {
     joined: Replica<Meeting, S>,
-    place: Place,
+    seats: Seats<Meeting>,
     ranks: u32,
     live: Live,
 }
@@ -54,22 +54,14 @@ impl<S: Stage + Reseat<Meeting>> Staged<S> {
     /// Takes this rank's place again, as another life of it.
     fn rejoin(&mut self, deadline: Instant) -> Result<(), Failure> {
         let incarnation = draw_incarnation("replica")?;
-        Ok(self.joined.rejoin(self.place.seat()?, incarnation, deadline)?)
+        Ok(self.joined.rejoin(self.seats.take()?, incarnation, deadline)?)
     }
 
     fn catch_up(&mut self, at_least: u64, deadline: Instant) -> Result<u64, Failure> {
-        let mut rejoined = false;
-        loop {
-            let error = match self.joined.refresh(at_least, deadline) {
-                Ok(ready) => return Ok(ready.version),
-                Err(error) => error,
-            };
-            if !error.is_session_ended() || (rejoined && Instant::now() >= deadline) {
-                return Err(error.into());
-            }
-            self.rejoin(deadline)?;
-            rejoined = true;
-        }
+        let refresh = |it: &mut Self| it.joined.refresh(at_least, deadline);
+        let rejoin = |it: &mut Self| it.rejoin(deadline);
+        let ready = rejoining(self, deadline, refresh, ReplicaError::is_session_ended, rejoin)?;
+        Ok(ready.version)
     }
 }
 

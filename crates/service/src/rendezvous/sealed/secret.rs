@@ -19,6 +19,9 @@ const FEWEST: usize = 32;
 /// Most bytes of a secret, with what surrounds it.
 const MOST: usize = 4096;
 
+/// The variable of the environment that holds the key of a job whose processes are told of no file.
+const VARIABLE: &str = "REFIT_JOB_KEY";
+
 /// The key that all processes of a job share, and nobody else has.
 ///
 /// It never appears in text: not in `Debug`, not in an error. There is no way to take one from an argument of a command
@@ -68,6 +71,18 @@ pub enum SecretError {
 }
 
 impl JobKey {
+    /// The key in this file; without one, the key in the variable `REFIT_JOB_KEY`, and none where there is no such variable.
+    ///
+    /// # Errors
+    /// [`SecretError`].
+    pub fn from_file_or_env(path: Option<&Path>) -> Result<Option<Self>, SecretError> {
+        match path {
+            Some(path) => Self::from_file(path).map(Some),
+            None if std::env::var_os(VARIABLE).is_some() => Self::from_env(VARIABLE).map(Some),
+            None => Ok(None),
+        }
+    }
+
     /// The key in this file: all of it but white space at its ends.
     ///
     /// The file must be this user's and accessible to nobody else, or root's and at most readable by a group, as a

@@ -1,7 +1,18 @@
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::thread;
+//! A thread that owns an agent: what its callers wait for, and what becomes of agents whose reads are out. By itself, since the
+//! reaper is one for a process.
 
-use super::*;
+#![allow(clippy::unwrap_used, reason = "the lint spares test functions, not what they call")]
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use refit_service::worker::{
+    Agent, BuildError, Standing, Worker, WorkerError, WorkerOptions, reaper,
+};
+use refit_tests::starved;
 
 /// What tests see of their agents from outside.
 #[derive(Debug, Default)]
@@ -100,30 +111,12 @@ fn number(worker: &Worker<Fake>) -> Result<usize, WorkerError> {
     })
 }
 
-/// As long as the deadline and the 250 ms that are promised, not counting time in which the machine ran none of us: a second
-/// thread that only sleeps sees how long that was.
+/// As long as the deadline and the 250 ms that are promised, not counting time in which the machine ran none of us.
 fn in_time(limit: Duration, run: impl FnOnce()) {
-    const NAP: Duration = Duration::from_millis(2);
-    let ended = AtomicBool::new(false);
-    let (took, starved) = thread::scope(|scope| {
-        let naps = scope.spawn(|| {
-            let mut starved = Duration::ZERO;
-            while !ended.load(Ordering::SeqCst) {
-                let slept = Instant::now();
-                thread::sleep(NAP);
-                starved += slept.elapsed().saturating_sub(2 * NAP);
-            }
-            starved
-        });
+    let (took, starved) = starved::while_running(|| {
         let started = Instant::now();
-        let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
-        let took = started.elapsed();
-        ended.store(true, Ordering::SeqCst);
-        let starved = naps.join().unwrap();
-        if let Err(panic) = ran {
-            std::panic::resume_unwind(panic);
-        }
-        (took, starved)
+        run();
+        started.elapsed()
     });
     let most = limit + Duration::from_millis(250) + starved;
     assert!(took <= most, "{took:?} for a limit of {limit:?}, {starved:?} of it not run");
