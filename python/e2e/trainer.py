@@ -21,7 +21,7 @@ import torch.distributed as dist
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: Tokens of a sequence, sequences of a batch, and how often the optimizer writes before a version is published: enough that the
 #: model knows its batch by heart. Then the best next token is no matter of rounding.
-SEQUENCE, SEQUENCES, UPDATES = 24, 2, 16
+SEQUENCE, SEQUENCES, UPDATES = 24, 2, 24
 
 
 def arguments() -> argparse.Namespace:
@@ -89,7 +89,7 @@ def build(options: argparse.Namespace, config: dict[str, Any]) -> tuple[list[Any
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
-            lr=1e-2,
+            lr=4e-3,
             bf16=True,
             params_dtype=torch.bfloat16,
             use_distributed_optimizer=True,
