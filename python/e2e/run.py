@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import select
@@ -206,7 +207,7 @@ def training(case: Case, folder: Path) -> Iterator[Talk]:
     sizes = [f"--{what}={size}" for what in SIZES if what != "dp" and (size := getattr(case, what))]
     command = [sys.executable, str(HERE / "trainer.py"), *common(case, folder), *sizes, f"--dump={folder / 'held'}"]
     command += [f"--{flag}" for flag in ("overlap", "te", "bridge") if getattr(case, flag)]
-    folders = [TE] if case.te or case.bridge else []
+    folders = [TE] if (case.te or case.bridge) and importlib.util.find_spec("transformer_engine") is None else []
     envs = [
         environment(*folders, RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         for rank in range(world)
