@@ -77,6 +77,7 @@ def serve(options: argparse.Namespace, trainer: Any, folder: Path, name: str) ->
         dtype="bfloat16",
         max_model_len=128,
         max_num_seqs=8,
+        gpu_memory_utilization=0.5,  # the trainer is on this machine too
         weight_transfer_config={"backend": "refit"},
         worker_extension_cls="worker_engine.Worker",  # for what vLLM's workers need on some CPUs
     )

@@ -50,8 +50,9 @@ def main() -> None:
         skip_tokenizer_init=True,
         # On a GPU what is compiled and captured has to go on with what is refitted.
         enforce_eager=not torch.cuda.is_available(),
-        # Of a GPU, where the trainer is too, so that vLLM cannot find out what is free.
-        **({"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 1 << 28} if torch.cuda.is_available() else {}),
+        # Of a GPU's memory or the host's: others have models there too, so vLLM cannot find out what is free.
+        gpu_memory_utilization=0.2,
+        kv_cache_memory_bytes=1 << 28,
         # What it keeps belongs to older weights: `update` sees to that.
         enable_prefix_caching=True,
         dtype="bfloat16",

@@ -442,6 +442,31 @@ def test_a_version_is_a_number(version: Any) -> None:
         UpdateInfo(version)
 
 
+class Laid(Tensor):
+    """One that says in whose memory it lies."""
+
+    __slots__ = ("memory",)
+
+    def __init__(self, shape: tuple[int, ...], memory: int, dtype: str = "bfloat16") -> None:
+        super().__init__(shape, dtype)
+        self.memory = memory
+
+    def untyped_storage(self) -> Any:
+        return types.SimpleNamespace(data_ptr=lambda: self.memory)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_view_that_a_module_has_of_a_childs_weight_is_filled_where_that_has_moved(packed: bool) -> None:
+    loaded = Tensor((768, 1, 4))
+    convolution = Module({"weight": Laid((768, 1, 4), 2 if packed else 1)})
+    mixer = Module(conv1d=convolution)
+    view = Laid((768, 4), 1)
+    mixer._buffers = {"conv_weights": view, "of_another_type": Laid((768, 4), 1, "float32"), "none": None}  # type: ignore[attr-defined]
+    model = Module(mixer=mixer)
+    found = install.views(model, [("mixer.conv1d", convolution, {"weight": loaded})])
+    assert found == ([(view, loaded)] if packed else [])
+
+
 class Engine:
     """An `LLM`, as far as `update` calls it."""
 

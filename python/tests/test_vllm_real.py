@@ -122,14 +122,18 @@ WRONG = {
         pytest.param("qwen3", 1, "fp8_per_tensor", marks=on_a_gpu),
         # Latent attention, absorbed anew: on a CPU vLLM says one of several things on the same weights, and not transformers'.
         ("deepseek", 1, None),
+        # A view of a convolution's weight that is no parameter; gated delta nets.
+        ("nemotron-h", 1, None),
+        ("qwen3-next", 1, None),
     ],
 )
 def test_an_engine_whose_kernels_repack_says_what_a_fresh_one_says(
     tmp_path: Path, model: str, tp: int, quantization: str | None
 ) -> None:
     found = engine(tmp_path, model, tp, *([quantization] if quantization else []))
-    # As the trainer published them, whatever was made of them here.
-    assert found["relayed"] == {"group": "engine", "differ": []}
+    # As the trainer published them, whatever was made of them here; but for what was cast on the way.
+    casts = model in ("nemotron-h", "qwen3-next")
+    assert found["relayed"] == {"group": "trainer" if casts else "engine", "differ": []}
     said = found["tokens"]
     for version in ("2", "after errors"):
         for number, tokens in enumerate(said[version]):
@@ -139,6 +143,8 @@ def test_an_engine_whose_kernels_repack_says_what_a_fresh_one_says(
     if (model, quantization) == ("qwen2.5", "refit_permuted"):
         # Its head is tied until it is permuted, which the names of a checkpoint do not tell.
         assert found["captured_equals_builtin"] == ["the checkpoint has nothing for the engine's `lm_head.weight`"] * tp
+    elif model == "nemotron-h":
+        assert "does more than copy" in found["captured_equals_builtin"][0]
     else:
         assert found["captured_equals_builtin"] == [True] * tp
     # All that is not in place was written as it is loaded, and something was, but for unquantised layers on a GPU.

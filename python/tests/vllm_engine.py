@@ -40,7 +40,14 @@ TOKENS = 8
 
 
 def config_of(model: str) -> Any:
-    from transformers import DeepseekV3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+    from transformers import (
+        DeepseekV3Config,
+        NemotronHConfig,
+        Qwen2Config,
+        Qwen3Config,
+        Qwen3MoeConfig,
+        Qwen3NextConfig,
+    )
 
     if model == "qwen2.5":
         return Qwen2Config(**COMMON, tie_word_embeddings=True)
@@ -73,6 +80,38 @@ def config_of(model: str) -> Any:
             topk_group=1,
             num_nextn_predict_layers=0,
             topk_method="noaux_tc",
+            tie_word_embeddings=False,
+        )
+    if model == "nemotron-h":
+        layers = ["linear_attention", "full_attention", "mlp", "linear_attention"]
+        return NemotronHConfig(
+            **{**COMMON, "num_hidden_layers": len(layers)},
+            layers_block_type=layers,
+            head_dim=64,
+            mamba_num_heads=8,
+            mamba_head_dim=64,
+            n_groups=2,
+            ssm_state_size=64,
+            chunk_size=64,
+            pad_token_id=None,
+            tie_word_embeddings=False,
+        )
+    if model == "qwen3-next":
+        return Qwen3NextConfig(
+            **COMMON,
+            head_dim=64,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=64,
+            linear_value_head_dim=64,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=128,
+            shared_expert_intermediate_size=128,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+            norm_topk_prob=True,
             tie_word_embeddings=False,
         )
     return Qwen3Config(**COMMON, head_dim=64, tie_word_embeddings=False)
@@ -166,8 +205,9 @@ def serve(folder: Path, tp: int, **options: Any) -> Any:
         skip_tokenizer_init=True,
         # On a GPU what is compiled and captured has to go on with what is refitted.
         enforce_eager=DEVICE == "cpu",
-        # Of a GPU, where others have models too, so that vLLM cannot find out what is free.
-        **({"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 1 << 28} if DEVICE == "cuda" else {}),
+        # Of a GPU's memory or the host's: others have models there too, so vLLM cannot find out what is free.
+        gpu_memory_utilization=0.2,
+        kv_cache_memory_bytes=1 << 28,
         dtype="bfloat16",
         max_model_len=64,
         max_num_seqs=4,
@@ -310,7 +350,7 @@ def main() -> None:
     found["weight_version"] = getattr(llm, "get_weight_version", lambda: None)()
     found["tokens"]["after errors"] = say(llm)
     llm.llm_engine.engine_core.shutdown()
-    if quantization is not None or model == "deepseek":
+    if quantization is not None or model in ("deepseek", "nemotron-h", "qwen3-next"):
         llm = serve(folder / "2", tp, enable_prefix_caching=False, quantization=quantization)
         found["fresh"] = [say(llm) for _ in range(4)]
     elif model == "qwen3":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import EngineError, RefusedError
@@ -25,6 +25,33 @@ def actions_of(model: Any, names: Sequence[str]) -> list[PostAction]:
 def latent_attention(model: Any) -> list[tuple[str, Any]]:
     """Attention that absorbs a projection into tensors of its own, by name."""
     return [(path, module) for path, module in model.named_modules() if _is_latent(module)]
+
+
+def views(model: Any, processed: Sequence[tuple[str, Any, Mapping[str, Any]]]) -> list[tuple[Any, Any]]:
+    """Tensors that a module has of a child's parameter as it is loaded (`conv_weights` of Mamba), and what that is loaded from.
+
+    They were made as views. Where processing gave the parameter other memory they go on with what was loaded first, and vLLM's
+    reload passes them over.
+    """
+    modules = dict(model.named_modules())
+    found = []
+    for path, module, tensors in processed:
+        owner = modules[path.rpartition(".")[0]]
+        for name, tensor in tensors.items():
+            live = module._parameters.get(name)
+            for held in (*owner._buffers.values(), *vars(owner).values()):
+                if hasattr(held, "untyped_storage") and _is_view(held, tensor) and not (live is not None and _share(held, live)):
+                    found.append((held, tensor))
+    return found
+
+
+def _is_view(held: Any, tensor: Any) -> bool:
+    sides = [[side for side in it.shape if side != 1] for it in (held, tensor)]
+    return held.dtype == tensor.dtype and len(sides[0]) > 1 and sides[0] == sides[1]
+
+
+def _share(one: Any, other: Any) -> bool:
+    return bool(one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr())
 
 
 def _is_latent(module: Any) -> bool:

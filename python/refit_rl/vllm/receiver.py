@@ -48,6 +48,7 @@ class Receiver:
         self.layout = self._layout(info)
         #: What this layout calls for, or, where it says nothing, what its modules call for.
         self._actions = self.layout.post_actions or install.actions_of(model, self.layout.names)
+        self._views = install.views(model, self._places.processed)
         self._captured = self._graphs(device)
         self._installed = False
         #: Whether the ranks have told each other that they hold what is to be installed.
@@ -154,6 +155,8 @@ class Receiver:
         with self._torch.no_grad(), set_current_vllm_config(self._config), self._as_when_loading():
             for _, module, tensors in self._places.processed:
                 reload.process(module, tensors, model_config)
+            for view, tensor in self._views:
+                view.copy_(tensor.view(view.shape))
             install.post_actions(self._model, actions, model_config.dtype)
             if self._captured is not None:
                 self._captured.refill()
