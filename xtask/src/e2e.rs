@@ -15,8 +15,8 @@ use crate::{
 /// Megatron-Core 0.19 needs 3.12, and what it is tested with here is pinned for that.
 const PYTHON: &str = "3.12";
 
-/// Sets up, runs the examples and the tests that need real Megatron-Core or vLLM, and then the cases of python/e2e/run.py, which
-/// gets `args`.
+/// Sets up, runs the examples and the tests that need real Megatron-Core or vLLM, unless `args` choose among the cases, and then the
+/// cases of python/e2e/run.py, which gets `args`.
 pub(crate) fn run(root: &Path, args: &[String]) -> Result<(), Failure> {
     let base = interpreter()?;
     let wheel = python::wheel(root)?;
@@ -29,13 +29,13 @@ pub(crate) fn run(root: &Path, args: &[String]) -> Result<(), Failure> {
     };
     let python = environment.prepare(root)?;
     python::install(&python, &wheel)?;
-    if args.is_empty() {
+    if !args.iter().any(|arg| arg.starts_with("--case") || arg == "--help") {
         let files = ["megatron_real", "vllm_contract", "vllm_real", "examples"];
         let tests = files.map(|name| format!("test_{name}.py"));
         python::pytest(root, &python, &[&["-rs".to_owned()], &tests[..]].concat())?;
     }
     let mut command = Command::new(&python);
-    command.current_dir(root.join("python/e2e")).arg("run.py").args(args);
+    command.current_dir(root).arg("python/e2e/run.py").args(args);
     cargo::status(command)
 }
 

@@ -174,11 +174,11 @@ cargo xtask e2e [--] [--case NAME]... [--json FILE] [--keep FOLDER]
 
 Starts ranks of real Megatron-Core trainers and a real vLLM engine as processes of this machine, without a GPU, over real
 NIXL; trains tiny models for three versions, refits the engine behind each, and fails when its greedy tokens are not those of
-Hugging Face's transformers on the same weights, or are still those of the version before. Without ARGS, tests of the
-publisher with real Megatron-Core ranks run first, and then every case.
+Hugging Face's transformers on the same weights, or are still those of the version before. Unless cases are chosen, tests
+of the publisher with real Megatron-Core ranks, of the backend in real engines and of the examples run first.
 
 Fetches what it needs with pip into target/setup: 3 GB, 6 GB unpacked. Needs Python 3.12 (REFIT_E2E_PYTHON names one),
-16 GB of memory, and a quarter of an hour on two cores.
+16 GB of memory, and an hour on two cores, of which the cases take a quarter.
 
 Example:
   cargo xtask e2e -- --case qwen3-moe --json docs/bench/e2e.json
