@@ -132,7 +132,7 @@ def test_an_engine_whose_kernels_repack_says_what_a_fresh_one_says(
 ) -> None:
     found = engine(tmp_path, model, tp, *([quantization] if quantization else []))
     # As the trainer published them, whatever was made of them here; but for what was cast on the way.
-    casts = model in ("nemotron-h", "qwen3-next")
+    casts = model in ("deepseek", "nemotron-h", "qwen3-next")
     assert found["relayed"] == {"group": "trainer" if casts else "engine", "differ": []}
     said = found["tokens"]
     for version in ("2", "after errors"):

@@ -1,6 +1,8 @@
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 /// How soon who waits notices that the process is to end.
 const LOOK: Duration = Duration::from_millis(20);
@@ -15,7 +17,7 @@ const LOOK: Duration = Duration::from_millis(20);
 ///
 /// Leaving is not cut: what is given back then is waited for until the deadline of whoever leaves.
 #[derive(Clone, Debug, Default)]
-pub struct Stop(Arc<OnceLock<Told>>);
+pub struct Stop(Arc<Mutex<Option<Told>>>);
 
 #[derive(Clone, Copy, Debug)]
 struct Told {
@@ -26,23 +28,23 @@ struct Told {
 impl Stop {
     /// From now on nobody waits for others, and for reads that are under way until then. Only the first call counts.
     pub fn tell(&self, reads_until: Instant) {
-        let _ = self.0.set(Told { at: Instant::now(), reads_until });
+        self.0.lock().get_or_insert(Told { at: Instant::now(), reads_until });
     }
 
     /// Whether it was told.
     #[must_use]
     pub fn is_told(&self) -> bool {
-        self.0.get().is_some()
+        self.0.lock().is_some()
     }
 
     /// The deadline of who waits for others.
     pub(crate) fn waits_until(&self, deadline: Instant) -> Instant {
-        self.0.get().map_or(deadline, |told| deadline.min(told.at))
+        self.0.lock().map_or(deadline, |told| deadline.min(told.at))
     }
 
     /// The deadline of who waits for reads.
     pub(crate) fn reads_until(&self, deadline: Instant) -> Instant {
-        self.0.get().map_or(deadline, |told| deadline.min(told.reads_until))
+        self.0.lock().map_or(deadline, |told| deadline.min(told.reads_until))
     }
 }
 

@@ -127,9 +127,10 @@ fn a_rank_that_waits_for_others_gets_out_of_its_round() {
     // Its next life and the other rank cut over.
     let mut ranks = [0, 1].map(|rank| join(&fleet, fleet.seat(), rank).unwrap());
     thread::scope(|scope| {
-        for rank in &mut ranks {
-            scope.spawn(|| assert_eq!(rank.refresh(1, soon()).unwrap().version, 1));
-        }
+        let both = ranks
+            .each_mut()
+            .map(|rank| scope.spawn(|| assert_eq!(rank.refresh(1, soon()).unwrap().version, 1)));
+        both.map(|rank| rank.join().unwrap());
     });
     assert!(ranks.iter().all(|rank| live_is_whole(rank.stage(), 1)));
 }
