@@ -130,7 +130,9 @@ fn a_rank_that_waits_for_others_gets_out_of_its_round() {
         let both = ranks
             .each_mut()
             .map(|rank| scope.spawn(|| assert_eq!(rank.refresh(1, soon()).unwrap().version, 1)));
-        both.map(|rank| rank.join().unwrap());
+        for rank in both {
+            rank.join().unwrap();
+        }
     });
     assert!(ranks.iter().all(|rank| live_is_whole(rank.stage(), 1)));
 }
