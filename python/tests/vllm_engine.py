@@ -245,14 +245,20 @@ def pretend(worker: Any, what: str) -> None:
         vllm.__version__ = "0.99.0"
 
 
+def whole(tensors: dict[str, Any], **side: Any) -> Any:
+    """The layout of one rank that holds all of each tensor."""
+    from refit_rl import layouts
+
+    boxes = {name: (tuple(t.shape), t.dtype, (0,) * t.dim(), tuple(t.shape)) for name, t in tensors.items()}
+    return layouts.shards(boxes, rank=0, **side)
+
+
 def relayed(meet: str, model: str, like: dict[str, Any]) -> dict[str, Any]:
     """Another engine's read: whom it reads, and which tensors are not those of the trainer."""
-    from refit_rl import Target, layouts
+    from refit_rl import Target
 
-    boxes = {name: (tuple(t.shape), t.dtype, (0,) * t.dim(), tuple(t.shape)) for name, t in like.items()}
     read = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
-    layout = layouts.shards(boxes, rank=0, side="target")
-    with Target(meet, layout, read, model=model, replica="other", mode="direct") as target:
+    with Target(meet, whole(like, side="target"), read, model=model, replica="other", mode="direct") as target:
         group = target.refresh()["group"]
     return {"group": group, "differ": [name for name, tensor in like.items() if not torch.equal(tensor, read[name])]}
 
@@ -266,7 +272,7 @@ def methods(worker: Any) -> dict[str, str]:
 def main() -> None:
     model, tp, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     quantization = sys.argv[4] if len(sys.argv) > 4 else None
-    from refit_rl import Source, layouts
+    from refit_rl import Source
     from refit_rl.vllm import init, update
 
     config = config_of(model)
@@ -274,9 +280,6 @@ def main() -> None:
     for version in (0, 1, 2):
         found["reference"][str(version)] = make(config, version, folder / str(version))
     live = {name: tensor.to(DEVICE) for name, tensor in checkpoint(folder / "1").items()}
-    held = layouts.shards(
-        {name: (tuple(t.shape), t.dtype, (0,) * t.dim(), tuple(t.shape)) for name, t in live.items()}, rank=0
-    )
     meet = f"dir:{folder}/meet"
     llm = serve(
         folder / "0",
@@ -314,7 +317,7 @@ def main() -> None:
     found["methods"] = llm.collective_rpc(methods)[0]
     found["captured_equals_builtin"] = llm.collective_rpc(compare, args=(info,))
     says("not ready", lambda: update(llm, 1, timeout=1.0))
-    with Source(meet, held, live, model=model) as source:
+    with Source(meet, whole(live), live, model=model) as source:
         source.publish(1)
         update(llm, 1)
         found["tokens"]["1"] = say(llm)
@@ -335,8 +338,7 @@ def main() -> None:
             init(llm, **{**info, "model": "other"})
         says("other name", lambda: update(llm, 1, timeout=1.0))
         small = {name: tensor[:1].contiguous() for name, tensor in live.items()}
-        boxes = {name: (tuple(t.shape), t.dtype, (0,) * t.dim(), tuple(t.shape)) for name, t in small.items()}
-        wrong = layouts.shards(boxes, rank=0)
+        wrong = whole(small)
         with Source(meet, wrong, small, model="other", group="half", ranks=2) as source:
             source.publish(1)
             says("half a trainer", lambda: update(llm, 1, timeout=1.0))

@@ -181,7 +181,8 @@ Fetches what it needs with pip into target/setup: 3 GB, 6 GB unpacked. Needs Pyt
 16 GB of memory, and an hour on two cores, of which the cases take a quarter.
 
 Example:
-  cargo xtask e2e -- --case qwen3-moe --json docs/bench/e2e.json
+  cargo xtask e2e -- --json docs/bench/e2e.json
+  cargo xtask e2e -- --case qwen3-moe
 ";
 
 const LOOM: &str = "\

@@ -367,8 +367,8 @@ impl<T: Transport> Pulls<T> {
         }
     }
 
-    /// Has a fresh target take over, if it is there by the deadline, before the process is to end, and `fits` finds nothing wrong with it. The old one is
-    /// kept until its reads have settled.
+    /// Has a fresh target take over, if it is there by the deadline and before the process is to end, and `fits` finds nothing
+    /// wrong with it. The old one is kept until its reads have settled.
     pub(super) fn fail_over(
         &mut self,
         failover: &mut Failover<T>,
